@@ -1,0 +1,26 @@
+"""lockstep: one model, many devices, the same answer bit for bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lockstep.version import __version__
+
+if TYPE_CHECKING:
+    from lockstep.llm import LLM
+    from lockstep.protocol import SamplingParams
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the heavy names on first use, so that `import lockstep` stays instant."""
+    if name == "LLM":
+        from lockstep.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from lockstep.protocol import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'lockstep' has no attribute {name!r}")

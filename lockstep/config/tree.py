@@ -1,0 +1,103 @@
+"""One frozen configuration tree. The command line's flags and help are generated from these fields.
+
+Each field's `help` is what `--help` prints; `alias` lists short flags. Nothing here is checked: `validate.py` checks
+the whole tree in one place and returns it with every `None` that means "automatic" filled in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+Policy = Literal["fcfs", "priority"]
+
+
+def opt(default: Any, help: str, *alias: str) -> Any:
+    """A config field with its help text (one sentence) and short flags."""
+    return field(default=default, metadata={"help": help, "alias": alias})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how its weights are read."""
+
+    model: str = opt("", "A local folder or a hub id with a Hugging Face checkpoint; empty means the embedded demo model.")
+    tokenizer: str | None = opt(None, "Folder or hub id of the tokenizer, when it is not the model's own.")
+    revision: str | None = opt(None, "Branch, tag or commit of the model on the hub.")
+    dtype: DType = opt("auto", "Type of weights and activations; auto is float32 on CPU and the checkpoint's own on CUDA.")
+    max_model_len: int | None = opt(None, "Most tokens of prompt and output of one request; default: the model's own.")
+    load_format: LoadFormat = opt("auto", "auto and safetensors read the checkpoint, dummy fills seeded random weights.")
+    seed: int = opt(0, "Seed of everything random that no request seeds itself.")
+    served_model_name: str | None = opt(None, "The name clients see; default: the model as given.")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is split over ranks, and how the ranks are started."""
+
+    tensor_parallel_size: int = opt(1, "Ranks that share each layer's matrices.", "-tp")
+    pipeline_parallel_size: int = opt(1, "Stages of consecutive layers.", "-pp")
+    data_parallel_size: int = opt(1, "Replicas of the whole model.", "-dp")
+    prefill_context_parallel_size: int = opt(1, "Ranks that share one prompt.", "-pcp")
+    decode_context_parallel_size: int = opt(1, "Ranks that share one request's KV cache.", "-dcp")
+    enable_expert_parallel: bool = opt(False, "Place whole experts on ranks instead of cutting each.", "-ep")
+    distributed_executor_backend: str | None = opt(
+        None, "uni (in this process), mp (worker processes), ray, external_launcher; default: uni for one rank, mp for more."
+    )
+    disable_custom_all_reduce: bool = opt(False, "Use the library's all-reduce only.")
+    distributed_timeout_seconds: float = opt(300.0, "Longest wait for a collective or for ranks to meet, in seconds.")
+    execute_model_timeout_seconds: float = opt(300.0, "Longest time one step may take, in seconds.")
+    check_collectives: bool = opt(False, "Debug: compare every rank's sequence of collectives and report the first divergence.")
+    threads_per_rank: int | None = opt(None, "Compute threads of each rank; default: this host's cores shared out evenly.")
+    cpu_binding: bool = opt(True, "Bind each rank to its own cores.")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int = opt(16, "Tokens in one KV block.")
+    gpu_memory_utilization: float | None = opt(
+        None,
+        "Share of the device's memory this engine may use, 0 to 1; default 0.9 on CUDA, 0.5 of free memory on CPU.",
+        "--device-memory-utilization",
+    )
+    kv_cache_memory_bytes: int | None = opt(None, "Bytes of KV cache per rank; overrides the share.")
+    num_gpu_blocks_override: int | None = opt(None, "Number of KV blocks, for tests of a full cache.")
+    enable_prefix_caching: bool = opt(True, "Reuse the KV blocks of prompts that begin alike.")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Continuous batching."""
+
+    max_num_seqs: int | None = opt(None, "Most requests in one step; default: adapted to the KV memory, at most 256.")
+    max_num_batched_tokens: int | None = opt(
+        None, "Most tokens in one step (the budget that prefill and decode share); default: adapted, 512 to 2048 on CPU, at most 8192."
+    )
+    scheduling_policy: Policy = opt("fcfs", "Order of waiting requests: first come first served, or by priority.")
+    enable_chunked_prefill: bool = opt(True, "Split long prompts over steps when the budget is short.")
+    async_scheduling: bool = opt(True, "Plan the next step while the ranks run this one.")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """The machine and the process."""
+
+    device: Device = opt("auto", "cpu, cuda, or auto: cuda when there is one.")
+    log_level: Literal["debug", "info", "warning", "error"] = opt("warning", "Least severe log line shown.")
+    startup_timeout_seconds: float = opt(600.0, "Longest time the ranks may take to start, in seconds.")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The whole tree: all that an engine and its ranks need to start."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

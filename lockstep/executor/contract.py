@@ -1,0 +1,102 @@
+"""What the engine asks of whatever runs its steps. Torch-free: this is all of the executor that the engine imports."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from lockstep.protocol import StepPlan, StepResult
+
+
+class RankMemory(msgspec.Struct, kw_only=True):
+    """What one rank knows of its memory after loading. All in bytes."""
+
+    rank: int
+    weight_bytes: int
+    free_bytes: int  # what the KV cache may take: the rank's share less weights, activations and buffers
+    kv_bytes_per_block: int  # over all its layers; 0 only for a rank without attention layers
+    kv_bytes: int = 0  # allocated, after initialize_kv_cache
+    peak_bytes: int = 0  # peak resident (CPU) or allocated (CUDA) memory of the rank so far
+
+
+class StepFuture(Protocol):
+    """A step that is running. FIFO: a later step never completes before an earlier one."""
+
+    def done(self) -> bool: ...
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        """The step's result. Raises ExecutorError (a rank died, hung or raised), TimeoutError after `timeout` s."""
+        ...
+
+
+class ExecutorError(RuntimeError):
+    """The ranks can no longer run steps. The message names rank, phase, cause and the rank's last log lines.
+
+    rank: the culprit, or None where no single rank is to blame. phase: what it was doing (init, load, step 12, ...).
+    exitcode: as `subprocess` gives it (negative: killed by that signal), None when the process lives.
+    kind: "died", "stopped" (SIGSTOP), "hung", "raised" or "shutdown". error_type: the exception's type, for "raised".
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int | None = None,
+        phase: str = "",
+        exitcode: int | None = None,
+        kind: str = "died",
+        error_type: str = "",
+        log_tail: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.rank, self.phase, self.exitcode, self.kind = rank, phase, exitcode, kind
+        self.error_type, self.log_tail = error_type, list(log_tail)
+
+
+class Executor(ABC):
+    """Runs steps on every rank.
+
+    Life: construct (ranks start, load the model, and are ready) -> memory() -> initialize_kv_cache(n) -> steps ->
+    shutdown(). The constructor raises ExecutorError when a rank does not get ready. After any ExecutorError every later
+    call raises it again. All methods may be called from one thread at a time.
+    """
+
+    max_concurrent_batches: int = 1  # steps that may be in flight at once
+
+    @abstractmethod
+    def memory(self) -> list[RankMemory]:
+        """Every rank's memory, by rank."""
+
+    @abstractmethod
+    def initialize_kv_cache(self, num_blocks: int) -> None:
+        """Allocate `num_blocks` KV blocks on every rank. Called once, before the first step."""
+
+    @abstractmethod
+    def execute_model(self, plan: StepPlan) -> StepFuture:
+        """Start a step on every rank. At most `max_concurrent_batches` may be unfinished."""
+
+    @abstractmethod
+    def collective_rpc(
+        self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None, timeout: float | None = None
+    ) -> list[Any]:
+        """Call a worker's method by name on every rank; the results by rank.
+
+        Arguments and results are plain data (msgspec encodes them). A reply always belongs to its own call. Raises
+        ExecutorError kind "raised" when any rank raised (the executor lives on: the exception was answered by all),
+        TimeoutError after `timeout` seconds (a late reply is dropped, never taken for another call's).
+        """
+
+    @abstractmethod
+    def check_health(self) -> None:
+        """Raise the ExecutorError if the ranks can no longer run."""
+
+    @abstractmethod
+    def register_failure_callback(self, callback: Callable[[ExecutorError], None]) -> None:
+        """Call back once, from any thread, when the executor fails; at once if it already has."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Stop every rank and release everything. Never raises, may be called twice."""

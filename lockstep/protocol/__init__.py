@@ -1,0 +1,17 @@
+"""Everything that crosses a process border, as msgspec structs. No torch, no behaviour."""
+
+from lockstep.protocol.request import EngineOutput, EngineRequest, FinishReason
+from lockstep.protocol.sampling import RequestOutputKind, SamplingParams
+from lockstep.protocol.step import NewRequest, StepPlan, StepResult, TokenLogprobs
+
+__all__ = [
+    "EngineOutput",
+    "EngineRequest",
+    "FinishReason",
+    "NewRequest",
+    "RequestOutputKind",
+    "SamplingParams",
+    "StepPlan",
+    "StepResult",
+    "TokenLogprobs",
+]

@@ -1,0 +1,39 @@
+"""A request on its way in, and its outputs on their way out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from lockstep.protocol.sampling import SamplingParams
+from lockstep.protocol.step import TokenLogprobs
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class EngineRequest(msgspec.Struct, kw_only=True):
+    """One prompt, one completion. A request with n > 1 is n of these, told apart by `choice`."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    choice: int = 0
+    eos_token_ids: list[int] = []
+    priority: int = 0  # lower runs first, under the priority policy
+    arrival_s: float = 0.0  # monotonic clock
+    cache_salt: str | None = None  # requests share cached prefixes only within one salt
+
+
+class EngineOutput(msgspec.Struct, kw_only=True):
+    """What one step brought for one request. `finish_reason` is set on the last, and only there."""
+
+    request_id: str
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None  # parallel to new_token_ids
+    prompt_logprobs: list[TokenLogprobs] | None = None  # on the first output of a request that asked; [0] is position 1
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token or string that ended it
+    num_cached_tokens: int = 0
+    error: str | None = None

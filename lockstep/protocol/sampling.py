@@ -1,0 +1,130 @@
+"""How one request wants its tokens chosen."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+
+MAX_N = 64
+MAX_LOGPROBS = 128
+
+
+class RequestOutputKind(IntEnum):
+    """What a stream of outputs carries: all text so far, what is new, or only the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The sampling parameters of one request, with the ecosystem's names and defaults.
+
+    Raises ValueError (naming the parameter, its value, the rule and the remedy) when a value is out of range.
+    Treat as immutable once made.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: list[str] | str | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    bad_words_token_ids: list[list[int]] | None = None  # written by the frontend, which has the tokenizer
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        if self.top_k == -1:  # an older spelling of "off" that many clients still send
+            self.top_k = 0
+        for name, rule, ok in self._rules():
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)!r} is invalid: it must be {rule}.")
+
+    def _rules(self) -> list[tuple[str, str, bool]]:
+        """(parameter, rule in words, whether it holds) for every range rule."""
+        return [
+            ("n", f"an integer from 1 to {MAX_N}", _is_int(self.n) and 1 <= self.n <= MAX_N),
+            ("temperature", "a number from 0 (greedy) to 100", _is_num(self.temperature) and 0 <= self.temperature <= 100),
+            ("top_p", "greater than 0 and at most 1", _is_num(self.top_p) and 0 < self.top_p <= 1),
+            ("top_k", "0 (off) or a positive integer", _is_int(self.top_k) and self.top_k >= 0),
+            ("min_p", "from 0 to 1", _is_num(self.min_p) and 0 <= self.min_p <= 1),
+            (
+                "seed",
+                "an integer from -2**63 to 2**63-1, or None",
+                self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63),
+            ),
+            (
+                "stop",
+                "a string or a list of non-empty strings",
+                self.stop is None or (isinstance(self.stop, list) and all(isinstance(s, str) and s for s in self.stop)),
+            ),
+            ("stop_token_ids", "a list of token ids (integers of at least 0)", _ids(self.stop_token_ids)),
+            (
+                "max_tokens",
+                "at least 1, or None for no limit but the model's length",
+                self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            ),
+            ("min_tokens", "from 0 to max_tokens", _is_int(self.min_tokens) and 0 <= self.min_tokens <= (self.max_tokens or 2**31)),
+            ("logprobs", f"from 0 to {MAX_LOGPROBS}, or None", _count(self.logprobs)),
+            ("prompt_logprobs", f"from 0 to {MAX_LOGPROBS}, or None", _count(self.prompt_logprobs)),
+            (
+                "repetition_penalty",
+                "greater than 0 and at most 100",
+                _is_num(self.repetition_penalty) and 0 < self.repetition_penalty <= 100,
+            ),
+            ("presence_penalty", "from -2 to 2", _is_num(self.presence_penalty) and -2 <= self.presence_penalty <= 2),
+            ("frequency_penalty", "from -2 to 2", _is_num(self.frequency_penalty) and -2 <= self.frequency_penalty <= 2),
+            (
+                "logit_bias",
+                "a map of token id to a bias from -100 to 100",
+                self.logit_bias is None
+                or all(_is_int(k) and k >= 0 and _is_num(v) and -100 <= v <= 100 for k, v in self.logit_bias.items()),
+            ),
+            (
+                "allowed_token_ids",
+                "a non-empty list of token ids",
+                self.allowed_token_ids is None or (bool(self.allowed_token_ids) and _ids(self.allowed_token_ids)),
+            ),
+            ("bad_words", "a list of non-empty strings", self.bad_words is None or all(isinstance(w, str) and w for w in self.bad_words)),
+        ]
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature < 1e-5
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_num(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and x == x
+
+
+def _count(x: Any) -> bool:
+    return x is None or (_is_int(x) and 0 <= x <= MAX_LOGPROBS)
+
+
+def _ids(x: Any) -> bool:
+    return x is None or (isinstance(x, list) and all(_is_int(t) and t >= 0 for t in x))
