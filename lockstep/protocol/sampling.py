@@ -9,6 +9,7 @@ import msgspec
 
 MAX_N = 64
 MAX_LOGPROBS = 128
+MAX_TOKENS = 2**31
 
 
 class RequestOutputKind(IntEnum):
@@ -62,50 +63,46 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     def _rules(self) -> list[tuple[str, str, bool]]:
         """(parameter, rule in words, whether it holds) for every range rule."""
+        return [*self._shape_rules(), *self._end_rules(), *self._weight_rules()]
+
+    def _shape_rules(self) -> list[tuple[str, str, bool]]:
+        """Rules of how many completions, and of the distribution they are drawn from."""
+        seed_ok = self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63)
         return [
             ("n", f"an integer from 1 to {MAX_N}", _is_int(self.n) and 1 <= self.n <= MAX_N),
-            ("temperature", "a number from 0 (greedy) to 100", _is_num(self.temperature) and 0 <= self.temperature <= 100),
-            ("top_p", "greater than 0 and at most 1", _is_num(self.top_p) and 0 < self.top_p <= 1),
+            ("temperature", "a number from 0 (greedy) to 100", _between(self.temperature, 0, 100)),
+            ("top_p", "greater than 0 and at most 1", _between(self.top_p, 0, 1) and self.top_p > 0),
             ("top_k", "0 (off) or a positive integer", _is_int(self.top_k) and self.top_k >= 0),
-            ("min_p", "from 0 to 1", _is_num(self.min_p) and 0 <= self.min_p <= 1),
-            (
-                "seed",
-                "an integer from -2**63 to 2**63-1, or None",
-                self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63),
-            ),
-            (
-                "stop",
-                "a string or a list of non-empty strings",
-                self.stop is None or (isinstance(self.stop, list) and all(isinstance(s, str) and s for s in self.stop)),
-            ),
-            ("stop_token_ids", "a list of token ids (integers of at least 0)", _ids(self.stop_token_ids)),
-            (
-                "max_tokens",
-                "at least 1, or None for no limit but the model's length",
-                self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
-            ),
-            ("min_tokens", "from 0 to max_tokens", _is_int(self.min_tokens) and 0 <= self.min_tokens <= (self.max_tokens or 2**31)),
+            ("min_p", "from 0 to 1", _between(self.min_p, 0, 1)),
+            ("seed", "an integer from -2**63 to 2**63-1, or None", seed_ok),
             ("logprobs", f"from 0 to {MAX_LOGPROBS}, or None", _count(self.logprobs)),
             ("prompt_logprobs", f"from 0 to {MAX_LOGPROBS}, or None", _count(self.prompt_logprobs)),
-            (
-                "repetition_penalty",
-                "greater than 0 and at most 100",
-                _is_num(self.repetition_penalty) and 0 < self.repetition_penalty <= 100,
-            ),
-            ("presence_penalty", "from -2 to 2", _is_num(self.presence_penalty) and -2 <= self.presence_penalty <= 2),
-            ("frequency_penalty", "from -2 to 2", _is_num(self.frequency_penalty) and -2 <= self.frequency_penalty <= 2),
-            (
-                "logit_bias",
-                "a map of token id to a bias from -100 to 100",
-                self.logit_bias is None
-                or all(_is_int(k) and k >= 0 and _is_num(v) and -100 <= v <= 100 for k, v in self.logit_bias.items()),
-            ),
-            (
-                "allowed_token_ids",
-                "a non-empty list of token ids",
-                self.allowed_token_ids is None or (bool(self.allowed_token_ids) and _ids(self.allowed_token_ids)),
-            ),
-            ("bad_words", "a list of non-empty strings", self.bad_words is None or all(isinstance(w, str) and w for w in self.bad_words)),
+        ]
+
+    def _end_rules(self) -> list[tuple[str, str, bool]]:
+        """Rules of where a completion ends."""
+        max_ok = self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1)
+        most = self.max_tokens if _is_int(self.max_tokens) else MAX_TOKENS
+        return [
+            ("stop", "a string or a list of non-empty strings", _strings(self.stop)),
+            ("stop_token_ids", "a list of token ids (integers of at least 0)", _ids(self.stop_token_ids)),
+            ("max_tokens", "at least 1, or None for no limit but the model's length", max_ok),
+            ("min_tokens", "from 0 to max_tokens", _is_int(self.min_tokens) and 0 <= self.min_tokens <= (most or 0)),
+            ("bad_words", "a list of non-empty strings", _strings(self.bad_words)),
+        ]
+
+    def _weight_rules(self) -> list[tuple[str, str, bool]]:
+        """Rules of what makes a token more or less likely."""
+        bias = self.logit_bias or {}
+        bias_ok = all(_is_int(k) and k >= 0 and _between(v, -100, 100) for k, v in bias.items())
+        allowed_ok = self.allowed_token_ids is None or (bool(self.allowed_token_ids) and _ids(self.allowed_token_ids))
+        repetition_ok = _between(self.repetition_penalty, 0, 100) and self.repetition_penalty > 0
+        return [
+            ("repetition_penalty", "greater than 0 and at most 100", repetition_ok),
+            ("presence_penalty", "from -2 to 2", _between(self.presence_penalty, -2, 2)),
+            ("frequency_penalty", "from -2 to 2", _between(self.frequency_penalty, -2, 2)),
+            ("logit_bias", "a map of token id to a bias from -100 to 100", bias_ok),
+            ("allowed_token_ids", "a non-empty list of token ids", allowed_ok),
         ]
 
     @property
@@ -118,8 +115,9 @@ def _is_int(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def _is_num(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and x == x
+def _between(x: Any, low: float, high: float) -> bool:
+    """Whether x is a number in [low, high]; NaN is in no interval."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and low <= x <= high
 
 
 def _count(x: Any) -> bool:
@@ -128,3 +126,7 @@ def _count(x: Any) -> bool:
 
 def _ids(x: Any) -> bool:
     return x is None or (isinstance(x, list) and all(_is_int(t) and t >= 0 for t in x))
+
+
+def _strings(x: Any) -> bool:
+    return x is None or (isinstance(x, list) and all(isinstance(s, str) and s for s in x))
