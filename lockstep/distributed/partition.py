@@ -1,0 +1,201 @@
+"""The shard map: which part of the model each rank holds. Pure arithmetic, no torch.
+
+One map serves the loader, the layers, the KV manager and the planner. A dimension of `units` indivisible units (heads,
+MLP columns) is cut into *atoms*, at most 8 of them for TP <= 8, on boundaries that depend on the model alone. A rank
+owns a run of whole atoms, so TP 2, 4 and 8 cut at the same points and any size in between works too (3, 5, 6, 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from lockstep.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lockstep.config.model_spec import ModelSpec
+
+ATOMS = 8
+VOCAB_PADDING = 64
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The half-open run [start, stop) of a dimension that one rank owns."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def scaled(self, unit: int) -> Shard:
+        """The same run where each unit is `unit` elements wide (heads -> columns)."""
+        return Shard(self.start * unit, self.stop * unit)
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """Attention heads of one rank. `kv_of_q[i]` is the local KV head that local query head i reads."""
+
+    q: Shard
+    kv: Shard
+    kv_of_q: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Rows [start, stop) of the padded vocabulary. Rows at or past `vocab_size` are padding, zero on every rank."""
+
+    start: int
+    stop: int
+    vocab_size: int
+    padded_size: int
+
+    @property
+    def size(self) -> int:
+        """Rows of this rank, padding included."""
+        return self.stop - self.start
+
+    @property
+    def filled(self) -> Shard:
+        """The rows that exist in the checkpoint; empty when this rank holds padding only."""
+        return Shard(min(self.start, self.vocab_size), min(self.stop, self.vocab_size))
+
+
+def _check_rank(tp: int, rank: int) -> None:
+    if tp < 1:
+        raise ConfigError(f"tensor_parallel_size={tp} must be at least 1.")
+    assert 0 <= rank < tp, f"rank {rank} is not in a group of {tp}"
+
+
+@lru_cache(maxsize=1024)
+def atom_bounds(units: int, tp: int) -> tuple[int, ...]:
+    """The atoms' boundaries over `units`: atom i is [bounds[i], bounds[i + 1]).
+
+    The number of atoms is min(units, 8), or min(units, tp) when TP exceeds 8. Boundary i is i * units / atoms rounded to
+    nearest, so that every boundary of 4 atoms is one of 8 atoms, and so on.
+    """
+    count = min(units, ATOMS if tp <= ATOMS else tp)
+    return tuple((2 * i * units + count) // (2 * count) for i in range(count + 1))
+
+
+def _run(count: int, parts: int, index: int) -> Shard:
+    """Part `index` of `count` items cut evenly, where the first `count % parts` parts get one more."""
+    base, extra = divmod(count, parts)
+    start = index * base + min(index, extra)
+    return Shard(start, start + base + (index < extra))
+
+
+def shard(units: int, tp: int, rank: int) -> Shard:
+    """The units that `rank` of `tp` owns: a run of whole atoms, first ranks one atom more where they do not divide.
+
+    Raises ConfigError when there are fewer units than ranks.
+    """
+    _check_rank(tp, rank)
+    if units < tp:
+        raise ConfigError(f"tensor_parallel_size={tp} is larger than the {units} units to cut: use at most {units}.")
+    bounds = atom_bounds(units, tp)
+    atoms = _run(len(bounds) - 1, tp, rank)
+    return Shard(bounds[atoms.start], bounds[atoms.stop])
+
+
+def shards(units: int, tp: int) -> tuple[Shard, ...]:
+    """`shard` of every rank, in rank order."""
+    return tuple(shard(units, tp, rank) for rank in range(tp))
+
+
+def head_shard(num_heads: int, num_kv_heads: int, tp: int, rank: int) -> HeadShard:
+    """Query heads of `rank`, and every KV head they read (held by several ranks where the cut falls inside its group).
+
+    Raises ConfigError when TP exceeds the query heads, or when KV heads do not divide them.
+    """
+    _check_rank(tp, rank)
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ConfigError(f"num_attention_heads={num_heads} must be a multiple of num_key_value_heads={num_kv_heads}.")
+    if tp > num_heads:
+        raise ConfigError(
+            f"tensor_parallel_size={tp} is larger than num_attention_heads={num_heads}: use at most {num_heads},"
+            " and pipeline or data parallelism for the other devices."
+        )
+    group = num_heads // num_kv_heads
+    q = shard(num_heads, tp, rank)
+    kv = Shard(q.start // group, (q.stop - 1) // group + 1)
+    return HeadShard(q, kv, tuple(head // group - kv.start for head in range(q.start, q.stop)))
+
+
+def padded_vocab(vocab: int, pad: int = VOCAB_PADDING) -> int:
+    """`vocab` rounded up to a multiple of `pad`."""
+    return -(-vocab // pad) * pad
+
+
+def vocab_shard(vocab: int, tp: int, rank: int, pad: int = VOCAB_PADDING) -> VocabShard:
+    """The rows of the padded vocabulary that `rank` owns: an even cut, first ranks one row more."""
+    _check_rank(tp, rank)
+    total = padded_vocab(vocab, pad)
+    if total < tp:
+        raise ConfigError(f"tensor_parallel_size={tp} is larger than the padded vocabulary of {total} rows: use at most {total}.")
+    rows = _run(total, tp, rank)
+    return VocabShard(rows.start, rows.stop, vocab, total)
+
+
+@dataclass(frozen=True)
+class ShardMap:
+    """Everything tensor parallelism cuts, for one rank."""
+
+    heads: HeadShard
+    mlp: Shard
+    vocab: VocabShard
+
+    @classmethod
+    def of(cls, spec: ModelSpec, tp: int, rank: int) -> ShardMap:
+        """The map of `rank` of `tp` for this model. Raises ConfigError when the model cannot be cut so finely."""
+        heads = head_shard(spec.num_heads, spec.num_kv_heads, tp, rank)
+        if tp > spec.intermediate_size:
+            raise ConfigError(
+                f"tensor_parallel_size={tp} is larger than intermediate_size={spec.intermediate_size}: use at most {spec.intermediate_size}."
+            )
+        return cls(heads, shard(spec.intermediate_size, tp, rank), vocab_shard(spec.vocab_size, tp, rank))
+
+
+def layer_partition(num_layers: int, pp: int, how: str | Sequence[int] = "even") -> tuple[Shard, ...]:
+    """The layers of each pipeline stage: contiguous runs, in stage order, at least one layer each.
+
+    `how` is "even" (first stages one more), "reference" (the ecosystem's rule: the remainder goes to the second last
+    stage and backwards from there, as the last stage also has the head), or the counts themselves ("5,6,6,5" or a list).
+    Raises ConfigError when the counts do not fit.
+    """
+    if pp < 1:
+        raise ConfigError(f"pipeline_parallel_size={pp} must be at least 1.")
+    if pp > num_layers:
+        raise ConfigError(f"pipeline_parallel_size={pp} is larger than num_hidden_layers={num_layers}: use at most {num_layers}.")
+    if how == "even":
+        return tuple(_run(num_layers, pp, stage) for stage in range(pp))
+    counts = _reference_counts(num_layers, pp) if how == "reference" else _explicit_counts(how, num_layers, pp)
+    bounds = [0]
+    for count in counts:
+        bounds.append(bounds[-1] + count)
+    return tuple(Shard(start, stop) for start, stop in pairwise(bounds))
+
+
+def _reference_counts(num_layers: int, pp: int) -> list[int]:
+    base, extra = divmod(num_layers, pp)
+    return [base + (pp - 1 - extra <= stage < pp - 1) for stage in range(pp)]
+
+
+def _explicit_counts(how: str | Sequence[int], num_layers: int, pp: int) -> list[int]:
+    try:
+        counts = [int(part) for part in (how.split(",") if isinstance(how, str) else how)]
+    except ValueError:
+        raise ConfigError(f"Invalid partition string: {how!r}. Write one number of layers per stage, such as 5,6,6,5.") from None
+    if len(counts) != pp:
+        raise ConfigError(f"len(partitions)={len(counts)} does not match pp_size={pp}: give one number of layers per stage.")
+    if sum(counts) != num_layers:
+        raise ConfigError(f"sum(partitions)={sum(counts)} does not match num_hidden_layers={num_layers}.")
+    if min(counts) < 1:
+        raise ConfigError(f"partitions={counts} has a stage with fewer than one layer: give each stage at least one.")
+    return counts
