@@ -1,0 +1,229 @@
+"""Every rule of the configuration, in one place.
+
+`resolve` takes the tree as the user wrote it and returns it with every automatic value filled in that does not depend on
+the memory found free after loading. Each refusal names the setting, its value, the rule and what to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lockstep.config import devices
+from lockstep.config.build import GROUPS, nearest
+from lockstep.config.errors import ConfigError
+from lockstep.config.hf import load_spec
+from lockstep.config.model_spec import ModelSpec, read_config_json
+from lockstep.config.source import DEMO_NAME, find_folder
+from lockstep.config.tree import EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig
+
+log = logging.getLogger("lockstep.config")
+
+BACKENDS = ("uni", "mp", "ray", "external_launcher")
+MISSING_BACKENDS = ("ray", "external_launcher")
+MAX_BLOCK_SIZE = 1024
+POSITIVE = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+    "decode_context_parallel_size",
+    "distributed_timeout_seconds",
+    "execute_model_timeout_seconds",
+    "startup_timeout_seconds",
+    "threads_per_rank",
+    "max_model_len",
+    "block_size",
+    "kv_cache_memory_bytes",
+    "num_gpu_blocks_override",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+)
+# Parallelism that the ecosystem has and this version does not: refused by name, never ignored.
+MISSING_PARALLELISM = {
+    "pipeline_parallel_size": "pipeline parallelism",
+    "data_parallel_size": "data parallelism",
+    "prefill_context_parallel_size": "prefill context parallelism",
+    "decode_context_parallel_size": "decode context parallelism",
+}
+
+
+def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, Path]:
+    """Check the whole tree, find the model, and fill what is automatic.
+
+    Returns the frozen result, the model's numbers and its folder. Raises ConfigError for the first rule that is broken.
+    """
+    check_values(config)
+    check_available(config.parallel)
+    device = pick_device(config.runtime, config.parallel)
+    folder = find_folder(config.model.model, config.model.revision)
+    check_checkpoint(config.model, folder)
+    spec = load_spec(folder)
+    check_model_fits(config, spec)
+    return fill(config, spec, device), spec, folder
+
+
+def settings(config: EngineConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(name, type, value) of every field of the tree."""
+    for group, cls in GROUPS.items():
+        hints, part = get_type_hints(cls), getattr(config, group)
+        for f in fields(cls):
+            yield f.name, hints[f.name], getattr(part, f.name)
+
+
+def check_values(config: EngineConfig) -> None:
+    """The rules that need neither the model nor the machine."""
+    for name, hint, value in settings(config):
+        _check_type(name, hint, value)
+        if name in POSITIVE and value is not None and not (value > 0 and math.isfinite(value)):
+            default = "leave it out for the automatic value" if type(None) in get_args(hint) else "1 is the smallest"
+            raise ConfigError(f"{name}={value} is impossible: it must be greater than 0; {default}.")
+    cache, sched = config.cache, config.scheduler
+    if not 0 <= config.model.seed < 2**63:
+        raise ConfigError(f"seed={config.model.seed} is out of range: it must be from 0 to 2**63 - 1.")
+    if cache.block_size & (cache.block_size - 1) or cache.block_size > MAX_BLOCK_SIZE:
+        low = 1 << min(cache.block_size.bit_length() - 1, MAX_BLOCK_SIZE.bit_length() - 1)
+        raise ConfigError(f"block_size={cache.block_size} is not a power of two from 1 to {MAX_BLOCK_SIZE}: use {low}.")
+    share = cache.gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        hint_text = f" (for {share:g} % write {share / 100:g})" if 1 < share <= 100 else ""
+        raise ConfigError(f"gpu_memory_utilization={share} must be greater than 0 and at most 1{hint_text}.")
+    budget, seqs = sched.max_num_batched_tokens, sched.max_num_seqs
+    if budget is not None and seqs is not None and budget < seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={budget} is less than max_num_seqs={seqs}: each running request takes at least one token of a step; "
+            f"raise the budget to {seqs} or lower max_num_seqs to {budget}."
+        )
+
+
+def _check_type(name: str, hint: Any, value: Any) -> None:
+    allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if any(_fits(a, value) for a in allowed):
+        return
+    choices = [c for a in allowed if get_origin(a) is Literal for c in get_args(a)]
+    if choices:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}.{nearest(str(value), choices)}")
+    words = " or ".join(sorted("None" if a is type(None) else a.__name__ for a in allowed))
+    raise ConfigError(f"{name}={value!r} has the wrong type {type(value).__name__}: it must be {words}.")
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def check_available(parallel: ParallelConfig) -> None:
+    """Refuse by name what this version does not have; then the rules between the parallel settings."""
+    for name, words in MISSING_PARALLELISM.items():
+        if getattr(parallel, name) > 1:
+            raise ConfigError(
+                f"{name}={getattr(parallel, name)}: {words} is not available yet in this version; "
+                f"use tensor_parallel_size to split the model, and leave {name} at 1."
+            )
+    if parallel.enable_expert_parallel:
+        raise ConfigError(
+            "enable_expert_parallel=True: expert parallelism is not available yet in this version; use tensor_parallel_size, and leave it out."
+        )
+    backend = parallel.distributed_executor_backend
+    if backend is None:
+        return
+    if backend not in BACKENDS:
+        raise ConfigError(f"distributed_executor_backend={backend!r} is unknown: choose one of uni, mp.{nearest(backend, BACKENDS[:2])}")
+    if backend in MISSING_BACKENDS:
+        raise ConfigError(
+            f"distributed_executor_backend={backend!r} is not available yet in this version: use mp (worker processes on this host)."
+        )
+    if backend == "uni" and parallel.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"distributed_executor_backend='uni' runs one rank, in this process, but tensor_parallel_size={parallel.tensor_parallel_size}: use mp."
+        )
+
+
+def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
+    """The device the ranks run on. Raises ConfigError when it is not there, or has fewer devices than ranks."""
+    found, tp = devices.cuda_device_count(), parallel.tensor_parallel_size
+    if runtime.device == "cuda":
+        if found == 0:
+            raise ConfigError(
+                "device='cuda': no CUDA device is visible to this process (see CUDA_VISIBLE_DEVICES); use device cpu or auto."
+            )
+        if not devices.torch_has_cuda():
+            raise ConfigError("device='cuda': the installed torch is built without CUDA; install a CUDA build, or use device cpu or auto.")
+    device: Literal["cpu", "cuda"] = "cuda" if runtime.device != "cpu" and found and devices.torch_has_cuda() else "cpu"
+    if device == "cuda" and tp > found:
+        raise ConfigError(
+            f"tensor_parallel_size={tp} is more than the {found} CUDA device(s) visible here: use at most {found}, or device cpu."
+        )
+    if device == "cpu" and tp > devices.usable_cores():
+        log.warning(
+            "tensor_parallel_size=%d is more than the %d CPU cores: ranks will take turns, and be slow.", tp, devices.usable_cores()
+        )
+    return device
+
+
+def check_checkpoint(model: ModelConfig, folder: Path) -> None:
+    """The folder holds a checkpoint this version can read."""
+    raw = read_config_json(folder)
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise ConfigError(f"model={model.model!r} is quantized ({method}), which is not available yet: name an unquantized checkpoint.")
+    if model.load_format != "dummy" and not any(folder.glob("*.safetensors")):
+        other = " (its *.bin weights are pickles, which are never loaded)" if any(folder.glob("*.bin")) else ""
+        raise ConfigError(
+            f"model={model.model!r}: {folder} has no *.safetensors{other}: name a checkpoint with them, or use load_format dummy for random weights."
+        )
+
+
+def check_model_fits(config: EngineConfig, spec: ModelSpec) -> None:
+    """The rules between the settings and the model's own numbers."""
+    tp, length, limit = config.parallel.tensor_parallel_size, config.model.max_model_len, spec.max_position_embeddings
+    if tp > spec.num_heads:
+        raise ConfigError(
+            f"tensor_parallel_size={tp} is more than the model's {spec.num_heads} attention heads, and each rank needs one: use at most {spec.num_heads}."
+        )
+    if tp > spec.intermediate_size:
+        raise ConfigError(
+            f"tensor_parallel_size={tp} is more than the model's {spec.intermediate_size} MLP columns: use at most {spec.intermediate_size}."
+        )
+    if length is not None and length > limit:
+        raise ConfigError(f"max_model_len={length} is more than the model's own limit of {limit} positions: use at most {limit}.")
+    length = length or limit
+    budget = config.scheduler.max_num_batched_tokens
+    if not config.scheduler.enable_chunked_prefill and budget is not None and budget < length:
+        raise ConfigError(
+            f"max_num_batched_tokens={budget} is less than max_model_len={length} while enable_chunked_prefill=False: a long prompt could "
+            f"never run; raise the budget to {length}, lower max_model_len to {budget}, or allow chunked prefill."
+        )
+    if config.model.dtype == "float16" and spec.architecture.startswith("Gemma"):
+        raise ConfigError(f"dtype='float16' overflows in {spec.architecture}: use bfloat16 or float32.")
+
+
+def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) -> EngineConfig:
+    """The tree with every automatic value that does not depend on memory filled in."""
+    parallel, model, cache = config.parallel, config.model, config.cache
+    tp = parallel.tensor_parallel_size
+    dtype: Any = model.dtype if model.dtype != "auto" else "float32" if device == "cpu" else spec.dtype
+    return replace(
+        config,
+        model=replace(
+            model,
+            dtype=dtype,
+            max_model_len=model.max_model_len or spec.max_position_embeddings,
+            served_model_name=model.served_model_name or model.model or DEMO_NAME,
+        ),
+        parallel=replace(
+            parallel,
+            distributed_executor_backend=parallel.distributed_executor_backend or ("mp" if tp > 1 else "uni"),
+            threads_per_rank=parallel.threads_per_rank or max(1, devices.usable_cores() // tp),
+        ),
+        cache=replace(cache, gpu_memory_utilization=cache.gpu_memory_utilization or (0.9 if device == "cuda" else 0.5)),
+        runtime=replace(config.runtime, device=device),
+    )
