@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from lockstep.config.tree import EngineConfig
 
-GROUPS: dict[str, type] = {name: hint for name, hint in get_type_hints(EngineConfig).items() if dataclasses.is_dataclass(hint)}
+GROUPS: dict[str, type[Any]] = dict(get_type_hints(EngineConfig))
 
 
 @cache

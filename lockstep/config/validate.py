@@ -130,7 +130,8 @@ def check_available(parallel: ParallelConfig) -> None:
             )
     if parallel.enable_expert_parallel:
         raise ConfigError(
-            "enable_expert_parallel=True: expert parallelism is not available yet in this version; use tensor_parallel_size, and leave it out."
+            "enable_expert_parallel=True: expert parallelism is not available yet in this version; "
+            "leave it out, and use tensor_parallel_size to split the model."
         )
     backend = parallel.distributed_executor_backend
     if backend is None:
@@ -143,7 +144,8 @@ def check_available(parallel: ParallelConfig) -> None:
         )
     if backend == "uni" and parallel.tensor_parallel_size > 1:
         raise ConfigError(
-            f"distributed_executor_backend='uni' runs one rank, in this process, but tensor_parallel_size={parallel.tensor_parallel_size}: use mp."
+            f"distributed_executor_backend='uni' runs one rank, in this process, "
+            f"but tensor_parallel_size={parallel.tensor_parallel_size}: use mp."
         )
 
 
@@ -178,7 +180,8 @@ def check_checkpoint(model: ModelConfig, folder: Path) -> None:
     if model.load_format != "dummy" and not any(folder.glob("*.safetensors")):
         other = " (its *.bin weights are pickles, which are never loaded)" if any(folder.glob("*.bin")) else ""
         raise ConfigError(
-            f"model={model.model!r}: {folder} has no *.safetensors{other}: name a checkpoint with them, or use load_format dummy for random weights."
+            f"model={model.model!r}: {folder} has no *.safetensors{other}: "
+            "name a checkpoint with them, or use load_format dummy for random weights."
         )
 
 
@@ -187,11 +190,13 @@ def check_model_fits(config: EngineConfig, spec: ModelSpec) -> None:
     tp, length, limit = config.parallel.tensor_parallel_size, config.model.max_model_len, spec.max_position_embeddings
     if tp > spec.num_heads:
         raise ConfigError(
-            f"tensor_parallel_size={tp} is more than the model's {spec.num_heads} attention heads, and each rank needs one: use at most {spec.num_heads}."
+            f"tensor_parallel_size={tp} is more than the model's {spec.num_heads} attention heads, and each rank needs one: "
+            f"use at most {spec.num_heads}."
         )
     if tp > spec.intermediate_size:
         raise ConfigError(
-            f"tensor_parallel_size={tp} is more than the model's {spec.intermediate_size} MLP columns: use at most {spec.intermediate_size}."
+            f"tensor_parallel_size={tp} is more than the model's {spec.intermediate_size} MLP columns: "
+            f"use at most {spec.intermediate_size}."
         )
     if length is not None and length > limit:
         raise ConfigError(f"max_model_len={length} is more than the model's own limit of {limit} positions: use at most {limit}.")
