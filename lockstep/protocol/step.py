@@ -23,6 +23,7 @@ class NewRequest(msgspec.Struct, array_like=True, gc=False):
     sampling: SamplingParams
     seed: int  # always set: sampling.seed, or one drawn by the frontend
     choice: int = 0  # which of the n completions of its prompt this is
+    eos_token_ids: list[int] = []  # end the text, so not to be sampled before min_tokens; empty under ignore_eos
 
 
 class StepPlan(msgspec.Struct, array_like=True, gc=False):
