@@ -55,8 +55,9 @@ class _Family:
 
 _GEMMA_FIXED = {"norm_plus_one": True, "sandwich_norms": True}
 _GEMMA2 = _Family(
-    defaults={"tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
-              "final_logit_softcapping": 30.0, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192},
+    defaults={"tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+              "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+              "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192},
     fixed=_GEMMA_FIXED, act_key="hidden_activation", window="pattern", pattern=2,
 )  # fmt: skip
 _GEMMA3 = _Family(
@@ -243,10 +244,10 @@ def _layer_kinds(c: _Reader, layers: int) -> tuple[tuple[LayerKind, ...], int | 
     if mode == "none" or window is None or (mode == "flag" and not c.flag("use_sliding_window")):
         if c.raw.get("sliding_window") and mode == "none":
             raise c.fail(f"sliding_window={c.raw['sliding_window']} is not something this architecture has: remove the key.")
-        return ("full",) * layers, None
+        return tuple([_KINDS["full_attention"]] * layers), None
     kinds: tuple[LayerKind, ...]
     if mode == "all":
-        kinds = ("sliding",) * layers
+        kinds = tuple([_KINDS["sliding_attention"]] * layers)
     elif c.get("layer_types") is not None:
         kinds = _named_kinds(c, layers)
     elif mode == "flag":

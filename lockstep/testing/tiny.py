@@ -119,10 +119,10 @@ def _scale_weights(model: Any, generator: Any) -> None:
     gemma = "Gemma" in type(model).__name__
     for name, param in model.named_parameters():
         if "norm" in name:
-            centre = (3.0 if name == "model.norm.weight" else 0.0) if gemma else 1.0
+            centre = (9.0 if name == "model.norm.weight" else 0.0) if gemma else 1.0
             param.normal_(centre, 0.3, generator=generator)
         elif param.dim() == 1:
             param.normal_(0.0, 0.3, generator=generator)
         else:
-            gain = 1.3 if "proj" in name else 0.5 if gemma else 2.0
+            gain = 1.3 if "proj" in name else 0.2 if gemma else 2.0
             param.normal_(0.0, gain * param.shape[1] ** -0.5, generator=generator)
