@@ -155,10 +155,9 @@ class ShardMap:
     def of(cls, spec: ModelSpec, tp: int, rank: int) -> ShardMap:
         """The map of `rank` of `tp` for this model. Raises ConfigError when the model cannot be cut so finely."""
         heads = head_shard(spec.num_heads, spec.num_kv_heads, tp, rank)
-        if tp > spec.intermediate_size:
-            raise ConfigError(
-                f"tensor_parallel_size={tp} is larger than intermediate_size={spec.intermediate_size}: use at most {spec.intermediate_size}."
-            )
+        most = spec.intermediate_size
+        if tp > most:
+            raise ConfigError(f"tensor_parallel_size={tp} is larger than intermediate_size={most}: use at most {most}.")
         return cls(heads, shard(spec.intermediate_size, tp, rank), vocab_shard(spec.vocab_size, tp, rank))
 
 

@@ -1,0 +1,76 @@
+"""From hidden states to logits: the head's product, the gather over the vocabulary, and what the model does to logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lockstep.layers.base import pad_last, trim_shards
+from lockstep.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+
+if TYPE_CHECKING:
+    from lockstep.distributed.group import GroupCoordinator
+
+
+class LogitsProcessor(nn.Module):
+    """Logits of the real vocabulary, float32, on TP rank 0 (None on the others).
+
+    Order: product, gather, padding cut off, float32, soft cap `cap * tanh(x / cap)`, `scale`.
+    """
+
+    def __init__(self, vocab_size: int, *, tp: GroupCoordinator, scale: float = 1.0, soft_cap: float | None = None) -> None:
+        super().__init__()
+        if soft_cap is not None and soft_cap <= 0:
+            raise ValueError(f"soft_cap={soft_cap} must be positive, or None for no cap.")
+        self.vocab_size = vocab_size
+        self.tp = tp
+        self.scale = scale
+        self.soft_cap = soft_cap
+
+    def forward(self, lm_head: VocabParallelEmbedding, hidden: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """`hidden [rows, hidden]` to logits `[rows, vocab_size]`. `bias` is the head's shard; default: the head's own.
+
+        Every rank of the group must call it.
+        """
+        logits = self._local(lm_head, hidden, bias)
+        if lm_head.tp_size > 1:
+            cuts = lm_head.cuts
+            gathered = self.tp.gather(pad_last(logits, cuts[0].size), dst=0, dim=-1)
+            if gathered is None:
+                return None
+            logits = trim_shards(gathered, cuts)
+        return self._finish(logits[..., : self.vocab_size])
+
+    def top_tokens(self, lm_head: VocabParallelEmbedding, hidden: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """The likeliest token of each row, `[rows]` int64, on TP rank 0 (None on the others).
+
+        Equal to the argmax of forward, the lowest id among equals, but ranks exchange one pair per row.
+        """
+        local = self._finish(self._local(lm_head, hidden, bias)[..., : lm_head.shard.filled.size])
+        if lm_head.tp_size == 1:
+            return local.argmax(dim=-1)
+        if local.shape[-1]:
+            ids = local.argmax(dim=-1, keepdim=True)
+            pair = torch.cat([local.gather(-1, ids).double(), (ids + lm_head.shard.start).double()], dim=-1)
+        else:
+            pair = torch.full((*local.shape[:-1], 2), -torch.inf, dtype=torch.float64, device=local.device)
+        pairs = self.tp.gather(pair, dst=0, dim=-1)
+        if pairs is None:
+            return None
+        # Ranks are in id order and argmax takes the first of equals, so the lowest id wins.
+        best = pairs[..., 0::2].argmax(dim=-1, keepdim=True)
+        return pairs[..., 1::2].gather(-1, best).squeeze(-1).long()
+
+    def _local(self, lm_head: VocabParallelEmbedding, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None and isinstance(lm_head, ParallelLMHead):
+            bias = lm_head.bias
+        return F.linear(hidden, lm_head.weight, bias)
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        logits = logits.float()
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits if self.scale == 1.0 else logits * self.scale
