@@ -39,3 +39,8 @@ def torchrun_rank() -> tuple[int, int, int] | None:
 def debug_fault() -> str:
     """LOCKSTEP_FAULT: `phase:rank:action`, a fault that tests inject; empty in normal life."""
     return _text("LOCKSTEP_FAULT")
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment for a child, with `changes`."""
+    return {**os.environ, **changes}
