@@ -6,20 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import msgspec
+from lockstep.protocol import RankMemory, StepPlan, StepResult
 
-from lockstep.protocol import StepPlan, StepResult
-
-
-class RankMemory(msgspec.Struct, kw_only=True):
-    """What one rank knows of its memory after loading. All in bytes."""
-
-    rank: int
-    weight_bytes: int
-    free_bytes: int  # what the KV cache may take: the rank's share less weights, activations and buffers
-    kv_bytes_per_block: int  # over all its layers; 0 only for a rank without attention layers
-    kv_bytes: int = 0  # allocated, after initialize_kv_cache
-    peak_bytes: int = 0  # peak resident (CPU) or allocated (CUDA) memory of the rank so far
+__all__ = ["Executor", "ExecutorError", "RankMemory", "StepFuture"]
 
 
 class StepFuture(Protocol):

@@ -1,5 +1,6 @@
 """Everything that crosses a process border, as msgspec structs. No torch, no behaviour."""
 
+from lockstep.protocol.memory import RankMemory
 from lockstep.protocol.request import EngineOutput, EngineRequest, FinishReason
 from lockstep.protocol.sampling import RequestOutputKind, SamplingParams
 from lockstep.protocol.step import NewRequest, StepPlan, StepResult, TokenLogprobs
@@ -9,6 +10,7 @@ __all__ = [
     "EngineRequest",
     "FinishReason",
     "NewRequest",
+    "RankMemory",
     "RequestOutputKind",
     "SamplingParams",
     "StepPlan",

@@ -1,0 +1,138 @@
+"""One step on one rank: from a plan to tokens. Every rank runs the same lines in the same order.
+
+    apply the plan -> inputs -> forward -> logits of the sampled rows -> sample -> broadcast -> append
+
+Only the output rank (TP rank 0) holds logits and samples; the tokens are broadcast, so that every rank's state goes on
+by itself and the next plan may be made before this step's result is known.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lockstep.attention.batch import AttentionBatch
+from lockstep.config.model_spec import ModelSpec
+from lockstep.distributed.groups import ParallelGroups
+from lockstep.models.decoder import DecoderModel
+from lockstep.protocol import StepPlan, StepResult, TokenLogprobs
+from lockstep.worker.batch import I64, BatchState
+from lockstep.worker.inputs import StepInputs, build_inputs
+from lockstep.worker.logprobs import chunk_rows, token_logprobs
+from lockstep.worker.sampler import Sampled, Sampler
+
+if TYPE_CHECKING:
+    from lockstep.distributed.progress import ProgressCell
+
+PromptLogprobs = list[tuple[int, list[TokenLogprobs]]]
+
+
+class ModelRunner:
+    """Runs steps of `model` (KV cache bound) and keeps the batch state. `progress` is told each step's number and kind."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        spec: ModelSpec,
+        groups: ParallelGroups,
+        *,
+        state: BatchState,
+        device: torch.device,
+        progress: ProgressCell | None = None,
+    ) -> None:
+        assert groups.pp.world_size == 1, "pipeline stages are refused by the configuration's check"
+        self.model, self.spec, self.groups = model, spec, groups
+        self.state, self.device, self.progress = state, device, progress
+        self.sampler = Sampler(spec.eos_token_ids)
+
+    @property
+    def is_output_rank(self) -> bool:
+        """Whether this rank samples and reports."""
+        return bool(self.groups.tp.rank_in_group == 0)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """Run one step. Returns its result on the output rank, None on the others."""
+        began = time.perf_counter()
+        self.state.apply(plan)
+        if not plan.slots:  # a plan that only gives slots back
+            return StepResult(step=plan.step, tokens=[]) if self.is_output_rank else None
+        inputs = build_inputs(self.state, plan)
+        self._mark(plan)
+        hidden = self.forward(inputs)
+        prompt_logprobs = self._prompt_logprobs(hidden, inputs)
+        sampled = self._sample(hidden, inputs)
+        self.state.append(inputs.sampled_slots, sampled.tokens)
+        if not self.is_output_rank:
+            return None
+        return StepResult(
+            step=plan.step,
+            tokens=sampled.tokens.tolist(),
+            logprobs=sampled.logprobs,
+            prompt_logprobs=prompt_logprobs,
+            compute_s=time.perf_counter() - began,
+        )
+
+    def forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Hidden states `[tokens, hidden]` of the step's tokens; their keys and values are in the cache afterwards."""
+        batch = AttentionBatch.build(
+            inputs.query_lens.tolist(),
+            inputs.seq_lens.tolist(),
+            torch.from_numpy(inputs.block_tables),
+            self.state.block_size,
+            self.device,
+        )
+        return self.model(self._to_device(inputs.input_ids), self._to_device(inputs.positions), batch)
+
+    def _sample(self, hidden: torch.Tensor, inputs: StepInputs) -> Sampled:
+        """One token for each sampled row, the same on every rank; log-probabilities on the output rank only."""
+        count = len(inputs.sampled_rows)
+        if not count:
+            return Sampled(np.empty(0, np.int64), None)
+        logits = self.model.compute_logits(hidden[self._to_device(inputs.last_tokens)])
+        sampled = None if logits is None else self.sampler.sample(logits, self.state.sample_rows(inputs.sampled_slots))
+        if self.groups.tp.world_size == 1:
+            assert sampled is not None
+            return sampled
+        tokens = torch.empty(count, dtype=torch.int64, device=self.device) if sampled is None else self._to_device(sampled.tokens)
+        everyones: I64 = self.groups.tp.broadcast(tokens, src=0).cpu().numpy()
+        return Sampled(everyones, sampled.logprobs if sampled else None)
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, inputs: StepInputs) -> PromptLogprobs:
+        """For each row that asked: the prompt tokens that this step's positions predict. Filled on the output rank only.
+
+        The logits of a long prompt are made a few rows at a time; every rank makes the same pieces.
+        """
+        found: PromptLogprobs = []
+        after = np.cumsum(inputs.query_lens)
+        for row in np.flatnonzero(self.state.prompt_logprobs[inputs.slots] >= 0).tolist():
+            slot = int(inputs.slots[row])
+            start = int(inputs.seq_lens[row] - inputs.query_lens[row])
+            count = min(int(inputs.seq_lens[row]), int(self.state.prompt_lens[slot]) - 1) - start
+            if count > 0:
+                at = int(after[row] - inputs.query_lens[row])
+                given: I64 = self.state.tokens[slot, start + 1 : start + 1 + count].astype(np.int64)
+                found.append((slot, self._given_logprobs(hidden[at : at + count], given, int(self.state.prompt_logprobs[slot]))))
+        return found if self.is_output_rank else []
+
+    def _given_logprobs(self, hidden: torch.Tensor, given: I64, top: int) -> list[TokenLogprobs]:
+        """Log-probabilities of `given [rows]`, each predicted by its row of `hidden [rows, hidden]`."""
+        found: list[TokenLogprobs] = []
+        step = chunk_rows(self.spec.vocab_size)
+        for at in range(0, len(given), step):
+            logits = self.model.compute_logits(hidden[at : at + step])
+            if logits is not None:
+                tokens = given[at : at + step]
+                found += token_logprobs(logits, tokens, np.full(len(tokens), top, np.int64))
+        return found
+
+    def _to_device(self, array: I64) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def _mark(self, plan: StepPlan) -> None:
+        """Tell the progress cell what this rank begins: a wait that fails names it."""
+        if self.progress is not None:
+            self.progress.set(phase="step", step=plan.step, note="prefill" if max(plan.num_tokens) > 1 else "decode")
