@@ -1,0 +1,116 @@
+"""Prompts on their way in: tokenized, checked, and turned into engine requests."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
+from lockstep.frontend.tokenizer import eos_ids
+from lockstep.protocol import EngineRequest, SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+
+@dataclass
+class Job:
+    """One prompt, ready to run: its engine requests, one for each of the n completions, by index."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    requests: list[EngineRequest]
+
+
+class InputProcessor:
+    """Makes jobs of prompts. Pure but for a counter, which numbers the requests and their seeds."""
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, tokenizer: Any) -> None:
+        self._seed = config.model.seed
+        self._tokenizer = tokenizer
+        self._eos = [t for t in eos_ids(tokenizer, folder, spec.eos_token_ids) if t < spec.vocab_size]
+        self._count = 0
+
+    def job(
+        self, prompt: Prompt, sampling: SamplingParams, *, request_id: str | None = None, priority: int = 0, arrival_s: float = 0.0
+    ) -> Job:
+        """The job of one prompt: text, token ids, or a dict with `prompt` or `prompt_token_ids` (and `cache_salt`).
+
+        Raises ValueError for a prompt that cannot be read. Lengths and ids are checked by the engine, when it takes it.
+        """
+        text, ids, salt = self._read(prompt)
+        if sampling.stop and not sampling.detokenize:
+            raise ValueError(f"stop={sampling.stop!r} needs text to look in, but detokenize=False: use stop_token_ids, or detokenize.")
+        number, self._count = self._count, self._count + 1
+        name = request_id or str(number)
+        seed = sampling.seed if sampling.seed is not None else _draw_seed(self._seed, number)
+        first = self._for_engine(sampling)
+        # The prompt is the same for all completions: one of them reports its log-probabilities.
+        others = msgspec.structs.replace(first, prompt_logprobs=None) if first.prompt_logprobs is not None else first
+        requests = [
+            EngineRequest(
+                request_id=name if sampling.n == 1 else f"{name}.{choice}",
+                prompt_token_ids=ids,
+                sampling=others if choice else first,
+                seed=seed,
+                choice=choice,
+                eos_token_ids=self._eos,
+                priority=priority,
+                arrival_s=arrival_s,
+                cache_salt=salt,
+            )
+            for choice in range(sampling.n)
+        ]
+        return Job(name, text, ids, sampling, requests)
+
+    def _read(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
+        """(text, token ids, cache salt) of a prompt in any of its forms."""
+        salt = None
+        if isinstance(prompt, Mapping):
+            unknown = [k for k in prompt if k not in PROMPT_KEYS]
+            if unknown or not ("prompt" in prompt or "prompt_token_ids" in prompt):
+                raise ValueError(
+                    f"prompt has the keys {list(prompt)}: give `prompt` (text) or `prompt_token_ids`, and optionally `cache_salt`."
+                )
+            salt = prompt.get("cache_salt")
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), _ids(prompt["prompt_token_ids"]), salt
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            return prompt, list(self._tokenizer(prompt)["input_ids"]), salt
+        return None, _ids(prompt), salt
+
+    def _for_engine(self, sampling: SamplingParams) -> SamplingParams:
+        if not sampling.bad_words:
+            return sampling
+        ids: list[list[int]] = []
+        for word in sampling.bad_words:
+            # A word is spelled with other tokens inside a line (after a space) than at its start.
+            for spelling in (word.lstrip(), " " + word.lstrip()):
+                tokens = list(self._tokenizer(spelling, add_special_tokens=False)["input_ids"])
+                if tokens and tokens not in ids:
+                    ids.append(tokens)
+        return msgspec.structs.replace(sampling, bad_words_token_ids=ids)
+
+
+def _draw_seed(engine_seed: int, number: int) -> int:
+    """The seed of the engine's `number`-th request: the same on every run, and unrelated to its neighbours'."""
+    return int.from_bytes(hashlib.blake2b(f"{engine_seed}:{number}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _ids(prompt: Any) -> list[int]:
+    """Token ids as plain integers, from a list, an array or a tensor. Raises ValueError for anything else."""
+    try:
+        return [operator.index(t) for t in prompt]
+    except TypeError:
+        kind = type(prompt).__name__
+        raise ValueError(f"prompt is a {kind} that is not a list of integers: give text, token ids, or a dict with one of them.") from None

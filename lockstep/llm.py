@@ -1,0 +1,176 @@
+"""Offline inference: the shortest complete path from a prompt to its completion. Read this file first.
+
+config -> resolve -> executor (ranks start, load the model) -> engine core -> step, step, step -> text
+
+>>> with LLM("my-model", tensor_parallel_size=2) as llm:
+...     for output in llm.generate(["Hello,", "def add("], SamplingParams(temperature=0)):
+...         print(output.prompt, output.outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from lockstep.config.build import build_config
+from lockstep.config.validate import resolve
+from lockstep.engine.core import EngineCore
+from lockstep.executor.factory import make_executor
+from lockstep.frontend.chat import Conversation, conversations, render
+from lockstep.frontend.collector import Collector
+from lockstep.frontend.inputs import InputProcessor, Job, Prompt
+from lockstep.frontend.outputs import RequestOutput
+from lockstep.frontend.progress import Progress
+from lockstep.frontend.tokenizer import load_in_background, load_tokenizer, tokenizer_folder
+from lockstep.protocol import RequestOutputKind, SamplingParams
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """One model on this machine, split over its ranks. For use from one thread."""
+
+    def __init__(self, model: str = "", *, tensor_parallel_size: int = 1, **settings: Any) -> None:
+        """Start the ranks and load the model; `settings` are the fields of `lockstep.config.tree`, by name.
+
+        Raises TypeError for an unknown setting, ConfigError (a ValueError) for an impossible one, ExecutorError when a
+        rank does not start.
+        """
+        self.config, self.spec, self.folder = resolve(build_config(model=model, tensor_parallel_size=tensor_parallel_size, **settings))
+        words = tokenizer_folder(self.config.model, self.folder)
+        tokenizer: Future[Any] = load_in_background(lambda: load_tokenizer(words))  # while the ranks start
+        self._executor = make_executor(self.config, self.spec, self.folder)
+        self._finalizer = weakref.finalize(self, self._executor.shutdown)
+        try:
+            self._core = EngineCore(self.config, self.spec, self._executor)
+            self._tokenizer = tokenizer.result()
+        except BaseException:
+            self._finalizer()
+            raise
+        self.config = self._core.config
+        self._inputs = InputProcessor(self.config, self.spec, self.folder, self._tokenizer)
+        self._collector = Collector(self._tokenizer)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; the outputs in the prompts' order.
+
+        A prompt is text, a list of token ids, or a dict with `prompt` or `prompt_token_ids`. `sampling_params`: one for
+        all, or one per prompt. `priority`: per prompt, lower first, under scheduling_policy="priority". Raises
+        ValueError, before anything runs, when one of them cannot; ExecutorError when a rank fails in the middle.
+        """
+        jobs = self._jobs(prompts, sampling_params, RequestOutputKind.FINAL_ONLY, priority)
+        done: dict[str, RequestOutput] = {}
+        with Progress(len(jobs), show=use_tqdm) as bar:
+            for output in self._run(jobs):
+                done[output.request_id] = output
+                bar.advance(output)
+        return [done[job.request_id] for job in jobs]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several: lists of `{"role": ..., "content": ...}`."""
+        prompts = [
+            render(self._tokenizer, talk, add_generation_prompt, chat_template, chat_template_kwargs) for talk in conversations(messages)
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
+        """Complete every prompt, giving what there is as it comes: all so far, or as `output_kind` of the parameters says.
+
+        Several prompts run at once, and their outputs come mixed: tell them apart by `request_id`, which counts up in
+        the prompts' order. Leaving the iterator early aborts what is unfinished.
+        """
+        return self._run(self._jobs(prompts, sampling_params, None, None))
+
+    def get_tokenizer(self) -> Any:
+        """The `transformers` tokenizer in use."""
+        return self._tokenizer
+
+    def stats(self) -> Any:
+        """The engine's counters (see `lockstep.engine.stats`)."""
+        return self._core.stats()
+
+    def memory(self) -> list[Any]:
+        """Each rank's `RankMemory`: weights, KV cache and peak, in bytes, by rank."""
+        return self._executor.memory()
+
+    def shutdown(self) -> None:
+        """Stop the ranks and free everything. May be called twice; also done at exit and when the object is dropped."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.shutdown()
+
+    def _run(self, jobs: list[Job]) -> Iterator[RequestOutput]:
+        """Queue every job, then step the engine until all are finished. However it ends, nothing is left running."""
+        left = {request.request_id for job in jobs for request in job.requests}
+        try:
+            for job in jobs:
+                for request in job.requests:
+                    self._core.add_request(request)
+                self._collector.start(job)
+            while left:
+                news = self._core.step()
+                outputs, ended = self._collector.take(news)
+                self._core.abort(ended)
+                left -= {o.request_id for o in news if o.finish_reason is not None}
+                left.difference_update(ended)
+                yield from outputs
+        finally:
+            self._collector.forget(left)
+            self._core.abort(left)
+
+    def _jobs(
+        self, prompts: Prompt | Sequence[Prompt], params: Params, kind: RequestOutputKind | None, priority: Sequence[int] | None
+    ) -> list[Job]:
+        """Every prompt as a job, or ValueError for the first that cannot be one."""
+        listed = _as_list(prompts)
+        sampling = _per_prompt("sampling_params", params if isinstance(params, Sequence) else None, listed, params or SamplingParams())
+        priorities = _per_prompt("priority", priority, listed, 0)
+        now_s = time.monotonic()
+        if kind is not None:
+            sampling = [msgspec.structs.replace(p, output_kind=kind) for p in sampling]
+        return [
+            self._inputs.job(prompt, p, priority=rank, arrival_s=now_s)
+            for prompt, p, rank in zip(listed, sampling, priorities, strict=True)
+        ]
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt or several, as a list of them; a list of integers is one prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    listed = list(prompts)
+    return [listed] if listed and all(isinstance(t, int) for t in listed) else listed
+
+
+def _per_prompt(name: str, values: Sequence[Any] | None, prompts: list[Any], one_for_all: Any) -> list[Any]:
+    """A value for each prompt. Raises ValueError when there are fewer or more than prompts."""
+    if values is None:
+        return [one_for_all] * len(prompts)
+    if len(values) != len(prompts):
+        raise ValueError(f"{name} has {len(values)} entries for {len(prompts)} prompts: give one for each, or a single one for all.")
+    return list(values)
