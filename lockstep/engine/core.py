@@ -1,0 +1,156 @@
+"""The engine: requests in, steps to the executor, outputs out."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from lockstep.config.defaults import default_token_budget
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
+from lockstep.engine.admission import Limits
+from lockstep.engine.plan_builder import ScheduledStep
+from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.sizing import MemoryPlan, plan_memory
+from lockstep.engine.stats import EngineStats
+from lockstep.executor.contract import Executor, ExecutorError, StepFuture
+from lockstep.protocol import EngineOutput, EngineRequest, StepResult
+
+RESULT_GRACE_S = 10.0  # the executor times a step itself and knows why it is late: let it speak first
+
+
+class EngineCore:
+    """One engine over one executor. Not thread-safe: one thread calls it.
+
+    Life: construct (sizes the KV cache, allocates it on every rank) -> add_request/abort/step -> shutdown.
+
+    Failure of the executor: the `step` that meets it ends every unfinished request with one terminal output,
+    finish_reason "error", and returns these. It does not raise. From then on `failure` is set, `has_unfinished` is
+    False, and `step`, `add_request` and `check_health` raise that same ExecutorError. `abort` and `shutdown` never raise.
+
+    `config` is the configuration with every None filled in; `memory` tells how the KV cache was sized.
+    """
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, executor: Executor, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.memory, self.config = size_engine(config, spec, executor)
+        self.executor = executor
+        self.failure: ExecutorError | None = None
+        executor.initialize_kv_cache(self.memory.num_blocks)
+        self.scheduler = Scheduler(
+            limits_of(self.config, spec, self.memory),
+            prefix_caching=config.cache.enable_prefix_caching,
+            hash_seed=config.model.seed,
+            clock=clock,
+        )
+        self.depth = executor.max_concurrent_batches if config.scheduler.async_scheduling else 1
+        self._timeout_s = config.parallel.execute_model_timeout_seconds + RESULT_GRACE_S
+        self._in_flight: deque[tuple[ScheduledStep, StepFuture]] = deque()  # oldest first
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queue a request. It will end in exactly one output with a finish_reason.
+
+        Raises RequestError, and nothing is queued, when it can never run (the message has the broken number) or its id
+        is in use; the ExecutorError after a failure.
+        """
+        self._raise_failure()
+        self.scheduler.add(request)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests: blocks are free at once, the next `step` returns their terminal outputs ("abort"). Unknown ids are ignored."""
+        self.scheduler.abort(request_ids)
+
+    def step(self) -> list[EngineOutput]:
+        """Issue as many steps as may be in flight, then wait for the oldest one. Returns what came for requests."""
+        if self.failure is not None and not self.scheduler.has_unfinished():
+            raise self.failure
+        try:
+            self._advance()
+        except ExecutorError as error:
+            self._fail(error)
+        except Exception as error:  # our own fault: it is raised, and the requests are told at the next step
+            self._fail(ExecutorError(f"the engine failed: {error!r}", phase="engine", kind="raised", error_type=type(error).__name__))
+            raise
+        return self.scheduler.take_outputs()
+
+    def _advance(self) -> None:
+        """Steps are issued before the oldest is waited for: the ranks run one while the next is planned."""
+        while len(self._in_flight) < self.depth and (step := self.scheduler.schedule()):
+            self._in_flight.append((step, self.executor.execute_model(step.plan)))
+        if self._in_flight:
+            step, future = self._in_flight.popleft()
+            self.scheduler.update(step, self._wait(step, future))
+
+    def _wait(self, step: ScheduledStep, future: StepFuture) -> StepResult:
+        """The result of a step. Raises ExecutorError, also for a step that does not end in time."""
+        started = time.monotonic()
+        try:
+            return future.result(self._timeout_s)
+        except TimeoutError as error:
+            number, waited = step.plan.step, time.monotonic() - started
+            message = f"step {number} gave no result in {waited:.1f} s (execute_model_timeout_seconds, and {RESULT_GRACE_S:.0f} s): {error}"
+            raise ExecutorError(message, phase=f"step {number}", kind="hung") from error
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do: a request without its terminal output, or a step in flight."""
+        return self.scheduler.has_unfinished() or bool(self._in_flight)
+
+    def check_health(self) -> None:
+        """Raise the ExecutorError if the engine can no longer run."""
+        self._raise_failure()
+        self.executor.check_health()
+
+    def stats(self) -> EngineStats:
+        """The numbers of this moment."""
+        return self.scheduler.stats()
+
+    def shutdown(self) -> None:
+        """Abort what is unfinished, and stop the executor. Never raises, may be called twice.
+
+        The terminal outputs of what was aborted are returned by one more `step`; after that `step` raises ExecutorError.
+        """
+        if self.failure is None:
+            self._in_flight.clear()
+            self.scheduler.abort_all()
+            self.failure = ExecutorError("the engine has been shut down: make a new one.", kind="shutdown")
+        self.executor.shutdown()
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def _fail(self, error: ExecutorError) -> None:
+        self.failure = error
+        self._in_flight.clear()
+        self.scheduler.fail_all(str(error))
+
+
+def size_engine(config: EngineConfig, spec: ModelSpec, executor: Executor) -> tuple[MemoryPlan, EngineConfig]:
+    """How the KV cache is sized, and the configuration with every None filled. Raises ConfigError when nothing fits."""
+    model_len = config.model.max_model_len or spec.max_position_embeddings
+    config = replace(config, model=replace(config.model, max_model_len=model_len))
+    budget = config.scheduler.max_num_batched_tokens or default_token_budget(config, spec)
+    config = replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=budget))
+    memory = plan_memory(config, spec, executor.memory())
+    return memory, replace(
+        config,
+        scheduler=replace(config.scheduler, max_num_seqs=memory.max_num_seqs),
+        cache=replace(config.cache, num_gpu_blocks_override=memory.num_blocks),
+    )
+
+
+def limits_of(config: EngineConfig, spec: ModelSpec, memory: MemoryPlan) -> Limits:
+    """The scheduler's numbers, from a configuration without Nones."""
+    scheduler = config.scheduler
+    assert scheduler.max_num_seqs and scheduler.max_num_batched_tokens and config.model.max_model_len
+    return Limits(
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_model_len=config.model.max_model_len,
+        vocab_size=spec.vocab_size,
+        num_blocks=memory.num_blocks,
+        block_size=config.cache.block_size,
+        chunked_prefill=scheduler.enable_chunked_prefill,
+        by_priority=scheduler.scheduling_policy == "priority",
+    )

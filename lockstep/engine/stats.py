@@ -1,0 +1,32 @@
+"""What the engine is doing, as numbers."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
+    """A snapshot. Counters (marked +) only grow."""
+
+    running: int
+    waiting: int
+    steps_in_flight: int
+    kv_blocks: int
+    kv_blocks_used: int
+    steps: int  # + plans issued
+    scheduled_tokens: int  # + tokens those plans compute
+    generated_tokens: int  # + tokens that reached a request
+    prefix_query_tokens: int  # + prompt tokens of requests that may read the prefix cache
+    prefix_hit_tokens: int  # + of them, found there
+    preemptions: int  # + requests that lost their blocks and start again
+    finished: int  # + requests that ended, for whatever reason
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks that requests hold, 0 to 1."""
+        return self.kv_blocks_used / self.kv_blocks
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of the prompt tokens that the prefix cache spared, 0 to 1."""
+        return self.prefix_hit_tokens / self.prefix_query_tokens if self.prefix_query_tokens else 0.0
