@@ -194,7 +194,7 @@ class ProgressBoard:
 
 
 def rank_list(ranks: Iterable[int]) -> str:
-    """"rank 1", "ranks 0, 2"."""
+    """ "rank 1", "ranks 0, 2"."""
     names = [str(r) for r in ranks]
     return ("rank " if len(names) == 1 else "ranks ") + ", ".join(names)
 

@@ -44,3 +44,40 @@ def debug_fault() -> str:
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment for a child, with `changes`."""
     return {**os.environ, **changes}
+
+
+def master_address() -> tuple[str, int] | None:
+    """(MASTER_ADDR, MASTER_PORT), None when either is unset."""
+    if not _text("MASTER_ADDR") or not _text("MASTER_PORT").isdigit():
+        return None
+    return _text("MASTER_ADDR"), int(_text("MASTER_PORT"))
+
+
+def has_agent_store() -> bool:
+    """TORCHELASTIC_USE_AGENT_STORE: torchrun already serves a store at the master address."""
+    return _text("TORCHELASTIC_USE_AGENT_STORE").lower() == "true"
+
+
+def restart_count() -> int:
+    """TORCHELASTIC_RESTART_COUNT: which attempt of torchrun this is."""
+    return int(_text("TORCHELASTIC_RESTART_COUNT", "0") or 0)
+
+
+_SOCKET_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def bind_collectives(interface: str) -> list[str]:
+    """Name the interface for gloo and NCCL, which read it from the environment only; a user's own choice stays.
+
+    Returns the variables that were set, for `unbind_collectives`.
+    """
+    chosen = [name for name in _SOCKET_INTERFACES if not _text(name)]
+    for name in chosen:
+        os.environ[name] = interface
+    return chosen
+
+
+def unbind_collectives(names: list[str]) -> None:
+    """Undo `bind_collectives`."""
+    for name in names:
+        os.environ.pop(name, None)

@@ -92,12 +92,9 @@ def die_with_parent(parent_pid: int, death_fd: int, on_death: Callable[[], None]
 
 
 def kill_group(pid: int, signum: int = signal.SIGKILL) -> None:
-    """Signal the process group led by `pid`, or the process alone where it leads none. Gone already is fine."""
+    """Signal the process group that `pid` leads (also when only children of it are left). Gone already is fine."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        try:
-            os.killpg(pid, signum)
-        except ProcessLookupError:
-            os.kill(pid, signum)
+        os.killpg(pid, signum)
 
 
 def wait_gone(pids: Iterable[int], timeout_s: float) -> list[int]:

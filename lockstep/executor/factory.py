@@ -1,0 +1,34 @@
+"""Which executor a configuration asks for. Torch-free: an executor is imported when it is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lockstep.config.errors import ConfigError
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
+from lockstep.executor.contract import Executor
+
+WORKER = "lockstep.worker.worker:Worker"
+
+
+def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str = WORKER) -> Executor:
+    """The executor for `config`, its ranks started and their models loaded.
+
+    `worker_cls` ("module:Class") is what each rank runs. Raises ConfigError for an unknown or unfitting backend,
+    ExecutorError when a rank does not get ready.
+    """
+    parallel = config.parallel
+    world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.prefill_context_parallel_size
+    backend = parallel.distributed_executor_backend or ("uni" if world == 1 else "mp")
+    if backend == "uni":
+        if world != 1:
+            raise ConfigError(f"distributed_executor_backend='uni' runs one rank, and {world} are asked for: use 'mp'.")
+        from lockstep.executor.uniproc import UniprocExecutor
+
+        return UniprocExecutor(config, spec, folder, worker_cls=worker_cls)
+    if backend == "mp":
+        from lockstep.executor.multiproc import MultiprocExecutor
+
+        return MultiprocExecutor(config, spec, folder, worker_cls=worker_cls)
+    raise ConfigError(f"distributed_executor_backend={backend!r} is not available: it must be 'uni' or 'mp'.")

@@ -1,0 +1,99 @@
+"""How executors say what went wrong: every message names the rank, what it was doing, the cause and its last words."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from lockstep.distributed.progress import Progress, rank_list
+from lockstep.executor.contract import ExecutorError
+from lockstep.executor.wire import Raised
+from lockstep.utils import procs
+
+TAIL_LINES = 60
+
+
+class LogTail:
+    """The last lines a rank wrote."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=TAIL_LINES)
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """Add output; the lines it completed."""
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        lines = [line.decode("utf-8", "replace").rstrip("\r") for line in whole]
+        self.lines.extend(lines)
+        if len(self._rest) > 1 << 16:  # no newline in sight: do not hoard
+            lines += self.feed(b"\n")
+        return lines
+
+    def finish(self) -> None:
+        """The rank is gone: what it wrote without a newline is a line too."""
+        if self._rest:
+            self.feed(b"\n")
+
+
+def phase_of(progress: Progress) -> str:
+    """The phase as ExecutorError gives it: "step 12", "load", ..."""
+    return f"step {progress.step}" if progress.phase == "step" else progress.phase or "spawn"
+
+
+def died(rank: int, exitcode: int | None, progress: Progress, others: str, tail: Sequence[str]) -> ExecutorError:
+    """A process that ended, or let go of its channel."""
+    cause = procs.exit_cause(exitcode) if exitcode is not None else "it closed its reply channel but still runs"
+    message = f"rank {rank} died in {progress.where()}: {cause}.{_others(others)}{_quote(rank, tail)}"
+    return ExecutorError(message, rank=rank, phase=phase_of(progress), exitcode=exitcode, kind="died", log_tail=tail)
+
+
+def stopped(rank: int, progress: Progress, others: str, tail: Sequence[str]) -> ExecutorError:
+    """A process that was stopped by a signal."""
+    message = (
+        f"rank {rank} was stopped (SIGSTOP, or a debugger) in {progress.where()}: no sign of life for "
+        f"{progress.beat_age_s:.1f} s.{_others(others)}{_quote(rank, tail)}"
+    )
+    return ExecutorError(message, rank=rank, phase=phase_of(progress), kind="stopped", log_tail=tail)
+
+
+def hung(what: str, quiet_s: float, all_progress: Sequence[Progress], states: Sequence[str], tail: Sequence[str]) -> ExecutorError:
+    """Nobody moves. The culprits are the ranks that got least far; `states` are the kernel's letters, by rank."""
+    behind = laggards(all_progress)
+    culprit = behind[0] if len(behind) == 1 else None
+    places = "; ".join(
+        f"rank {r} at {p}" + (", waiting for a device (state D)" if s == "D" else "")
+        for r, (p, s) in enumerate(zip(all_progress, states, strict=True))
+    )
+    blame = f" {rank_list(behind).capitalize()} got least far." if len(behind) < len(all_progress) else ""
+    phase = phase_of(all_progress[behind[0]])
+    message = f"{what} made no progress for {quiet_s:.1f} s: {places}.{blame}"
+    return ExecutorError(message, rank=culprit, phase=phase, kind="hung", log_tail=tail)
+
+
+def raised(rank: int, answer: Raised, tail: Sequence[str] = ()) -> ExecutorError:
+    """An exception in a rank. Its traceback is the end of the log tail."""
+    trace = answer.traceback.rstrip().splitlines()
+    message = f"rank {rank} raised {answer.error_type} in {answer.phase}: {answer.message}"
+    return ExecutorError(message, rank=rank, phase=answer.phase, kind="raised", error_type=answer.error_type, log_tail=[*tail, *trace])
+
+
+def laggards(all_progress: Sequence[Progress]) -> list[int]:
+    """The ranks that got least far. A rank that finished its step is ahead of one that is inside."""
+    order = {phase: i for i, phase in enumerate(("", "spawn", "import", "rendezvous", "init", "load"))}
+
+    def reached(p: Progress) -> tuple[int, int, int, int]:
+        early = order.get(p.phase, len(order))
+        idle = int(p.phase == "idle")
+        return early, p.step, idle, 0 if idle else p.collective
+
+    places = [reached(p) for p in all_progress]
+    least = min(places)
+    return [rank for rank, place in enumerate(places) if place == least]
+
+
+def _others(text: str) -> str:
+    return f" The others: {text}." if text else ""
+
+
+def _quote(rank: int, tail: Sequence[str]) -> str:
+    return f" Last lines of rank {rank}:\n  " + "\n  ".join(tail[-8:]) if tail else ""

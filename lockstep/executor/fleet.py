@@ -1,0 +1,354 @@
+"""The worker processes of one executor and the single thread that watches over them.
+
+The thread starts the processes (the kernel's parent-death signal follows the thread that forked: this one lives as long
+as they do), then sleeps on everything at once: replies, deaths, log output, a bell, and a clock.
+
+1. An answer resolves its operation.
+2. A death ends everything at once, with the exit code.
+3. An exception that breaks lockstep ends everything too, after a short grace: when a rank dies, the others often raise
+   "connection lost" first, and the death is the better cause.
+4. Every TICK_S it reads the progress cells. A rank without a sign of life that the kernel calls stopped ends
+   everything; so does an order on which no rank made progress for the order's limit. A rank that is slow but moves is
+   never reported.
+The first failure wins. Whatever ended it, all processes are killed and reaped before the thread ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from lockstep.distributed.message_queue import MessageQueue, QueueClosed
+from lockstep.distributed.progress import ProgressBoard
+from lockstep.executor import affinity, failure, wire
+from lockstep.executor.contract import ExecutorError
+from lockstep.executor.operations import Operations
+from lockstep.executor.spawn import Plan, WorkerProcess, exit_codes, kill_all, spawn
+from lockstep.observability.logging import get_logger
+from lockstep.utils import procs
+from lockstep.utils.shm import Bell
+
+TICK_S = 0.25
+STALE_S = 0.8  # without a sign of life (ranks give one every 0.2 s), ask the kernel whether it is stopped
+GRACE_S = 0.03  # how long an exception waits for a death that explains it better
+ANSWER_GRACE_S = 2.0  # how long ranks that make no progress may owe an answer after another rank raised
+STOP_S, TERM_S = 2.0, 1.0  # shutdown: time to leave by themselves, then after SIGTERM
+STACKS_S = 0.5  # time to write Python stacks when hung
+
+_log = get_logger(__name__)
+
+
+class Fleet:
+    """Start with `start()`; talk through `queue` and `operations`; end with `stop()`. Nothing here refers to the Executor."""
+
+    def __init__(self, plan: Plan, cores: list[affinity.RankCores]) -> None:
+        config = plan.config
+        self.plan, self.cores = plan, cores
+        self.operations = Operations()
+        self.queue = MessageQueue.create(plan.world_size)
+        self.board = ProgressBoard.create(plan.world_size)
+        self.workers: list[WorkerProcess] = []
+        self.settled = threading.Event()  # ready, or failed
+        self._owner = os.getpid()
+        self._started = time.monotonic()
+        self._startup_limit_s = config.runtime.startup_timeout_seconds
+        self._forward = config.runtime.log_level != "error"
+        self._bell = Bell.create()
+        self._selector = selectors.DefaultSelector()
+        self._suspect: tuple[float, ExecutorError] | None = None  # an exception in its grace
+        self._closed_reply: dict[int, float] = {}  # rank -> when its reply socket ended
+        self._stopping_since = 0.0
+        self._over = False
+        self._callbacks: list[Callable[[ExecutorError], None]] = []
+        self._callback_lock = threading.Lock()
+        self._death_pipe = os.pipe()  # the write end is only ever in this process: its end is our death
+        self._thread = threading.Thread(target=self._run, name="lockstep-monitor", daemon=True)
+
+    # -- called from other threads
+
+    def start(self) -> None:
+        """Start the processes and wait until all are ready. Raises the ExecutorError when one does not get there."""
+        self._thread.start()
+        self.settled.wait()
+        if self.operations.error is not None:
+            self._thread.join()
+            raise self.operations.error
+
+    def send(self, order: wire.Order, timeout: float) -> None:
+        """Give an order to every rank. Raises the terminal error, or TimeoutError when ranks do not take orders."""
+        try:
+            self.queue.enqueue(wire.encode_order(order), timeout)
+        except QueueClosed:
+            raise self.operations.error or _shutdown_error() from None
+
+    def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
+        with self._callback_lock:
+            self._callbacks.append(callback)
+        error = self.operations.error
+        if error is not None and error.kind != "shutdown":
+            self._call_back(error)
+
+    def stop(self) -> None:
+        """End all processes and free everything. Never raises; may be called twice, by anyone but a forked child."""
+        if os.getpid() != self._owner or not self._thread.ident:
+            return
+        if not self._stopping_since:
+            self._stopping_since = time.monotonic()
+            self.operations.fail(_shutdown_error())
+            with contextlib.suppress(TimeoutError, QueueClosed):
+                self.queue.enqueue(wire.encode_order(wire.Stop()), 0.2)
+            if self._thread.is_alive():
+                self._bell.ring()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(STOP_S + TERM_S + 5.0)
+
+    # -- the monitor thread
+
+    def _run(self) -> None:
+        try:
+            self._spawn()
+            while not self._over:
+                self._watch()
+        except Exception as e:
+            _log.exception("the monitor of the ranks failed")
+            error = ExecutorError(f"the monitor of the ranks failed: {type(e).__name__}: {e}", phase="monitor", error_type=type(e).__name__)
+            error.__cause__ = e
+            self._fail(error)
+        finally:
+            self._clean_up()
+
+    def _spawn(self) -> None:
+        with socket.create_server(("127.0.0.1", 0), backlog=max(128, self.plan.world_size)) as listener:
+            for rank in range(self.plan.world_size):
+                worker = spawn(self.plan, rank, self.cores[rank], self.queue, self.board, self._death_pipe[0], listener)
+                self.workers.append(worker)
+                self._selector.register(worker.reply, selectors.EVENT_READ, (self._read_reply, worker))
+                self._selector.register(worker.log_fd, selectors.EVENT_READ, (self._read_log, worker))
+                if worker.pid_fd >= 0:
+                    self._selector.register(worker.pid_fd, selectors.EVENT_READ, (None, worker))
+        self._selector.register(self._bell.fds[0], selectors.EVENT_READ, (None, None))
+
+    def _watch(self) -> None:
+        """One round: sleep until something happens, then handle all of it, deaths last (their last words come first)."""
+        ended = False
+        for key, _ in self._selector.select(self._nap()):
+            handle, worker = key.data
+            if handle is not None:
+                handle(worker)
+            elif worker is not None:
+                ended = True
+            else:
+                self._bell.wait(0)
+        if ended or self._closed_reply:
+            self._check_deaths()
+        now = time.monotonic()
+        if self._over:
+            return
+        if self._stopping_since:
+            self._check_stopping(now)
+        elif self._suspect is not None and now >= self._suspect[0]:
+            self._fail(self._suspect[1])
+        elif now - self._last_tick >= TICK_S:
+            self._last_tick = now
+            self._check_progress(now)
+
+    _last_tick = 0.0
+
+    def _nap(self) -> float:
+        if self._stopping_since:
+            return 0.05
+        return 0.005 if self._suspect is not None or self._closed_reply else TICK_S
+
+    def _read_reply(self, worker: WorkerProcess) -> None:
+        try:
+            data = worker.reply.recv(1 << 20)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._unregister(worker.reply)
+            self._closed_reply.setdefault(worker.rank, time.monotonic())
+            return
+        try:
+            for answer in worker.frames.feed(data):
+                self._handle(worker, answer)
+        except msgspec.DecodeError as e:
+            message = f"rank {worker.rank} sent an answer that cannot be decoded: {e}"
+            self._fail(ExecutorError(message, rank=worker.rank, kind="raised", error_type="DecodeError", log_tail=list(worker.tail.lines)))
+
+    def _handle(self, worker: WorkerProcess, answer: wire.Answer) -> None:
+        if isinstance(answer, wire.StepDone):
+            self.operations.answer(worker.rank, answer.id, answer.result)
+        elif isinstance(answer, wire.CallDone):
+            self.operations.answer(worker.rank, answer.id, wire.decode_value(answer.value))
+        elif isinstance(answer, wire.Ready):
+            worker.ready = True
+            if all(w.ready for w in self.workers) and len(self.workers) == self.plan.world_size:
+                self.settled.set()
+        elif not answer.fatal:
+            self.operations.answer_raised(worker.rank, answer)
+        elif self._suspect is None:
+            self._suspect = (time.monotonic() + GRACE_S, failure.raised(worker.rank, answer, list(worker.tail.lines)))
+
+    def _read_log(self, worker: WorkerProcess) -> None:
+        try:
+            data = os.read(worker.log_fd, 1 << 16)
+        except BlockingIOError:
+            return
+        if not data:
+            self._unregister(worker.log_fd)
+            return
+        lines = worker.tail.feed(data)
+        if self._forward and self.operations.error is None:
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error any more
+                sys.stderr.write("".join(f"[rank {worker.rank}] {line}\n" for line in lines))
+
+    def _unregister(self, what: int | socket.socket) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(what)
+
+    def _check_deaths(self) -> None:
+        ended = exit_codes(self.workers)
+        if self._stopping_since:
+            self._over = len(ended) == len(self.workers)
+            for worker, _ in ended:
+                self._unregister(worker.pid_fd)
+        elif ended:
+            worker, code = ended[0]
+            self._drain(worker)
+            if self._over:  # its last words were a failure of their own
+                return
+            others = [w.rank for w in self.workers if w is not worker]
+            tail = list(worker.tail.lines)
+            error = failure.died(worker.rank, code, self.board.read(worker.rank), self.board.describe(others), tail)
+            # A rank that said why before it ended: the exception is the cause.
+            said = self._suspect is not None and self._suspect[1].rank == worker.rank
+            self._fail(self._suspect[1] if said and self._suspect else error)
+        else:
+            rank, since = min(self._closed_reply.items(), key=lambda item: item[1])
+            if time.monotonic() - since > 1.0:
+                tail = list(self.workers[rank].tail.lines)
+                self._fail(failure.died(rank, None, self.board.read(rank), "", tail))
+
+    def _drain(self, worker: WorkerProcess) -> None:
+        """Read what a dead rank left in its pipes. A child of its own may hold them open: never wait."""
+        for source, read in ((worker.reply, self._read_reply), (worker.log_fd, self._read_log)):
+            for _ in range(64):
+                if not self._readable(source):
+                    break
+                read(worker)
+        worker.tail.finish()
+
+    def _readable(self, source: int | socket.socket) -> bool:
+        if source not in self._selector.get_map():
+            return False
+        with selectors.DefaultSelector() as one:
+            one.register(source, selectors.EVENT_READ)
+            return bool(one.select(0))
+
+    def _check_progress(self, now: float) -> None:
+        """Look for ranks that are stopped and for orders nobody works on."""
+        everyone = self.board.all()
+        for worker, progress in zip(self.workers, everyone, strict=True):
+            if progress.beat_age_s > STALE_S and procs.state(worker.pid) == "T":
+                others = [w.rank for w in self.workers if w is not worker]
+                self._fail(failure.stopped(worker.rank, progress, self.board.describe(others), list(worker.tail.lines)))
+                return
+        if not self.settled.is_set():
+            if now - self._started > self._startup_limit_s:
+                missing = [w.rank for w in self.workers if not w.ready]
+                self._fail_hung(
+                    f"starting ({failure.rank_list(missing)} not ready, startup_timeout_seconds={self._startup_limit_s:g})",
+                    now - self._started,
+                )
+            return
+        operation = self.operations.oldest()
+        if operation is None:
+            return
+        quiet = min([now - self.operations.oldest_since, *(p.age_s for p in everyone)])
+        if operation.raised and min(quiet, now - operation.raised_at) > ANSWER_GRACE_S:
+            rank, answer = operation.raised[0]
+            error = failure.raised(rank, answer, list(self.workers[rank].tail.lines))
+            missing = failure.rank_list(sorted(operation.missing))
+            error.args = (f"{error} ({missing} did not answer the same call: {self.board.describe(sorted(operation.missing))})",)
+            self._fail(error)
+        elif quiet > operation.limit_s:
+            self._fail_hung(operation.what, quiet)
+
+    def _fail_hung(self, what: str, quiet_s: float) -> None:
+        """Ask every rank for its Python stack, then fail with all of them."""
+        everyone = self.board.all()
+        states = [procs.state(w.pid) for w in self.workers]
+        before = {w.rank: len(w.tail.lines) for w in self.workers}
+        for worker in self.workers:
+            if everyone[worker.rank].phase not in ("", "spawn"):  # its handler is in place
+                with contextlib.suppress(OSError):
+                    os.kill(worker.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + STACKS_S
+        quiet_rounds = 0
+        while time.monotonic() < deadline and quiet_rounds < 3:
+            time.sleep(0.05)
+            for worker in self.workers:
+                self._drain(worker)
+            quiet_rounds = quiet_rounds + 1 if all(len(w.tail.lines) > before[w.rank] for w in self.workers) else 0
+        tail = [f"[rank {w.rank}] {line}" for w in self.workers for line in w.tail.lines]
+        if not self._over:
+            self._fail(failure.hung(what, quiet_s, everyone, states, tail))
+
+    def _fail(self, error: ExecutorError) -> None:
+        """First failure wins: wake everyone who waits, then end every rank."""
+        self._over = True
+        if not self.operations.fail(error):
+            return
+        self.settled.set()
+        self.queue.close()
+        kill_all(self.workers)
+        self._call_back(error)
+
+    def _call_back(self, error: ExecutorError) -> None:
+        with self._callback_lock:
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            try:
+                callback(error)
+            except Exception:
+                _log.exception("a failure callback raised")
+
+    def _check_stopping(self, now: float) -> None:
+        """Shutdown: let ranks leave by themselves, then make them."""
+        waited = now - self._stopping_since
+        self._check_deaths()
+        if self._over or waited < STOP_S:
+            return
+        if waited >= STOP_S + TERM_S:
+            self._over = True
+            return
+        for worker in self.workers:
+            procs.kill_group(worker.pid, signal.SIGTERM)
+
+    def _clean_up(self) -> None:
+        """Leave nothing behind: no process, descriptor or mapping."""
+        self.settled.set()
+        kill_all(self.workers)
+        self.queue.close()
+        self._selector.close()
+        for worker in self.workers:
+            worker.close()
+        for fd in self._death_pipe:
+            os.close(fd)
+        self._bell.close()
+        self.board.close()
+
+
+def _shutdown_error() -> ExecutorError:
+    return ExecutorError("the executor was shut down", kind="shutdown")

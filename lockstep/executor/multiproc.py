@@ -1,0 +1,83 @@
+"""One worker process per rank on this host, in lockstep: every order goes to all ranks through one message queue.
+
+The driver never imports torch. A step costs the engine one copy into shared memory; the next step can be handed over
+while the ranks run this one. What can go wrong, and who notices, is in `fleet.py`.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
+from lockstep.executor import affinity, wire
+from lockstep.executor.contract import Executor, ExecutorError, RankMemory, StepFuture
+from lockstep.executor.fleet import Fleet
+from lockstep.executor.operations import Operation, StepOperation
+from lockstep.executor.spawn import Plan
+from lockstep.protocol import StepPlan
+
+
+class MultiprocExecutor(Executor):
+    """See `Executor`. The output rank is the first tensor-parallel rank of the last pipeline stage."""
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str) -> None:
+        """Starts all ranks; returns when their models are loaded. Raises ExecutorError when one does not get there."""
+        parallel = config.parallel
+        stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
+        world = stage * parallel.pipeline_parallel_size
+        cores = affinity.plan_cores(affinity.usable_cores(), world, parallel.threads_per_rank, parallel.cpu_binding)
+        self.max_concurrent_batches = 2 if config.scheduler.async_scheduling else 1
+        self._step_limit_s = parallel.execute_model_timeout_seconds
+        self._fleet = Fleet(Plan(config, spec, Path(folder), worker_cls, world, output_rank=world - stage), cores)
+        self._finalizer = weakref.finalize(self, self._fleet.stop)  # also at exit
+        self._fleet.start()
+
+    def memory(self) -> list[RankMemory]:
+        return msgspec.convert(self.collective_rpc("memory"), list[RankMemory])
+
+    def initialize_kv_cache(self, num_blocks: int) -> None:
+        self.collective_rpc("initialize_kv_cache", (num_blocks,))
+
+    def execute_model(self, plan: StepPlan) -> StepFuture:
+        operation = self._open(StepOperation, f"step {plan.step}", [self._fleet.plan.output_rank], self._step_limit_s)
+        self._give(operation, wire.Step(operation.id, plan), self._step_limit_s)
+        return cast(StepOperation, operation)
+
+    def collective_rpc(
+        self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None, timeout: float | None = None
+    ) -> list[Any]:
+        if method.startswith("_"):
+            raise ValueError(f"method={method!r} is private to the worker: call a public one.")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        limit = max(self._step_limit_s, timeout or 0.0)
+        operation = self._open(Operation, f"call {method}", range(self._fleet.plan.world_size), limit)
+        self._give(operation, wire.Call(operation.id, method, list(args), dict(kwargs or {})), limit if timeout is None else timeout)
+        operation.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return [operation.values[rank] for rank in sorted(operation.values)]
+
+    def check_health(self) -> None:
+        if self._fleet.operations.error is not None:
+            raise self._fleet.operations.error
+
+    def register_failure_callback(self, callback: Callable[[ExecutorError], None]) -> None:
+        self._fleet.on_failure(callback)
+
+    def shutdown(self) -> None:
+        self._fleet.stop()
+
+    def _open(self, make: type[Operation], what: str, ranks: Sequence[int], limit_s: float) -> Operation:
+        return self._fleet.operations.open(make, what, ranks, limit_s)
+
+    def _give(self, operation: Operation, order: wire.Order, timeout: float) -> None:
+        try:
+            self._fleet.send(order, timeout)
+        except BaseException:
+            self._fleet.operations.drop(operation)
+            raise

@@ -1,0 +1,152 @@
+"""Starting worker processes, and holding on to them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+import lockstep
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
+from lockstep.distributed.message_queue import MessageQueue
+from lockstep.distributed.progress import ProgressBoard
+from lockstep.executor import affinity, wire
+from lockstep.executor.failure import LogTail
+from lockstep.utils import env, procs
+from lockstep.utils.shm import SharedBytes
+
+
+@dataclass
+class WorkerProcess:
+    """One rank's process as the driver sees it. Written by the monitor thread only."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    reply: socket.socket
+    log_fd: int  # read end of its standard output and error
+    pid_fd: int  # readable when it is dead; -1 where the system has none
+    frames: wire.FrameReader = field(default_factory=wire.FrameReader)
+    tail: LogTail = field(default_factory=LogTail)
+    ready: bool = False
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def close(self) -> None:
+        """Close the driver's ends."""
+        self.reply.close()
+        for fd in (self.log_fd, self.pid_fd):
+            if fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        self.log_fd = self.pid_fd = -1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all ranks of an executor have in common."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    folder: Path
+    worker_cls: str
+    world_size: int
+    output_rank: int
+
+
+def spawn(
+    plan: Plan, rank: int, cores: affinity.RankCores, queue: MessageQueue, board: ProgressBoard, death_fd: int, listener: socket.socket
+) -> WorkerProcess:
+    """Start one rank: a fresh interpreter that is told everything through inherited descriptors.
+
+    Nothing is imported from the caller's main module, nothing listens, and the process gets a group of its own, so that
+    signals of the terminal do not reach it and one signal ends it with all its children.
+    """
+    ours, theirs = socket.socketpair()
+    log_read, log_write = os.pipe()
+    handle = queue.handle(rank)
+    launch = wire.Launch(
+        rank=rank,
+        local_rank=rank,
+        world_size=plan.world_size,
+        output_rank=plan.output_rank,
+        parent_pid=os.getpid(),
+        death_fd=death_fd,
+        reply_fd=theirs.fileno(),
+        queue=handle,
+        board=board.handle,
+        cores=list(cores.cores),
+        threads=cores.threads,
+        worker_cls=plan.worker_cls,
+        sys_path=[path or os.getcwd() for path in sys.path],
+        rendezvous_port=listener.getsockname()[1],
+        listen_fd=listener.fileno() if rank == 0 else -1,
+        config=plan.config,
+        spec=plan.spec,
+        folder=str(plan.folder),
+    )
+    text = msgspec.msgpack.encode(launch)
+    letter = SharedBytes.create(len(text))
+    letter.buffer[:] = text
+    passed = [letter.fd, death_fd, theirs.fileno(), board.handle.fd, *handle.fds, *([listener.fileno()] if rank == 0 else [])]
+    board.cell(rank).set(phase="spawn")
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lockstep.executor.worker_main", str(letter.fd), f"rank={rank}"],
+            stdin=subprocess.DEVNULL,
+            stdout=log_write,
+            stderr=log_write,
+            pass_fds=passed,
+            start_new_session=True,
+            env=_environment(cores.threads),
+        )
+    except BaseException:
+        ours.close()
+        os.close(log_read)
+        raise
+    finally:
+        theirs.close()
+        os.close(log_write)
+        letter.close()
+    ours.setblocking(False)
+    os.set_blocking(log_read, False)
+    return WorkerProcess(rank, process, ours, log_read, _pid_fd(process.pid))
+
+
+def exit_codes(workers: Sequence[WorkerProcess]) -> list[tuple[WorkerProcess, int]]:
+    """The workers that have ended, with their exit codes. Those a signal from outside killed come before those that
+    aborted: an abort is what a peer's death does to the others."""
+    ended = [(w, code) for w in workers if (code := w.process.poll()) is not None]
+    return sorted(ended, key=lambda pair: (pair[1] >= 0, pair[1] == -6, pair[0].rank))
+
+
+def kill_all(workers: Sequence[WorkerProcess]) -> None:
+    """End every worker and its children now, and reap them."""
+    for worker in workers:
+        procs.kill_group(worker.pid)
+    for worker in workers:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in a device driver: not ours to wait for
+            worker.process.wait(timeout=2.0)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    here = str(Path(lockstep.__file__).resolve().parents[1])
+    base = env.child_environment(PYTHONUNBUFFERED="1", **affinity.thread_environment(threads))
+    base["PYTHONPATH"] = os.pathsep.join(p for p in (here, base.get("PYTHONPATH", "")) if p)
+    return base
+
+
+def _pid_fd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return -1

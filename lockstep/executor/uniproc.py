@@ -1,0 +1,124 @@
+"""One rank, in this process: the shortest way from a plan to its result, and no group to lose step with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
+from lockstep.executor import failure, wire
+from lockstep.executor.contract import Executor, ExecutorError, RankMemory, StepFuture
+from lockstep.executor.worker_loop import call_worker, raised_answer, worker_class
+from lockstep.protocol import StepPlan, StepResult
+
+
+class _Finished:
+    """The future of a step that has run."""
+
+    def __init__(self, result: StepResult | None, error: ExecutorError | None) -> None:
+        self._result, self._error = result, error
+
+    def done(self) -> bool:
+        return True
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+
+class UniprocExecutor(Executor):
+    """See `Executor`. Steps and calls run on the caller's thread; their timeouts do not interrupt them."""
+
+    max_concurrent_batches = 1
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str) -> None:
+        self._error: ExecutorError | None = None
+        self._callbacks: list[Callable[[ExecutorError], None]] = []
+        self._worker: Any = None
+        with self._ending("init"):
+            cls = worker_class(worker_cls)
+            groups = None
+            if getattr(cls, "needs_distributed", True):
+                from lockstep.distributed.groups import ParallelGroups
+
+                groups = ParallelGroups.solo()
+                _set_threads(config.parallel.threads_per_rank)
+            self._worker = cls(config, spec, Path(folder), 0, 0, groups, None)
+            self._worker.init_device()
+        with self._ending("load"):
+            self._worker.load_model()
+
+    def memory(self) -> list[RankMemory]:
+        return msgspec.convert(self.collective_rpc("memory"), list[RankMemory])
+
+    def initialize_kv_cache(self, num_blocks: int) -> None:
+        self.collective_rpc("initialize_kv_cache", (num_blocks,))
+
+    def execute_model(self, plan: StepPlan) -> StepFuture:
+        self.check_health()
+        try:
+            with self._ending(f"step {plan.step}"):
+                return _Finished(self._worker.execute_model(plan), None)
+        except ExecutorError as e:
+            return _Finished(None, e)
+
+    def collective_rpc(
+        self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None, timeout: float | None = None
+    ) -> list[Any]:
+        if method.startswith("_"):
+            raise ValueError(f"method={method!r} is private to the worker: call a public one.")
+        self.check_health()
+        # Through the codec, as with several ranks: what works here works there, and nothing mutable is shared.
+        order = wire.Call(0, method, list(args), dict(kwargs or {}))
+        call = wire.decode_order(wire.encode_order(order))
+        assert isinstance(call, wire.Call)
+        answer = call_worker(self._worker, call)
+        if isinstance(answer, wire.Raised):
+            raise failure.raised(0, answer)
+        return [wire.decode_value(answer.value)]
+
+    def check_health(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def register_failure_callback(self, callback: Callable[[ExecutorError], None]) -> None:
+        if self._error is None:
+            self._callbacks.append(callback)
+        elif self._error.kind != "shutdown":
+            callback(self._error)
+
+    def shutdown(self) -> None:
+        if self._error is None:
+            self._error = ExecutorError("the executor was shut down", kind="shutdown")
+        worker, self._worker = self._worker, None
+        if hasattr(worker, "shutdown"):
+            with contextlib.suppress(Exception):
+                worker.shutdown()
+
+    @contextlib.contextmanager
+    def _ending(self, phase: str) -> Iterator[None]:
+        """An exception inside ends the executor, as an ExecutorError that the exception is the cause of."""
+        try:
+            yield
+        except Exception as e:
+            error = failure.raised(0, raised_answer(0, phase, e, fatal=True))
+            self._error = error
+            callbacks, self._callbacks = self._callbacks, []
+            for callback in callbacks:
+                with contextlib.suppress(Exception):
+                    callback(error)
+            raise error from e
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
