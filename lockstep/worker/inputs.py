@@ -62,6 +62,25 @@ def build_inputs(state: BatchState, plan: StepPlan) -> StepInputs:
     )
 
 
+def rehearsal_inputs(query_lens: list[int], seq_lens: list[int], block_size: int) -> StepInputs:
+    """Inputs of a step of no request: token 0 everywhere, every row samples, and all its KV is in block 0.
+
+    Block 0 must not hold anything yet. Reads as much KV as `seq_lens` say, however few blocks there are.
+    """
+    counts, ends = np.array(query_lens, np.int64), np.array(seq_lens, np.int64)
+    rows = np.arange(len(counts))
+    return StepInputs(
+        input_ids=np.zeros(counts.sum(), np.int64),
+        positions=np.concatenate([np.arange(end - count, end) for count, end in zip(counts, ends, strict=True)]),
+        slots=rows,
+        query_lens=counts,
+        seq_lens=ends,
+        block_tables=np.zeros((len(rows), -(-int(ends.max()) // block_size)), np.int32),
+        sampled_rows=rows,
+        last_tokens=np.cumsum(counts) - 1,
+    )
+
+
 def _check(state: BatchState, step: int, slots: I64, counts: I64, *, ends: I64, sampled_rows: I64) -> None:
     """Assert what a plan promises; a plan that breaks it would read or write another request's memory."""
     assert len(slots) and counts.min() > 0, f"step {step} has a row without tokens"

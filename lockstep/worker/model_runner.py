@@ -20,9 +20,9 @@ from lockstep.distributed.groups import ParallelGroups
 from lockstep.models.decoder import DecoderModel
 from lockstep.protocol import StepPlan, StepResult, TokenLogprobs
 from lockstep.worker.batch import I64, BatchState
-from lockstep.worker.inputs import StepInputs, build_inputs
+from lockstep.worker.inputs import StepInputs, build_inputs, rehearsal_inputs
 from lockstep.worker.logprobs import chunk_rows, token_logprobs
-from lockstep.worker.sampler import Sampled, Sampler
+from lockstep.worker.sampler import Sampled, Sampler, argmax
 
 if TYPE_CHECKING:
     from lockstep.distributed.progress import ProgressCell
@@ -76,12 +76,24 @@ class ModelRunner:
             compute_s=time.perf_counter() - began,
         )
 
+    @torch.inference_mode()
+    def rehearse(self, query_lens: list[int], seq_lens: list[int]) -> None:
+        """Run a step of no request, for what it sets up or costs: kernels picked, buffers grown, connections made.
+
+        Every rank must call it alike, before the first real step. No request's state is touched.
+        """
+        inputs = rehearsal_inputs(query_lens, seq_lens, self.state.block_size)
+        hidden = self.forward(inputs)
+        logits = self.model.compute_logits(hidden[self._to_device(inputs.last_tokens)])
+        tokens = np.zeros(len(query_lens), np.int64) if logits is None else argmax(logits)
+        self.groups.tp.broadcast(self._to_device(tokens), src=0)
+
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Hidden states `[tokens, hidden]` of the step's tokens; their keys and values are in the cache afterwards."""
         batch = AttentionBatch.build(
-            inputs.query_lens.tolist(),
-            inputs.seq_lens.tolist(),
-            torch.from_numpy(inputs.block_tables),
+            inputs.query_lens,
+            inputs.seq_lens,
+            inputs.block_tables,
             self.state.block_size,
             self.device,
         )

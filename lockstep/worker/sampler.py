@@ -114,13 +114,14 @@ def keep_top_p(weights: F64, p: float) -> None:
     """Keep the smallest set of largest `weights [vocab]` that holds the share p of the total, in place.
 
     1. What lies under (1 - p) total / vocab adds up to less than (1 - p) total, so the set lies above: only that is sorted.
-    2. From the largest down (equal ones: lower id first), a token stays while the mass before it is under p total.
+    2. From the largest down, a token stays while the mass before it is under p total.
+    3. Of those equal to the last that stays, the lower ids stay.
     """
     total = np.cumsum(weights)[-1]
-    candidates = np.flatnonzero(weights >= min((1.0 - p) * total / len(weights), weights.max()))
-    order = candidates[np.argsort(-weights[candidates], kind="stable")]
-    before = np.concatenate(([0.0], np.cumsum(weights[order])[:-1]))
-    kept = order[before < p * total]
-    values = weights[kept]
-    weights[:] = 0.0
-    weights[kept] = values
+    most = np.sort(weights[weights >= min((1.0 - p) * total / len(weights), weights.max())])[::-1]
+    before = np.concatenate(([0.0], np.cumsum(most[:-1])))
+    count = int(np.count_nonzero(before < p * total))
+    last = most[count - 1]
+    surplus = np.flatnonzero(weights == last)[count - int(np.count_nonzero(most > last)) :]
+    weights[weights < last] = 0.0
+    weights[surplus] = 0.0

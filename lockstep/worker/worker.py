@@ -9,22 +9,153 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
+from lockstep.config.defaults import default_token_budget, most_num_seqs
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.distributed.groups import ParallelGroups
-from lockstep.executor.contract import RankMemory
 from lockstep.models.decoder import DecoderModel
 from lockstep.models.registry import build_model
-from lockstep.protocol import StepPlan, StepResult
-from lockstep.worker import kv, memory
-from lockstep.worker.activations import activation_bytes
+from lockstep.protocol import RankMemory, StepPlan, StepResult
+from lockstep.weights.dummy import fill_dummy
+from lockstep.weights.loader import load_weights
+from lockstep.worker import kv, memory, profile
 from lockstep.worker.batch import BatchState
 from lockstep.worker.model_runner import ModelRunner
 
 if TYPE_CHECKING:
     from lockstep.distributed.progress import ProgressCell
+
+
+class Worker:
+    """One rank of an engine.
+
+    config: resolved (device, dtype and max_model_len are set). folder: the checkpoint. local_rank: among the ranks of
+    this host; on CUDA the device's number. groups: made by the executor, torch.distributed is ready.
+    """
+
+    def __init__(  # noqa: PLR0917 - the executors' order
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        folder: Path,
+        rank: int,
+        local_rank: int,
+        groups: ParallelGroups,
+        progress: ProgressCell | None = None,
+    ) -> None:
+        self.config, self.spec, self.folder, self.groups, self.progress = config, spec, folder, groups, progress
+        self.rank, self.local_rank = rank, local_rank
+        self.device = torch.device("cpu")
+        self._model: DecoderModel | None = None
+        self._runner: ModelRunner | None = None
+        self._free_bytes: int | None = None
+        self._activation_bytes = 0
+        self._kv_bytes = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, activations and KV cache."""
+        name = self.config.model.dtype
+        assert name != "auto", "the configuration was not resolved: dtype is still auto"
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+    @property
+    def model(self) -> DecoderModel:
+        """The model, once loaded."""
+        assert self._model is not None, "load_model comes first"
+        return self._model
+
+    @property
+    def runner(self) -> ModelRunner:
+        """What runs steps, once the KV cache is there."""
+        assert self._runner is not None, "initialize_kv_cache comes first"
+        return self._runner
+
+    def init_device(self) -> None:
+        """Take the device: on CUDA the GPU numbered local_rank, on CPU this rank's share of threads."""
+        self._mark("init")
+        if self.config.runtime.device == "cuda":
+            self.device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(self.config.parallel.threads_per_rank or len(os.sched_getaffinity(0)))
+
+    def load_model(self) -> None:
+        """Build the model and fill this rank's share of its weights. Raises WeightError for a checkpoint that does not fit."""
+        self._mark("load", "0 %")
+        self._model = build_model(self.spec, self.groups, self.dtype, self.device)
+        if self.config.model.load_format == "dummy":
+            fill_dummy(self._model, self.config.model.seed, progress=self._loaded)
+        else:
+            load_weights(self._model, self.folder, progress=self._loaded)
+        self._mark("loaded")
+
+    def memory(self) -> RankMemory:
+        """This rank's memory. `free_bytes` is found once, before the KV cache is allocated."""
+        per_block = kv.bytes_per_block(self.model.kv_layers(), self.config.cache.block_size, self.dtype)
+        if self._free_bytes is None:
+            self._mark("profile")
+            room = profile.room_bytes(self.config, self.device, self.groups.world.world_size)
+            self._activation_bytes = profile.largest_step_bytes(self.model, self.spec, self.config, self.groups, self.device)
+            self._free_bytes = max(0, room - self._activation_bytes)
+            self._mark("ready")
+        return RankMemory(
+            rank=self.rank,
+            weight_bytes=memory.weight_bytes(self.model),
+            free_bytes=self._free_bytes,
+            kv_bytes_per_block=per_block,
+            kv_bytes=self._kv_bytes,
+            peak_bytes=memory.peak_bytes(self.device),
+        )
+
+    def initialize_kv_cache(self, num_blocks: int) -> None:
+        """Allocate `num_blocks` KV blocks, bind them to the layers and run a first small step."""
+        assert self._runner is None, "the KV cache is allocated once"
+        self._mark("kv cache")
+        block_size = self.config.cache.block_size
+        tensors = kv.allocate(self.model.kv_layers(), num_blocks, block_size, dtype=self.dtype, device=self.device)
+        self.model.bind_kv(tensors)
+        self._kv_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        slots = most_num_seqs(self.config, default_token_budget(self.config, self.spec))
+        state = BatchState(slots, self.config.model.max_model_len or self.spec.max_position_embeddings, block_size)
+        self._runner = ModelRunner(self.model, self.spec, self.groups, state=state, device=self.device, progress=self.progress)
+        self._mark("warm-up")
+        self._runner.rehearse([1], [1])
+        self._mark("ready")
+
+    def execute_model(self, plan: StepPlan) -> StepResult | None:
+        """Run one step. Its result on the rank that samples, None on the others."""
+        return self.runner.execute(plan)
+
+    def ping(self) -> int:
+        """This rank's number: a sign that it answers."""
+        return self.rank
+
+    def memory_summary(self) -> dict[str, int]:
+        """Bytes by use: weights, kv, activations (the largest step's, as planned) and the peak so far."""
+        return {
+            "rank": self.rank,
+            "weight_bytes": memory.weight_bytes(self.model),
+            "kv_bytes": self._kv_bytes,
+            "activation_bytes": self._activation_bytes,
+            "peak_bytes": memory.peak_bytes(self.device),
+        }
+
+    def parameter_digest(self) -> str:
+        """SHA-256 over this rank's parameters, names and bytes: equal shards have equal digests."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _loaded(self, done: int, total: int, tensor: str) -> None:
+        self._mark("load", f"{100 * done // max(total, 1)} %, {tensor}")
+
+    def _mark(self, phase: str, note: str = "") -> None:
+        if self.progress is not None:
+            self.progress.set(phase=phase, note=note)
