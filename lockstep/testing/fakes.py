@@ -283,3 +283,26 @@ class FakeExecutor(Executor):
         forbidden = row.stops if num_output < new.sampling.min_tokens else ()
         row.tokens.append(next_token(state, new.seed, new.choice, self.vocab_size, forbidden))
         return row.tokens[-1]
+
+
+class NoopFuture:
+    """A step that took no time."""
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def done(self) -> bool:
+        return True
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        return self._result
+
+
+class NoopExecutor(FakeExecutor):
+    """Checks nothing and computes nothing: every row's token is 1. What is left is the engine's own time."""
+
+    def initialize_kv_cache(self, num_blocks: int) -> None:
+        pass
+
+    def execute_model(self, plan: StepPlan) -> NoopFuture:  # type: ignore[override]
+        return NoopFuture(StepResult(step=plan.step, tokens=[1] * sum(plan.samples)))
