@@ -28,13 +28,14 @@ from collections.abc import Callable
 import msgspec
 
 from lockstep.distributed.message_queue import MessageQueue, QueueClosed
-from lockstep.distributed.progress import ProgressBoard
+from lockstep.distributed.progress import ProgressBoard, rank_list
 from lockstep.executor import affinity, failure, wire
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.operations import Operations
 from lockstep.executor.spawn import Plan, WorkerProcess, exit_codes, kill_all, spawn
 from lockstep.observability.logging import get_logger
 from lockstep.utils import procs
+from lockstep.utils.net import Listener
 from lockstep.utils.shm import Bell
 
 TICK_S = 0.25
@@ -67,6 +68,7 @@ class Fleet:
         self._suspect: tuple[float, ExecutorError] | None = None  # an exception in its grace
         self._closed_reply: dict[int, float] = {}  # rank -> when its reply socket ended
         self._stopping_since = 0.0
+        self._last_tick = 0.0
         self._over = False
         self._callbacks: list[Callable[[ExecutorError], None]] = []
         self._callback_lock = threading.Lock()
@@ -127,7 +129,7 @@ class Fleet:
             self._clean_up()
 
     def _spawn(self) -> None:
-        with socket.create_server(("127.0.0.1", 0), backlog=max(128, self.plan.world_size)) as listener:
+        with Listener() as listener:  # loopback, bound once and handed to rank 0: nobody can take the port in between
             for rank in range(self.plan.world_size):
                 worker = spawn(self.plan, rank, self.cores[rank], self.queue, self.board, self._death_pipe[0], listener)
                 self.workers.append(worker)
@@ -160,8 +162,6 @@ class Fleet:
         elif now - self._last_tick >= TICK_S:
             self._last_tick = now
             self._check_progress(now)
-
-    _last_tick = 0.0
 
     def _nap(self) -> float:
         if self._stopping_since:
@@ -268,7 +268,7 @@ class Fleet:
             if now - self._started > self._startup_limit_s:
                 missing = [w.rank for w in self.workers if not w.ready]
                 self._fail_hung(
-                    f"starting ({failure.rank_list(missing)} not ready, startup_timeout_seconds={self._startup_limit_s:g})",
+                    f"starting ({rank_list(missing)} not ready, startup_timeout_seconds={self._startup_limit_s:g})",
                     now - self._started,
                 )
             return
@@ -279,8 +279,8 @@ class Fleet:
         if operation.raised and min(quiet, now - operation.raised_at) > ANSWER_GRACE_S:
             rank, answer = operation.raised[0]
             error = failure.raised(rank, answer, list(self.workers[rank].tail.lines))
-            missing = failure.rank_list(sorted(operation.missing))
-            error.args = (f"{error} ({missing} did not answer the same call: {self.board.describe(sorted(operation.missing))})",)
+            late = rank_list(sorted(operation.missing))
+            error.args = (f"{error} ({late} did not answer the same call: {self.board.describe(sorted(operation.missing))})",)
             self._fail(error)
         elif quiet > operation.limit_s:
             self._fail_hung(operation.what, quiet)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from lockstep.distributed.progress import rank_list
 from lockstep.executor import failure, wire
 from lockstep.executor.contract import ExecutorError
 from lockstep.protocol import StepResult
@@ -31,7 +32,7 @@ class Operation:
     def wait(self, timeout: float | None) -> None:
         """Until done. Raises the ExecutorError it failed with; TimeoutError after `timeout` s."""
         if not self._finished.wait(timeout):
-            raise TimeoutError(f"{self.what}: no answer from {failure.rank_list(sorted(self.missing))} after {timeout} s")
+            raise TimeoutError(f"{self.what}: no answer from {rank_list(sorted(self.missing))} after {timeout} s")
         if self.error is not None:
             raise self.error
 

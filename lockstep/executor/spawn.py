@@ -21,6 +21,7 @@ from lockstep.distributed.progress import ProgressBoard
 from lockstep.executor import affinity, wire
 from lockstep.executor.failure import LogTail
 from lockstep.utils import env, procs
+from lockstep.utils.net import Listener
 from lockstep.utils.shm import SharedBytes
 
 
@@ -63,8 +64,8 @@ class Plan:
     output_rank: int
 
 
-def spawn(
-    plan: Plan, rank: int, cores: affinity.RankCores, queue: MessageQueue, board: ProgressBoard, death_fd: int, listener: socket.socket
+def spawn(  # noqa: PLR0917 - each is one thing that the child inherits
+    plan: Plan, rank: int, cores: affinity.RankCores, queue: MessageQueue, board: ProgressBoard, death_fd: int, listener: Listener
 ) -> WorkerProcess:
     """Start one rank: a fresh interpreter that is told everything through inherited descriptors.
 
@@ -88,7 +89,7 @@ def spawn(
         threads=cores.threads,
         worker_cls=plan.worker_cls,
         sys_path=[path or os.getcwd() for path in sys.path],
-        rendezvous_port=listener.getsockname()[1],
+        rendezvous_port=listener.port,
         listen_fd=listener.fileno() if rank == 0 else -1,
         config=plan.config,
         spec=plan.spec,

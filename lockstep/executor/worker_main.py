@@ -57,12 +57,12 @@ def main() -> None:
         cls = worker_class(launch.worker_cls)
         groups = None
         if getattr(cls, "needs_distributed", True):
-            from lockstep.executor import join
+            from lockstep.executor.join import join
 
             phase = "rendezvous"
             cell.set(phase=phase)
             fault.strike(phase)
-            groups = join.join(launch, cell)
+            groups = join(launch, cell)
         phase = "init"
         cell.set(phase=phase)
         fault.strike(phase)
@@ -116,9 +116,9 @@ def _leave(worker: Any, joined: bool) -> None:
         if hasattr(worker, "shutdown"):
             worker.shutdown()
         if joined:
-            from lockstep.executor import join
+            from lockstep.executor.join import leave
 
-            join.leave()
+            leave()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
