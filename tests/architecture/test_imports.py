@@ -15,8 +15,8 @@ FLOORS = {
 }  # fmt: skip
 # protocol and config share a floor, and stay apart all the same; attention and planner likewise
 SIBLINGS = {("config", "protocol"), ("protocol", "config"), ("attention", "planner"), ("planner", "attention")}
-# above the executor only its contract and its factory may be named
-EXECUTOR_DOOR = {"lockstep.executor.contract", "lockstep.executor.factory"}
+# above the executor only its contract and its factory may be named, and the core plan, which doctor prints
+EXECUTOR_DOOR = {"lockstep.executor.contract", "lockstep.executor.factory", "lockstep.executor.affinity"}
 TORCH_FREE = [
     "lockstep", "lockstep.engine.core", "lockstep.protocol", "lockstep.config.validate", "lockstep.config.hf", "lockstep.llm",
     "lockstep.distributed.topology", "lockstep.distributed.partition", "lockstep.distributed.progress", "lockstep.distributed.message_queue",

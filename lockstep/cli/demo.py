@@ -1,0 +1,78 @@
+"""`lockstep demo`: the main job in a minute. A model split over two ranks writes; one rank alone must write the same."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from lockstep.protocol import SamplingParams
+
+if TYPE_CHECKING:
+    from lockstep.executor.contract import RankMemory
+
+PROMPTS = [
+    "def fibonacci(n):\n",
+    'class Stack:\n    """A last-in, first-out container."""\n',
+    "import os\nimport sys\n\ndef main(",
+]
+
+
+def run(argv: list[str]) -> int:
+    """Exit 0 when the split and the unsplit model wrote the same tokens, 1 when not."""
+    parser = argparse.ArgumentParser(prog="lockstep demo", description=__doc__)
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=2, help="ranks that share the model (default 2)")
+    parser.add_argument("--max-tokens", type=int, default=96, help="tokens to write for each prompt (default 96)")
+    args = parser.parse_args(argv)
+    if args.tensor_parallel_size < 1 or args.max_tokens < 1:
+        parser.error("--tensor-parallel-size and --max-tokens must be at least 1")
+    greedy = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True)
+    print(f"-- {args.tensor_parallel_size} ranks, each with its share of the demo model --", flush=True)
+    split, memory = _write(args.tensor_parallel_size, greedy, show=True)
+    print("\n-- the same prompts, not split --", flush=True)
+    whole, _ = _write(1, greedy, show=False)
+    same = split == whole
+    print()
+    _table(memory)
+    print(f"TP={args.tensor_parallel_size} output identical to TP=1: {'yes' if same else 'NO'}")
+    return 0 if same else 1
+
+
+def _write(tp: int, params: SamplingParams, show: bool) -> tuple[list[list[int]], list[RankMemory]]:
+    """Generate every prompt, the first streamed as it comes; print what it took; return the tokens and the memory."""
+    from lockstep.llm import LLM
+
+    start = time.perf_counter()
+    with LLM(tensor_parallel_size=tp, dtype="float32", max_model_len=1024) as llm:
+        ready_s = time.perf_counter() - start
+        if show:
+            _stream(llm, PROMPTS[0], params)
+        begin = time.perf_counter()
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        took_s = time.perf_counter() - begin
+        for prompt, output in zip(PROMPTS[1:], outputs[1:], strict=True):
+            if show:
+                print(f"\n{prompt}{output.outputs[0].text}\n{'-' * 40}")
+        tokens = [list(o.outputs[0].token_ids) for o in outputs]
+        print(f"TP={tp}: ready in {ready_s:.1f} s, {sum(map(len, tokens)) / took_s:.0f} tokens/s over {len(PROMPTS)} prompts together")
+        return tokens, llm.memory()
+
+
+def _stream(llm: object, prompt: str, params: SamplingParams) -> None:
+    """Print one completion token by token."""
+    print(f"\n{prompt}", end="", flush=True)
+    shown = 0
+    for output in llm.stream(prompt, params):  # type: ignore[attr-defined]
+        text = output.outputs[0].text
+        sys.stdout.write(text[shown:])
+        sys.stdout.flush()
+        shown = len(text)
+    print(f"\n{'-' * 40}")
+
+
+def _table(memory: list[RankMemory]) -> None:
+    """What each rank held, in plain columns."""
+    print(f"{'rank':>4}  {'weight bytes':>14}  {'KV cache bytes':>15}  {'peak memory':>12}")
+    for m in memory:
+        print(f"{m.rank:>4}  {m.weight_bytes:>14,}  {m.kv_bytes:>15,}  {m.peak_bytes / 2**20:>8,.0f} MiB")
