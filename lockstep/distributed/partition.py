@@ -2,7 +2,8 @@
 
 One map serves the loader, the layers, the KV manager and the planner. A dimension of `units` indivisible units (heads,
 MLP columns) is cut into *atoms*, at most 8 of them for TP <= 8, on boundaries that depend on the model alone. A rank
-owns a run of whole atoms, so TP 2, 4 and 8 cut at the same points and any size in between works too (3, 5, 6, 7).
+owns a run of whole atoms, so TP 2, 4 and 8 cut at the same points and any size in between works too (3, 5, 6, 7). The
+price of fixed atoms: a size that is no power of two is balanced to one atom, not to one unit.
 """
 
 from __future__ import annotations

@@ -43,8 +43,9 @@ class RMSNorm(nn.Module):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.plus_one:
-            return (wide * (1.0 + self.weight.float())).to(x.dtype)
-        return self.weight * wide.to(x.dtype)
+            return wide.mul_(1.0 + self.weight.float()).to(x.dtype)
+        # Rounded before the weight, as the models were trained.
+        return wide.to(x.dtype).mul_(self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, plus_one={self.plus_one}"
