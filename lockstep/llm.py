@@ -21,9 +21,12 @@ import msgspec
 from lockstep.config.build import build_config
 from lockstep.config.validate import resolve
 from lockstep.engine.core import EngineCore
+from lockstep.engine.stats import EngineStats
+from lockstep.executor.contract import RankMemory
 from lockstep.executor.factory import make_executor
 from lockstep.frontend.chat import Conversation, conversations, render
 from lockstep.frontend.collector import Collector
+from lockstep.frontend.errors import PromptError
 from lockstep.frontend.inputs import InputProcessor, Job, Prompt
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.progress import Progress
@@ -45,10 +48,10 @@ class LLM:
         self.config, self.spec, self.folder = resolve(build_config(model=model, tensor_parallel_size=tensor_parallel_size, **settings))
         words = tokenizer_folder(self.config.model, self.folder)
         tokenizer: Future[Any] = load_in_background(lambda: load_tokenizer(words))  # while the ranks start
-        self._executor = make_executor(self.config, self.spec, self.folder)
-        self._finalizer = weakref.finalize(self, self._executor.shutdown)
+        executor = make_executor(self.config, self.spec, self.folder)
+        self._finalizer = weakref.finalize(self, executor.shutdown)  # also at exit
         try:
-            self._core = EngineCore(self.config, self.spec, self._executor)
+            self._core = EngineCore(self.config, self.spec, executor)
             self._tokenizer = tokenizer.result()
         except BaseException:
             self._finalizer()
@@ -56,6 +59,7 @@ class LLM:
         self.config = self._core.config
         self._inputs = InputProcessor(self.config, self.spec, self.folder, self._tokenizer)
         self._collector = Collector(self._tokenizer)
+        self._running = False
 
     def generate(
         self,
@@ -106,16 +110,17 @@ class LLM:
         """The `transformers` tokenizer in use."""
         return self._tokenizer
 
-    def stats(self) -> Any:
-        """The engine's counters (see `lockstep.engine.stats`)."""
+    def stats(self) -> EngineStats:
+        """The engine's numbers at this moment."""
         return self._core.stats()
 
-    def memory(self) -> list[Any]:
+    def memory(self) -> list[RankMemory]:
         """Each rank's `RankMemory`: weights, KV cache and peak, in bytes, by rank."""
-        return self._executor.memory()
+        return self._core.executor.memory()
 
     def shutdown(self) -> None:
         """Stop the ranks and free everything. May be called twice; also done at exit and when the object is dropped."""
+        self._core.shutdown()
         self._finalizer()
 
     def __enter__(self) -> LLM:
@@ -126,7 +131,10 @@ class LLM:
 
     def _run(self, jobs: list[Job]) -> Iterator[RequestOutput]:
         """Queue every job, then step the engine until all are finished. However it ends, nothing is left running."""
+        if self._running:
+            raise RuntimeError("another generate or stream of this LLM is unfinished: exhaust or close its iterator first.")
         left = {request.request_id for job in jobs for request in job.requests}
+        self._running = True
         try:
             for job in jobs:
                 for request in job.requests:
@@ -134,6 +142,8 @@ class LLM:
                 self._collector.start(job)
             while left:
                 news = self._core.step()
+                if self._core.failure is not None:
+                    raise self._core.failure
                 outputs, ended = self._collector.take(news)
                 self._core.abort(ended)
                 left -= {o.request_id for o in news if o.finish_reason is not None}
@@ -142,6 +152,7 @@ class LLM:
         finally:
             self._collector.forget(left)
             self._core.abort(left)
+            self._running = False
 
     def _jobs(
         self, prompts: Prompt | Sequence[Prompt], params: Params, kind: RequestOutputKind | None, priority: Sequence[int] | None
@@ -172,5 +183,5 @@ def _per_prompt(name: str, values: Sequence[Any] | None, prompts: list[Any], one
     if values is None:
         return [one_for_all] * len(prompts)
     if len(values) != len(prompts):
-        raise ValueError(f"{name} has {len(values)} entries for {len(prompts)} prompts: give one for each, or a single one for all.")
+        raise PromptError(f"{name} has {len(values)} entries for {len(prompts)} prompts: give one for each, or a single one for all.")
     return list(values)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lockstep.frontend.errors import PromptError
+
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
@@ -12,7 +14,7 @@ Conversation = Sequence[Message]
 def conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
     """One conversation or several, as a list of them."""
     if not messages:
-        raise ValueError("messages is empty: give at least one {'role': 'user', 'content': ...}.")
+        raise PromptError("messages is empty: give at least one {'role': 'user', 'content': ...}.")
     if isinstance(messages[0], Mapping):
         return [messages]  # type: ignore[list-item]
     return list(messages)  # type: ignore[arg-type]
@@ -27,13 +29,13 @@ def render(
 ) -> dict[str, Any]:
     """The prompt of a conversation: its text and token ids. The template writes the special tokens, so none are added.
 
-    Raises ValueError for a message without role or content, a tokenizer without template, or a template that refuses.
+    Raises PromptError for a message without role or content, a tokenizer without template, or a template that refuses.
     """
     for i, message in enumerate(talk):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise ValueError(f"messages[{i}]={message!r} must be a dict with `role` (text) and `content`.")
+            raise PromptError(f"messages[{i}]={message!r} must be a dict with `role` (text) and `content`.")
     if chat_template is None and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("this model has no chat template: give chat_template=..., or use generate() with a prompt.")
+        raise PromptError("this model has no chat template: give chat_template=..., or use generate() with a prompt.")
     try:
         text = tokenizer.apply_chat_template(
             [dict(m) for m in talk],
@@ -43,5 +45,5 @@ def render(
             **(template_kwargs or {}),
         )
     except Exception as e:  # templates raise what they like: a refusal is the caller's message to read
-        raise ValueError(f"the chat template cannot render these messages: {e}") from e
+        raise PromptError(f"the chat template cannot render these messages: {e}") from e
     return {"prompt": text, "prompt_token_ids": list(tokenizer(text, add_special_tokens=False)["input_ids"])}

@@ -13,6 +13,7 @@ import msgspec
 
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
+from lockstep.frontend.errors import PromptError
 from lockstep.frontend.tokenizer import eos_ids
 from lockstep.protocol import EngineRequest, SamplingParams
 
@@ -45,11 +46,11 @@ class InputProcessor:
     ) -> Job:
         """The job of one prompt: text, token ids, or a dict with `prompt` or `prompt_token_ids` (and `cache_salt`).
 
-        Raises ValueError for a prompt that cannot be read. Lengths and ids are checked by the engine, when it takes it.
+        Raises PromptError for a prompt that cannot be read. Lengths and ids are checked by the engine, when it takes it.
         """
         text, ids, salt = self._read(prompt)
         if sampling.stop and not sampling.detokenize:
-            raise ValueError(f"stop={sampling.stop!r} needs text to look in, but detokenize=False: use stop_token_ids, or detokenize.")
+            raise PromptError(f"stop={sampling.stop!r} needs text to look in, but detokenize=False: use stop_token_ids, or detokenize.")
         number, self._count = self._count, self._count + 1
         name = request_id or str(number)
         seed = sampling.seed if sampling.seed is not None else _draw_seed(self._seed, number)
@@ -78,7 +79,7 @@ class InputProcessor:
         if isinstance(prompt, Mapping):
             unknown = [k for k in prompt if k not in PROMPT_KEYS]
             if unknown or not ("prompt" in prompt or "prompt_token_ids" in prompt):
-                raise ValueError(
+                raise PromptError(
                     f"prompt has the keys {list(prompt)}: give `prompt` (text) or `prompt_token_ids`, and optionally `cache_salt`."
                 )
             salt = prompt.get("cache_salt")
@@ -108,9 +109,9 @@ def _draw_seed(engine_seed: int, number: int) -> int:
 
 
 def _ids(prompt: Any) -> list[int]:
-    """Token ids as plain integers, from a list, an array or a tensor. Raises ValueError for anything else."""
+    """Token ids as plain integers, from a list, an array or a tensor. Raises PromptError for anything else."""
     try:
         return [operator.index(t) for t in prompt]
     except TypeError:
         kind = type(prompt).__name__
-        raise ValueError(f"prompt is a {kind} that is not a list of integers: give text, token ids, or a dict with one of them.") from None
+        raise PromptError(f"prompt is a {kind} that is not a list of integers: give text, token ids, or a dict with one of them.") from None

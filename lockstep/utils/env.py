@@ -81,3 +81,8 @@ def unbind_collectives(names: list[str]) -> None:
     """Undo `bind_collectives`."""
     for name in names:
         os.environ.pop(name, None)
+
+
+def no_color() -> bool:
+    """NO_COLOR: whether the user asked programs for plain text (https://no-color.org)."""
+    return bool(_text("NO_COLOR"))

@@ -1,0 +1,7 @@
+"""`python -m lockstep`: the same as the `lockstep` command."""
+
+import sys
+
+from lockstep.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,93 @@
+"""`lockstep <verb> ...`: finds the verb, runs it, and turns what can go wrong into one line and an exit code.
+
+Exit codes: 0 done, 1 the engine failed, 2 the command line or a setting is wrong, 130 interrupted, 141 the reader of
+standard output went away.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from lockstep.cli.errors import UsageError, show_error
+from lockstep.config.build import nearest
+from lockstep.config.errors import ConfigError
+from lockstep.version import __version__
+
+# verb -> (module, what it is for). Modules are imported only for the verb that is asked for.
+VERBS = {
+    "generate": ("lockstep.cli.generate", "complete prompts, as text or as JSON lines"),
+    "chat": ("lockstep.cli.chat", "talk with the model in the terminal"),
+    "demo": ("lockstep.cli.demo", "the embedded model on two ranks, and proof that the split changes nothing"),
+    "bench": ("lockstep.cli.bench.main", "measure: latency, throughput"),
+    "doctor": ("lockstep.cli.doctor", "what this machine has, and whether ranks can talk"),
+}
+LATER = ("serve", "complete", "plan", "simulate", "top", "trace", "collect-env", "run-batch", "worker")
+
+USAGE = f"""lockstep {__version__}: one model, many devices, the same answer bit for bit.
+
+usage: lockstep <command> [MODEL] [options]
+
+commands:
+{chr(10).join(f"  {verb:<10} {words}" for verb, (_, words) in VERBS.items())}
+  version    print the version
+
+`lockstep <command> --help` lists a command's options. Without MODEL, the embedded demo model is used:
+  lockstep generate --prompt "def add(a, b):" --tensor-parallel-size 2
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = guarded(lambda: dispatch(argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `lockstep generate | head`: its reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def dispatch(argv: list[str]) -> int:
+    """Import the verb's module and run it."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    verb, rest = argv[0], argv[1:]
+    if verb in ("version", "--version", "-V"):
+        print(f"lockstep {__version__}")
+        return 0
+    if verb in LATER:
+        raise UsageError(f"`lockstep {verb}` is not available yet in this version: there are {', '.join(VERBS)}.")
+    if verb not in VERBS:
+        raise UsageError(f"{verb!r} is not a command: there are {', '.join(VERBS)}.{nearest(verb, VERBS)}")
+    return int(import_module(VERBS[verb][0]).run(rest) or 0)
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """Run, and show expected errors as one line. Anything else is our fault and keeps its traceback."""
+    from lockstep.engine.errors import RequestError
+    from lockstep.executor.contract import ExecutorError
+    from lockstep.frontend.errors import PromptError
+
+    try:
+        return run()
+    except (ConfigError, RequestError, PromptError) as e:
+        show_error(str(e))
+        return 2
+    except ExecutorError as e:
+        show_error(str(e))
+        for line in e.log_tail:
+            if line not in str(e):
+                print(f"  | {line}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Flags that users of the ecosystem know and this version does not have: refused by name, with what to do instead."""
+
+from __future__ import annotations
+
+from lockstep.cli.errors import UsageError
+
+_LATER = "is not available yet in this version"
+_ONE_HOST = f"running over several hosts {_LATER}: leave it out, all ranks run on this host"
+_DP = f"data parallelism {_LATER}: leave it out"
+_EP = f"expert parallelism {_LATER}: leave it out"
+_CP = f"context parallelism {_LATER}: leave it out"
+_LORA = f"LoRA {_LATER}: merge the adapter into the model first"
+_SPEC = f"speculative decoding {_LATER}: leave it out"
+_QUANT = f"quantization {_LATER}: name an unquantized checkpoint"
+_SERVER = f"the server {_LATER}: use `lockstep generate` or `lockstep chat`"
+
+UNAVAILABLE: dict[str, str] = {
+    **dict.fromkeys(("--nnodes", "--node-rank", "-r", "--master-addr", "--master-port", "--headless"), _ONE_HOST),
+    **dict.fromkeys(
+        (
+            *("--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr", "--data-parallel-size-local", "-dpl"),
+            *("--data-parallel-address", "-dpa", "--data-parallel-rpc-port", "-dpp", "--data-parallel-backend", "-dpb"),
+            *("--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
+            *("--data-parallel-multi-port-external-lb", "-dpm", "--dp-sync-interval", "--disable-nccl-for-dp-synchronization"),
+        ),
+        _DP,
+    ),
+    **dict.fromkeys(
+        (
+            *("--enable-ep-weight-filter", "--all2all-backend", "--enable-eplb", "--eplb-config", "--expert-placement-strategy"),
+            *("--enable-dbo", "--ubatch-size", "--dbo-decode-token-threshold", "--dbo-prefill-token-threshold"),
+            *("--enable-elastic-ep", "--elastic-ep-max-dp-size"),
+        ),
+        _EP,
+    ),
+    **dict.fromkeys(("--dcp-comm-backend", "--dcp-kv-cache-interleave-size", "--cp-kv-cache-interleave-size", "--dcp-q-replicate"), _CP),
+    **dict.fromkeys(("--enable-lora", "--lora-modules", "--max-loras", "--max-lora-rank"), _LORA),
+    **dict.fromkeys(("--speculative-config", "--speculative-model", "--num-speculative-tokens"), _SPEC),
+    **dict.fromkeys(("--quantization", "-q", "--kv-cache-dtype", "--load-in-4bit", "--load-in-8bit"), _QUANT),
+    **dict.fromkeys(("--api-server-count", "-asc", "--host", "--port", "--api-key", "--uvicorn-log-level"), _SERVER),
+    **dict.fromkeys(("--numa-bind", "--numa-bind-nodes", "--numa-bind-cpus"), f"binding to NUMA nodes {_LATER}: see --cpu-binding"),
+    **dict.fromkeys(
+        ("--cpu-offload-gb", "--swap-space"), f"offloading {_LATER}: raise --tensor-parallel-size to need less memory per rank"
+    ),
+    "--cpu-distributed-timeout-seconds": f"a timeout of its own for CPU groups {_LATER}: use --distributed-timeout-seconds",
+    "--max-parallel-loading-workers": "ranks read only their own share of the weights, all at once: leave it out",
+    "--enforce-eager": f"CUDA graphs are {_LATER[3:]}, so every step is eager: leave it out",
+    "--compilation-config": f"compilation {_LATER}: leave it out",
+    "--ray-workers-use-nsight": f"the ray backend {_LATER}: leave it out",
+    "--worker-cls": f"custom workers are {_LATER[3:]}: leave it out",
+    "--worker-extension-cls": f"custom workers are {_LATER[3:]}: leave it out",
+    "--trust-remote-code": "code that comes with a checkpoint is never run: leave it out",
+    "--chat-template-content-format": f"choosing the content format {_LATER}: leave it out",
+    "--config": f"settings from a file {_LATER}: give them as flags",
+}
+
+
+def refuse_unavailable(argv: list[str]) -> None:
+    """Raise UsageError for the first flag that this version does not have."""
+    for word in argv:
+        if word == "--":
+            return
+        flag = word.split("=", 1)[0]
+        flag = flag.replace("_", "-") if flag.startswith("--") else flag
+        if flag in UNAVAILABLE:
+            raise UsageError(f"{flag}: {UNAVAILABLE[flag]}.")

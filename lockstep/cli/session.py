@@ -1,0 +1,63 @@
+"""What the verbs that run a model share: starting it with a word of what is going on, and its memory as a table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from lockstep.config.build import GROUPS
+from lockstep.config.source import DEMO_NAME
+from lockstep.config.tree import EngineConfig
+from lockstep.observability import logging
+
+if TYPE_CHECKING:
+    from lockstep.executor.contract import RankMemory
+    from lockstep.llm import LLM
+
+
+@contextmanager
+def running(config: EngineConfig, *, quiet: bool, table: bool = True) -> Iterator[tuple[LLM, float]]:
+    """The model, loaded, and the seconds that took; stopped afterwards. Notes go to standard error unless `quiet`."""
+    logging.configure(config.runtime.log_level)
+    name, tp = config.model.model or DEMO_NAME, config.parallel.tensor_parallel_size
+    note(f"loading {name} on {tp} rank{'s' if tp > 1 else ''} ...", quiet)
+    start_s = time.monotonic()
+    from lockstep.llm import LLM
+
+    with LLM(**settings(config)) as llm:
+        ready_s = time.monotonic() - start_s
+        note(f"ready in {ready_s:.1f} s ({llm.config.runtime.device}, {llm.config.model.dtype})", quiet)
+        if table:
+            note(memory_table(llm.memory()), quiet)
+        yield llm, ready_s
+
+
+def settings(config: EngineConfig) -> dict[str, Any]:
+    """The tree as `LLM` keywords."""
+    return {f.name: getattr(getattr(config, group), f.name) for group, cls in GROUPS.items() for f in fields(cls)}
+
+
+def note(text: str, quiet: bool = False) -> None:
+    """A line for the person, on standard error: standard output is for results only."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def memory_table(ranks: list[RankMemory]) -> str:
+    """What each rank holds, one row per rank."""
+    rows = [("rank", "weights", "KV cache", "peak")]
+    rows += [(str(r.rank), size(r.weight_bytes), size(r.kv_bytes), size(r.peak_bytes)) for r in ranks]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  " + "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that reads best."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
