@@ -1,0 +1,133 @@
+"""The decoder skeleton: embedding, layers, last norm, head. A model is a small subclass (see llama.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.attention.backends import make_backend
+from lockstep.attention.batch import AttentionBatch
+from lockstep.attention.layer import KVLayerSpec
+from lockstep.config.model_spec import ModelSpec
+from lockstep.distributed.partition import layer_partition
+from lockstep.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from lockstep.layers.logits import LogitsProcessor
+from lockstep.layers.rotary import RotaryEmbedding
+from lockstep.models.blocks import Build, DecoderLayer, Step
+from lockstep.weights.name_map import WeightRule, elsewhere, ignore, linear, per_layer
+
+if TYPE_CHECKING:
+    from lockstep.distributed.groups import ParallelGroups
+
+Intermediate = dict[str, Tensor]  # "hidden_states" and "residual", each [tokens, hidden]: what one stage hands the next
+
+
+class DecoderModel(nn.Module):
+    """This rank's part of a decoder: its shard of the layers of its pipeline stage.
+
+    The first stage has the embedding, the last one the norm and the head; where both are tied, both ends hold the weight.
+    A subclass names its layer class and, in `layer_rules`, what its checkpoint calls the parts of a layer.
+    """
+
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+
+    def __init__(
+        self, spec: ModelSpec, groups: ParallelGroups, dtype: torch.dtype, device: torch.device | str, backend: str = "torch"
+    ) -> None:
+        super().__init__()
+        assert len(spec.layer_kinds) == spec.num_layers, "layer_kinds names each layer's kind"
+        self.spec, self.groups, self.dtype, self.device = spec, groups, dtype, torch.device(device)
+        build = Build(spec, groups.tp, dtype, self.device, make_backend(backend))
+        stage, stages = groups.pp.rank_in_group, groups.pp.world_size
+        self.is_first, self.is_last = stage == 0, stage == stages - 1
+        owned = layer_partition(spec.num_layers, stages)[stage]
+        self.start, self.end = owned.start, owned.stop
+        if self.is_first or (self.is_last and spec.tie_word_embeddings):
+            self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, **build.place("embed_tokens"))
+        self.layers = nn.ModuleDict({str(i): self.layer_class(build, i, f"layers.{i}") for i in range(self.start, self.end)})
+        if self.is_last:
+            self.norm = build.norm()
+            self.logits = LogitsProcessor(spec.vocab_size, tp=groups.tp, soft_cap=spec.logits_softcap)
+            if not spec.tie_word_embeddings:
+                self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, **build.place("lm_head"))
+        self.rope = RotaryEmbedding(spec.head_dim, spec.rope, device=self.device)
+        self.rope_local = None if spec.rope_local is None else RotaryEmbedding(spec.head_dim, spec.rope_local, device=self.device)
+        # The scale as the model's own dtype holds it: Gemma was trained with the rounded number.
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
+        self._stack = [self.layers[str(i)] for i in range(self.start, self.end)]
+
+    @torch.inference_mode()
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, batch: AttentionBatch, intermediate: Intermediate | None = None
+    ) -> Tensor | Intermediate:
+        """`input_ids, positions [tokens]` -> normed hidden states `[tokens, hidden]`; on a stage before the last, what the next takes.
+
+        `intermediate` is the previous stage's result (None on the first, which alone reads input_ids). Keys and values of
+        the tokens are in the cache afterwards.
+        """
+        residual: Tensor | None = None
+        if intermediate is None:
+            assert self.is_first, "a later pipeline stage needs the result of the one before"
+            hidden = self.embed_tokens(input_ids)
+            if self._embedding_scale != 1.0:
+                hidden = hidden * self._embedding_scale
+        else:
+            hidden, residual = intermediate["hidden_states"], intermediate["residual"]
+        full = self.rope.cos_sin(positions)
+        step = Step(batch, full, full if self.rope_local is None else self.rope_local.cos_sin(positions))
+        for layer in self._stack:
+            hidden, residual = layer(hidden, residual, step)
+        assert residual is not None
+        if not self.is_last:
+            return {"hidden_states": hidden, "residual": residual}
+        normed: Tensor = self.norm(hidden, residual)[0]
+        return normed
+
+    @property
+    def head(self) -> VocabParallelEmbedding:
+        """The output head's weight: the embedding's where they are tied. Last stage only."""
+        return self.embed_tokens if self.spec.tie_word_embeddings else self.lm_head
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden: Tensor) -> Tensor | None:
+        """`hidden [rows, hidden]` -> logits `[rows, vocab]` float32 on TP rank 0, None on the others. Last stage only.
+
+        Every TP rank must call it: they gather.
+        """
+        logits: Tensor | None = self.logits(self.head, hidden)
+        return logits
+
+    @torch.inference_mode()
+    def compute_top_tokens(self, hidden: Tensor) -> Tensor | None:
+        """The argmax of compute_logits, `[rows]`, on TP rank 0, with one pair per row exchanged. Last stage only."""
+        return self.logits.top_tokens(self.head, hidden)
+
+    def kv_layers(self) -> list[KVLayerSpec]:
+        """What each of this stage's layers keeps per token, in layer order."""
+        return [KVLayerSpec(layer.self_attn.attention.num_kv, self.spec.head_dim) for layer in self._stack]
+
+    def bind_kv(self, caches: Sequence[Tensor]) -> None:
+        """Give each layer its cache `[2, num_blocks, block_size, num_kv_heads, head_dim]`, in the order of kv_layers."""
+        assert len(caches) == len(self._stack), f"{len(caches)} caches for {len(self._stack)} layers"
+        for layer, kv in zip(self._stack, caches, strict=True):
+            layer.self_attn.attention.bind_kv(kv)
+
+    def layer_rules(self) -> list[WeightRule]:
+        """One layer's rules, `{i}` for its number."""
+        raise NotImplementedError
+
+    def weight_map(self) -> list[WeightRule]:
+        """Every tensor of the checkpoint and where it goes, other stages' included (`here=False`)."""
+        tied = self.spec.tie_word_embeddings
+        rules = [
+            *elsewhere([WeightRule("model.embed_tokens.weight", "embed_tokens")], self.is_first or (self.is_last and tied)),
+            *per_layer(self.layer_rules(), self.spec.num_layers, range(self.start, self.end)),
+            *elsewhere([WeightRule("model.norm.weight", "norm")], self.is_last),
+        ]
+        if tied:
+            # Some tied checkpoints store the head a second time.
+            return [*rules, *ignore("lm_head.weight")]
+        return [*rules, *elsewhere(linear("lm_head", "lm_head"), self.is_last)]
