@@ -54,6 +54,11 @@ class SampleRows:
     def __len__(self) -> int:
         return len(self.greedy)
 
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether every row takes the most likely token of its unchanged logits, and none wants more than that token."""
+        return bool(self.greedy.all()) and not self.altered and bool((self.logprobs < 0).all())
+
 
 def alters_logits(p: SamplingParams) -> bool:
     """Whether the parameters change logits before the choice (temperature and truncation do not count)."""

@@ -19,7 +19,7 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.models.decoder import DecoderModel
 from lockstep.protocol import StepPlan, StepResult, TokenLogprobs
-from lockstep.worker.batch import I64, BatchState
+from lockstep.worker.batch import I64, BatchState, SampleRows
 from lockstep.worker.inputs import StepInputs, build_inputs, rehearsal_inputs
 from lockstep.worker.logprobs import chunk_rows, token_logprobs
 from lockstep.worker.sampler import Sampled, Sampler, argmax
@@ -83,8 +83,9 @@ class ModelRunner:
         Every rank must call it alike, before the first real step. No request's state is touched.
         """
         inputs = rehearsal_inputs(query_lens, seq_lens, self.state.block_size)
-        hidden = self.forward(inputs)
-        logits = self.model.compute_logits(hidden[self._to_device(inputs.last_tokens)])
+        hidden = self.forward(inputs)[self._to_device(inputs.last_tokens)]
+        self.model.compute_top_tokens(hidden)
+        logits = self.model.compute_logits(hidden)
         tokens = np.zeros(len(query_lens), np.int64) if logits is None else argmax(logits)
         self.groups.tp.broadcast(self._to_device(tokens), src=0)
 
@@ -97,21 +98,30 @@ class ModelRunner:
             self.state.block_size,
             self.device,
         )
-        return self.model(self._to_device(inputs.input_ids), self._to_device(inputs.positions), batch)
+        hidden = self.model(self._to_device(inputs.input_ids), batch.positions, batch)
+        assert isinstance(hidden, torch.Tensor)
+        return hidden
 
     def _sample(self, hidden: torch.Tensor, inputs: StepInputs) -> Sampled:
         """One token for each sampled row, the same on every rank; log-probabilities on the output rank only."""
         count = len(inputs.sampled_rows)
         if not count:
             return Sampled(np.empty(0, np.int64), None)
-        logits = self.model.compute_logits(hidden[self._to_device(inputs.last_tokens)])
-        sampled = None if logits is None else self.sampler.sample(logits, self.state.sample_rows(inputs.sampled_slots))
+        sampled = self._choose(hidden[self._to_device(inputs.last_tokens)], self.state.sample_rows(inputs.sampled_slots))
         if self.groups.tp.world_size == 1:
             assert sampled is not None
             return sampled
         tokens = torch.empty(count, dtype=torch.int64, device=self.device) if sampled is None else self._to_device(sampled.tokens)
         everyones: I64 = self.groups.tp.broadcast(tokens, src=0).cpu().numpy()
         return Sampled(everyones, sampled.logprobs if sampled else None)
+
+    def _choose(self, hidden: torch.Tensor, rows: SampleRows) -> Sampled | None:
+        """Tokens for `hidden [rows, hidden]` on the output rank. Every rank takes part, and takes the same way."""
+        if rows.plain_greedy:  # whole logits need not be gathered
+            top = self.model.compute_top_tokens(hidden)
+            return None if top is None else Sampled(top.cpu().numpy(), None)
+        logits = self.model.compute_logits(hidden)
+        return None if logits is None else self.sampler.sample(logits, rows)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, inputs: StepInputs) -> PromptLogprobs:
         """For each row that asked: the prompt tokens that this step's positions predict. Filled on the output rank only.
