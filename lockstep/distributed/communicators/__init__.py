@@ -1,1 +1,28 @@
+"""What moves tensors between the ranks of a group."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from lockstep.distributed.communicators.base import Communicator
+
+
+def make_communicator(group: Any, backend: str, device: torch.device) -> Communicator:
+    """The communicator for tensors on `device` over torch group `group` of `backend` ("gloo" or "nccl")."""
+    import torch
+
+    if "nccl" in backend and device.type == "cuda":
+        from lockstep.distributed.communicators.nccl import NcclCommunicator
+
+        return NcclCommunicator(group, device)
+    from lockstep.distributed.communicators.gloo import GlooCommunicator
+
+    host = GlooCommunicator(group, torch.device("cpu"))
+    if device.type == "cpu":
+        return host
+    from lockstep.distributed.communicators.staged import StagedCommunicator
+
+    return StagedCommunicator(host, device)
