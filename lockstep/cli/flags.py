@@ -70,26 +70,33 @@ def parse(
     UsageError for flags of the ecosystem that this version does not have, and for impossible sampling parameters.
     """
     refuse_unavailable(argv)
-    form = command_form(verb, options, max_tokens)
+    form = command_form(verb, options, max_tokens, sampling=sampling)
     found: Any = tyro.cli(form, prog=f"lockstep {verb}", args=argv, description=description, config=(OmitArgPrefixes,))
     chosen = {name: value for group in GROUPS for name, value in vars(getattr(found, group)).items()}
     if found.model_folder is not None:
         if chosen["model"] and chosen["model"] != found.model_folder:
             raise UsageError(f"two models were named, {found.model_folder!r} and --model={chosen['model']!r}: name one.")
         chosen["model"] = found.model_folder
-    sampling = vars(found.sampling)
-    chosen["seed"] = sampling["seed"] or 0
-    return Parsed(build_config(**chosen), sampling_params(sampling), options(**vars(getattr(found, verb))))
+    params = SamplingParams()
+    if sampling:  # one --seed for both: a request's may be negative, the engine's not
+        params = sampling_params(vars(found.sampling))
+        chosen["seed"] = (params.seed or 0) % 2**63
+    return Parsed(build_config(**chosen), params, options(**vars(getattr(found, _group(verb)))))
 
 
-def command_form(verb: str, options: type, max_tokens: int | None) -> type:
+def command_form(verb: str, options: type, max_tokens: int | None, *, sampling: bool = True) -> type:
     """The dataclass that tyro turns into a parser: one field for each group of flags, the verb's own first."""
     model = Annotated[Positional[str | None], arg(name="model", metavar="MODEL", help=_help_of("model"), help_behavior_hint="")]
     parts: list[Any] = [("model_folder", model, dataclasses.field(default=None))]
-    groups = {verb: options_form(options), "sampling": sampling_form(max_tokens)}
-    groups |= {name: group_form(cls, skip=("seed",)) for name, cls in GROUPS.items()}
+    groups = {_group(verb): options_form(options)} | ({"sampling": sampling_form(max_tokens)} if sampling else {})
+    groups |= {name: group_form(cls, skip=("seed",) if sampling else ()) for name, cls in GROUPS.items()}
     parts += [(name, cls, dataclasses.field(default_factory=cls)) for name, cls in groups.items()]
     return dataclasses.make_dataclass("Command", parts)
+
+
+def _group(verb: str) -> str:
+    """The verb as a field name."""
+    return verb.replace(" ", "_").replace("-", "_")
 
 
 def group_form(cls: type, skip: tuple[str, ...] = ()) -> type:
@@ -140,10 +147,11 @@ def sampling_params(values: dict[str, Any]) -> SamplingParams:
         raise UsageError(str(e)) from None
 
 
-def flag_names(options: type) -> list[str]:
+def flag_names(options: type, *, sampling: bool = True) -> list[str]:
     """Every flag of a verb, long and short, sorted; what the frozen list in the tests is compared with."""
     names: set[str] = set()
-    for form in (options_form(options), sampling_form(None), *(group_form(cls) for cls in GROUPS.values())):
+    forms = [options_form(options), *(group_form(cls) for cls in GROUPS.values())] + ([sampling_form(None)] if sampling else [])
+    for form in forms:
         for f in dataclasses.fields(form):
             names.add("--" + f.name.replace("_", "-"))
             names.update(f.metadata["alias"])
