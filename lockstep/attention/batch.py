@@ -92,7 +92,7 @@ class AttentionBatch:
         found = self._cache.get(key)
         if found is None:
             found = self._cache[key] = make(self)
-        return found  # type: ignore[no-any-return]
+        return found
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:

@@ -57,7 +57,7 @@ class HeadGroups:
         """`[tokens, num_q, D] -> [tokens, num_kv, width, D]`."""
         if not self.even:
             q = q.index_select(1, self._padded)
-        return q.unflatten(1, (self.num_kv, self.width))
+        return q.view(q.shape[0], self.num_kv, self.width, q.shape[2])
 
     def join(self, grouped: Tensor) -> Tensor:
         """`[tokens, num_kv, width, D] -> [tokens, num_q, D]`."""

@@ -85,13 +85,13 @@ class SelfAttention(nn.Module):
             backend=build.backend,
             device=build.device,
         )
-        self._heads = (qkv.num_heads, qkv.num_kv_heads, qkv.num_kv_heads)
+        self._heads = (qkv.num_heads, qkv.num_kv_heads)
         self._head_dim = spec.head_dim
 
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         """`[tokens, hidden] -> [tokens, hidden]`."""
-        num_q, num_kv, _ = self._heads
-        qkv = self.qkv_proj(hidden).unflatten(-1, (num_q + 2 * num_kv, self._head_dim))
+        num_q, num_kv = self._heads
+        qkv = self.qkv_proj(hidden).view(hidden.shape[0], num_q + 2 * num_kv, self._head_dim)
         q, k = self.rotated(qkv[:, : num_q + num_kv], *(step.sliding if self.sliding else step.full))
         out: Tensor = self.o_proj(self.attention(q, k, qkv[:, num_q + num_kv :], step.batch))
         return out

@@ -47,7 +47,8 @@ class DecoderModel(nn.Module):
         self.start, self.end = owned.start, owned.stop
         if self.is_first or (self.is_last and spec.tie_word_embeddings):
             self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, **build.place("embed_tokens"))
-        self.layers = nn.ModuleDict({str(i): self.layer_class(build, i, f"layers.{i}") for i in range(self.start, self.end)})
+        self._stack = [self.layer_class(build, i, f"layers.{i}") for i in range(self.start, self.end)]
+        self.layers = nn.ModuleDict({str(self.start + i): layer for i, layer in enumerate(self._stack)})
         if self.is_last:
             self.norm = build.norm()
             self.logits = LogitsProcessor(spec.vocab_size, tp=groups.tp, soft_cap=spec.logits_softcap)
@@ -57,7 +58,6 @@ class DecoderModel(nn.Module):
         self.rope_local = None if spec.rope_local is None else RotaryEmbedding(spec.head_dim, spec.rope_local, device=self.device)
         # The scale as the model's own dtype holds it: Gemma was trained with the rounded number.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
-        self._stack = [self.layers[str(i)] for i in range(self.start, self.end)]
 
     @torch.inference_mode()
     def forward(
