@@ -53,7 +53,7 @@ def _download(name: str, revision: str | None, setting: str, wanted: list[str]) 
         raise ConfigError(f"{what} is neither a local folder nor a model on the hub (or it is private: `hf auth login`).") from None
     except LocalEntryNotFoundError:
         raise ConfigError(
-            f"{what} is not a local folder nor in the download cache, and the hub cannot be reached: go online, {local}."
+            f"{what} is neither a local folder nor in the download cache, and the hub is out of reach: go online, {local}."
         ) from None
     except HFValidationError as e:
         raise ConfigError(f"{what} is neither a local folder nor a possible hub id: {e}") from None

@@ -16,16 +16,15 @@ class Detokenizer:
     """The text of one growing list of tokens.
 
     Only a window of the last tokens is decoded at each call; `_done` of its characters were given out before. The text
-    of the calls, joined, equals the decoding of all tokens at once (for byte-fallback vocabularies: while the bytes are
-    valid; they have no way to write half a character otherwise).
+    of the calls, joined, equals the decoding of all tokens at once. (Vocabularies that spell unknown characters byte by
+    byte decode half a character as if all bytes before it were broken too; here what was whole stays whole.)
     """
 
     def __init__(self, decode: Decode, *, context: Iterable[int] = (), skip: frozenset[int] = frozenset()) -> None:
         """`context`: the prompt's tokens, so that the first word keeps its space. `skip`: ids that have no text."""
         self._decode, self._skip = decode, skip
-        self._window = [t for t in context if t not in skip][-CONTEXT:]
-        self._done = len(decode(self._window)) if self._window else 0
         self._waiting = 0  # tokens since text was last given out
+        self._window, self._done = self._tail([t for t in context if t not in skip][-2 * CONTEXT :])
 
     def extend(self, token_ids: Sequence[int]) -> str:
         """Add tokens; the text that became certain."""
@@ -35,10 +34,19 @@ class Detokenizer:
         self._window += new
         self._waiting += len(new)
         text = self._decode(self._window)
-        certain = len(text)
-        if text.endswith(UNKNOWN):
-            certain = certain - 1 if self._waiting > PATIENCE else len(text.rstrip(UNKNOWN))
-        return self._give(text, certain)
+        if not text.endswith(UNKNOWN):
+            out = self._give(text, len(text))
+            if len(self._window) > WINDOW:
+                self._window, self._done = self._tail(self._window)
+            return out
+        if self._waiting <= PATIENCE:
+            return self._give(text, len(text.rstrip(UNKNOWN)))
+        out = self._give(text, len(text) - 1)
+        if len(self._window) > 4 * WINDOW:  # garbage without end: let go of the oldest of it
+            held = len(text) - self._done
+            self._window = self._window[-CONTEXT - self._waiting :]
+            self._done = max(0, len(self._decode(self._window)) - held)
+        return out
 
     def finish(self) -> str:
         """What was held back, when no token will follow."""
@@ -48,13 +56,17 @@ class Detokenizer:
     def _give(self, text: str, certain: int) -> str:
         out = text[self._done : certain]
         if out:
-            self._waiting = 0
-            self._done = certain
-        if len(self._window) > WINDOW:
-            held = len(text) - self._done
-            self._window = self._window[-(CONTEXT + self._waiting) :]
-            self._done = max(0, len(self._decode(self._window)) - held)
+            self._done, self._waiting = certain, 0
         return out
+
+    def _tail(self, tokens: list[int]) -> tuple[list[int], int]:
+        """The last tokens, beginning with a whole character, and how many characters they are."""
+        text = ""
+        for back in range(CONTEXT, CONTEXT + 4):
+            text = self._decode(tokens[-back:]) if tokens else ""
+            if not text.startswith(UNKNOWN) or back >= len(tokens):
+                return tokens[-back:], len(text)
+        return tokens[-CONTEXT - 3 :], len(text)
 
 
 class StopChecker:

@@ -1,0 +1,186 @@
+"""Every rule of the configuration: what breaks it, and that the message names setting, value, rule and remedy."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from lockstep.config import devices
+from lockstep.config.build import build_config
+from lockstep.config.errors import ConfigError
+from lockstep.config.validate import resolve
+
+HEADS, LIMIT = 6, 128
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LIMIT,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "eos_token_id": 1,
+    "torch_dtype": "bfloat16",
+}
+
+
+def checkpoint(folder: Path, **changes: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+    (folder / "model.safetensors").write_bytes(b"")  # resolving never reads the weights
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 0)
+    return str(checkpoint(tmp_path / "model"))
+
+
+# setting and value -> what the message must name besides them
+BROKEN = [
+    ({"tensor_parallel_size": 0}, ["greater than 0"]),
+    ({"tensor_parallel_size": -1}, ["greater than 0"]),
+    ({"tensor_parallel_size": HEADS + 1}, [f"{HEADS} attention heads", f"use at most {HEADS}"]),
+    ({"tensor_parallel_size": "2"}, ["wrong type str", "int"]),
+    ({"tensor_parallel_size": True}, ["wrong type bool", "int"]),
+    ({"tensor_parallel_size": 2.0}, ["wrong type float", "int"]),
+    ({"pipeline_parallel_size": 0}, ["greater than 0"]),
+    ({"pipeline_parallel_size": 2}, ["pipeline parallelism is not available yet", "tensor_parallel_size"]),
+    ({"data_parallel_size": 2}, ["data parallelism is not available yet"]),
+    ({"prefill_context_parallel_size": 2}, ["prefill context parallelism is not available yet"]),
+    ({"decode_context_parallel_size": 2}, ["decode context parallelism is not available yet"]),
+    ({"enable_expert_parallel": True}, ["expert parallelism is not available yet"]),
+    ({"distributed_executor_backend": "ray"}, ["not available yet", "use mp"]),
+    ({"distributed_executor_backend": "external_launcher"}, ["not available yet", "use mp"]),
+    ({"distributed_executor_backend": "bogus"}, ["unknown", "uni, mp"]),
+    ({"distributed_executor_backend": "unii"}, ["unknown", "Did you mean 'uni'?"]),
+    ({"distributed_executor_backend": "uni", "tensor_parallel_size": 2}, ["one rank", "tensor_parallel_size=2", "use mp"]),
+    ({"distributed_timeout_seconds": 0}, ["greater than 0"]),
+    ({"execute_model_timeout_seconds": -5.0}, ["greater than 0"]),
+    ({"execute_model_timeout_seconds": float("inf")}, ["greater than 0"]),
+    ({"startup_timeout_seconds": 0}, ["greater than 0"]),
+    ({"threads_per_rank": 0}, ["greater than 0", "automatic"]),
+    ({"dtype": "bf16"}, ["not one of", "Did you mean 'bfloat16'?"]),
+    ({"dtype": "int8"}, ["not one of", "float32, bfloat16, float16"]),
+    ({"load_format": "pt"}, ["not one of auto, safetensors, dummy"]),
+    ({"device": "tpu"}, ["not one of auto, cpu, cuda"]),
+    ({"device": "cuda"}, ["no CUDA device is visible"]),
+    ({"log_level": "loud"}, ["not one of debug, info, warning, error"]),
+    ({"seed": -1}, ["from 0 to 2**63 - 1"]),
+    ({"max_model_len": 0}, ["greater than 0"]),
+    ({"max_model_len": LIMIT + 1}, [f"limit of {LIMIT}", f"use at most {LIMIT}"]),
+    ({"block_size": 0}, ["greater than 0"]),
+    ({"block_size": 24}, ["power of two", "use 16"]),
+    ({"block_size": 4096}, ["power of two from 1 to 1024", "use 1024"]),
+    ({"gpu_memory_utilization": 0.0}, ["greater than 0 and at most 1"]),
+    ({"gpu_memory_utilization": 90}, ["at most 1", "for 90 % write 0.9"]),
+    ({"gpu_memory_utilization": float("nan")}, ["greater than 0 and at most 1"]),
+    ({"kv_cache_memory_bytes": -1}, ["greater than 0"]),
+    ({"num_gpu_blocks_override": 0}, ["greater than 0"]),
+    ({"max_num_seqs": 0}, ["greater than 0"]),
+    ({"max_num_batched_tokens": 0}, ["greater than 0"]),
+    ({"max_num_batched_tokens": 8, "max_num_seqs": 9}, ["max_num_seqs=9", "raise the budget to 9"]),
+    ({"max_num_batched_tokens": 64, "enable_chunked_prefill": False}, [f"max_model_len={LIMIT}", "chunked prefill"]),
+    ({"scheduling_policy": "lifo"}, ["not one of fcfs, priority"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), BROKEN, ids=[" ".join(f"{k}={v}" for k, v in s.items()) for s, _ in BROKEN])
+def test_broken_rule_is_refused_with_setting_value_rule_and_remedy(model: str, settings: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        resolve(build_config(model=model, **settings))
+    name, value = next(iter(settings.items()))
+    message = str(refused.value)
+    assert f"{name}={value!r}" in message or f"{name}={value}" in message
+    for word in words:
+        assert word in message
+
+
+def test_what_is_automatic_is_filled(model: str) -> None:
+    config, spec, folder = resolve(build_config(model=model))
+    assert (config.model.dtype, config.runtime.device) == ("float32", "cpu")  # auto on CPU is float32, whatever the checkpoint says
+    assert config.model.max_model_len == LIMIT
+    assert config.model.served_model_name == model
+    assert config.parallel.distributed_executor_backend == "uni"
+    assert config.parallel.threads_per_rank == devices.usable_cores()
+    assert config.cache.gpu_memory_utilization == 0.5
+    assert (spec.num_heads, folder) == (HEADS, Path(model))
+
+
+def test_more_ranks_than_one_run_as_processes_and_share_the_cores(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "usable_cores", lambda: 7)
+    config, _, _ = resolve(build_config(model=model, tensor_parallel_size=3))
+    assert (config.parallel.distributed_executor_backend, config.parallel.threads_per_rank) == ("mp", 2)
+
+
+def test_explicit_settings_stay(model: str) -> None:
+    chosen = {
+        "dtype": "bfloat16",
+        "max_model_len": 64,
+        "distributed_executor_backend": "mp",
+        "threads_per_rank": 1,
+        "gpu_memory_utilization": 0.25,
+        "served_model_name": "me",
+        "max_num_seqs": 3,
+        "block_size": 1,
+    }
+    config, _, _ = resolve(build_config(model=model, **chosen))
+    for name, value in chosen.items():
+        assert value in (getattr(part, name, None) for part in (config.model, config.parallel, config.cache, config.scheduler)), name
+
+
+def test_cuda_takes_the_checkpoints_dtype_and_counts_devices(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 2)
+    monkeypatch.setattr(devices, "torch_has_cuda", lambda: True)
+    config, _, _ = resolve(build_config(model=model, tensor_parallel_size=2))
+    assert (config.runtime.device, config.model.dtype, config.cache.gpu_memory_utilization) == ("cuda", "bfloat16", 0.9)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=3 .* 2 CUDA device"):
+        resolve(build_config(model=model, tensor_parallel_size=3))
+    config, _, _ = resolve(build_config(model=model, tensor_parallel_size=3, device="cpu"))
+    assert config.runtime.device == "cpu"
+
+
+def test_a_cpu_build_of_torch_never_means_cuda(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 2)
+    monkeypatch.setattr(devices, "torch_has_cuda", lambda: False)
+    assert resolve(build_config(model=model))[0].runtime.device == "cpu"
+    with pytest.raises(ConfigError, match="built without CUDA"):
+        resolve(build_config(model=model, device="cuda"))
+
+
+def test_more_ranks_than_cores_is_a_warning(model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(devices, "usable_cores", lambda: 1)
+    monkeypatch.setattr(logging.getLogger("lockstep"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="lockstep.config"):
+        resolve(build_config(model=model, tensor_parallel_size=2))
+    assert "more than the 1 CPU core" in caplog.text
+
+
+def test_quantized_checkpoint_is_refused_by_its_method(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "q", quantization_config={"quant_method": "awq"})
+    with pytest.raises(ConfigError, match=r"quantized \(awq\)"):
+        resolve(build_config(model=str(folder), device="cpu"))
+
+
+def test_checkpoint_without_safetensors_is_refused_unless_weights_are_dummies(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "bare")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors.*pickles.*load_format dummy"):
+        resolve(build_config(model=str(folder), device="cpu"))
+    assert resolve(build_config(model=str(folder), device="cpu", load_format="dummy"))[2] == folder
+
+
+def test_the_given_tree_is_left_alone(model: str) -> None:
+    given = build_config(model=model)
+    resolve(given)
+    assert given == build_config(model=model)
