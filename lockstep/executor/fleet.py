@@ -31,7 +31,7 @@ from lockstep.distributed.message_queue import MessageQueue, QueueClosed
 from lockstep.distributed.progress import ProgressBoard, rank_list
 from lockstep.executor import affinity, failure, wire
 from lockstep.executor.contract import ExecutorError
-from lockstep.executor.operations import Operations
+from lockstep.executor.operations import Operation, Operations
 from lockstep.executor.spawn import Plan, WorkerProcess, exit_codes, kill_all, spawn
 from lockstep.observability.logging import get_logger
 from lockstep.utils import procs
@@ -272,21 +272,28 @@ class Fleet:
                     now - self._started,
                 )
             return
-        operation = self.operations.oldest()
-        if operation is None:
+        still_s = min(p.age_s for p in everyone)
+        call = self.operations.half_answered(ANSWER_GRACE_S)
+        if call is not None and still_s > ANSWER_GRACE_S:
+            self._fail_half_answered(call)
             return
-        quiet = min([now - self.operations.oldest_since, *(p.age_s for p in everyone)])
-        if operation.raised and min(quiet, now - operation.raised_at) > ANSWER_GRACE_S:
-            rank, answer = operation.raised[0]
-            error = failure.raised(rank, answer, list(self.workers[rank].tail.lines))
-            late = rank_list(sorted(operation.missing))
-            error.args = (f"{error} ({late} did not answer the same call: {self.board.describe(sorted(operation.missing))})",)
-            self._fail(error)
-        elif quiet > operation.limit_s:
-            self._fail_hung(operation.what, quiet)
+        operation = self.operations.oldest()
+        if operation is not None:
+            quiet_s = min(still_s, now - self.operations.oldest_since)
+            if quiet_s > operation.limit_s:
+                self._fail_hung(operation.what, quiet_s)
+
+    def _fail_half_answered(self, call: Operation) -> None:
+        """A rank raised in a call and the others are stuck in it: the exception is why."""
+        rank, answer = call.raised[0]
+        late = sorted(call.missing)
+        error = failure.raised(rank, answer, list(self.workers[rank].tail.lines))
+        error.args = (f"{error} ({rank_list(late)} did not answer the same call: {self.board.describe(late)})",)
+        self._fail(error)
 
     def _fail_hung(self, what: str, quiet_s: float) -> None:
         """Ask every rank for its Python stack, then fail with all of them."""
+        self._forward = False  # the stacks belong to the error, not on the terminal
         everyone = self.board.all()
         states = [procs.state(w.pid) for w in self.workers]
         before = {w.rank: len(w.tail.lines) for w in self.workers}

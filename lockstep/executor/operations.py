@@ -111,6 +111,12 @@ class Operations:
         with self._lock:
             return next(iter(self._open.values()), None)
 
+    def half_answered(self, since_s: float) -> Operation | None:
+        """A call in which a rank raised more than `since_s` ago while others still owe their answer."""
+        latest = time.monotonic() - since_s
+        with self._lock:
+            return next((o for o in self._open.values() if o.raised and o.raised_at < latest), None)
+
     def fail(self, error: ExecutorError) -> bool:
         """End everything with `error`. False when something else did before: the first failure wins."""
         with self._lock:

@@ -36,6 +36,7 @@ def main() -> None:
     launch = _read_launch(int(sys.argv[1]))
     procs.die_with_parent(launch.parent_pid, launch.death_fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it may have been ignored where the driver was started
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     affinity.bind(launch.cores)
@@ -63,6 +64,8 @@ def main() -> None:
             cell.set(phase=phase)
             fault.strike(phase)
             groups = join(launch, cell)
+        elif launch.listen_fd >= 0:
+            os.close(launch.listen_fd)  # nobody will serve on it: do not hold the port
         phase = "init"
         cell.set(phase=phase)
         fault.strike(phase)
