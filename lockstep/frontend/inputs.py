@@ -87,7 +87,7 @@ class InputProcessor:
                 return prompt.get("prompt"), _ids(prompt["prompt_token_ids"]), salt
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
-            return prompt, list(self._tokenizer(prompt)["input_ids"]), salt
+            return prompt, list(self._tokenizer(prompt, verbose=False)["input_ids"]), salt
         return None, _ids(prompt), salt
 
     def _for_engine(self, sampling: SamplingParams) -> SamplingParams:
@@ -97,7 +97,7 @@ class InputProcessor:
         for word in sampling.bad_words:
             # A word is spelled with other tokens inside a line (after a space) than at its start.
             for spelling in (word.lstrip(), " " + word.lstrip()):
-                tokens = list(self._tokenizer(spelling, add_special_tokens=False)["input_ids"])
+                tokens = list(self._tokenizer(spelling, add_special_tokens=False, verbose=False)["input_ids"])
                 if tokens and tokens not in ids:
                     ids.append(tokens)
         return msgspec.structs.replace(sampling, bad_words_token_ids=ids)
