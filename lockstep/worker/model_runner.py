@@ -2,8 +2,8 @@
 
     apply the plan -> inputs -> forward -> logits of the sampled rows -> sample -> broadcast -> append
 
-Only the output rank (TP rank 0) holds logits and samples; the tokens are broadcast, so that every rank's state goes on
-by itself and the next plan may be made before this step's result is known.
+Only the output rank (TP rank 0 of the last pipeline stage) holds logits and samples; the tokens are broadcast, so that
+every rank's state goes on by itself and the next plan may be made before this step's result is known.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.models.decoder import DecoderModel
 from lockstep.protocol import StepPlan, StepResult, TokenLogprobs
+from lockstep.worker import hop
 from lockstep.worker.batch import I64, BatchState, SampleRows
 from lockstep.worker.inputs import StepInputs, build_inputs, rehearsal_inputs
 from lockstep.worker.logprobs import chunk_rows, token_logprobs
@@ -43,7 +44,6 @@ class ModelRunner:
         device: torch.device,
         progress: ProgressCell | None = None,
     ) -> None:
-        assert groups.pp.world_size == 1, "pipeline stages are refused by the configuration's check"
         self.model, self.spec, self.groups = model, spec, groups
         self.state, self.device, self.progress = state, device, progress
         self.sampler = Sampler(spec.eos_token_ids)
@@ -51,7 +51,7 @@ class ModelRunner:
     @property
     def is_output_rank(self) -> bool:
         """Whether this rank samples and reports."""
-        return bool(self.groups.tp.rank_in_group == 0)
+        return bool(self.groups.tp.rank_in_group == 0 and self.groups.pp.is_last_rank)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
@@ -63,7 +63,7 @@ class ModelRunner:
         inputs = build_inputs(self.state, plan)
         self._mark(plan)
         hidden = self.forward(inputs)
-        prompt_logprobs = self._prompt_logprobs(hidden, inputs)
+        prompt_logprobs = [] if hidden is None else self._prompt_logprobs(hidden, inputs)
         sampled = self._sample(hidden, inputs)
         self.state.append(inputs.sampled_slots, sampled.tokens)
         if not self.is_output_rank:
@@ -83,36 +83,40 @@ class ModelRunner:
         Every rank must call it alike, before the first real step. No request's state is touched.
         """
         inputs = rehearsal_inputs(query_lens, seq_lens, self.state.block_size)
-        hidden = self.forward(inputs)[self._to_device(inputs.last_tokens)]
-        self.model.compute_top_tokens(hidden)
-        logits = self.model.compute_logits(hidden)
+        hidden = self.forward(inputs)
+        logits = None
+        if hidden is not None:
+            last = hidden[self._to_device(inputs.last_tokens)]
+            self.model.compute_top_tokens(last)
+            logits = self.model.compute_logits(last)
         tokens = np.zeros(len(query_lens), np.int64) if logits is None else argmax(logits)
-        self.groups.tp.broadcast(self._to_device(tokens), src=0)
+        hop.share_tokens(self.groups, self._to_device(tokens))
 
-    def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """Hidden states `[tokens, hidden]` of the step's tokens; their keys and values are in the cache afterwards."""
-        batch = AttentionBatch.build(
-            inputs.query_lens,
-            inputs.seq_lens,
-            inputs.block_tables,
-            self.state.block_size,
-            self.device,
-        )
-        hidden = self.model(self._to_device(inputs.input_ids), batch.positions, batch)
-        assert isinstance(hidden, torch.Tensor)
-        return hidden
+    def forward(self, inputs: StepInputs) -> torch.Tensor | None:
+        """Hidden states `[tokens, hidden]` of the step's tokens; None on a pipeline stage before the last, which sends them on.
 
-    def _sample(self, hidden: torch.Tensor, inputs: StepInputs) -> Sampled:
+        Their keys and values are in the cache afterwards.
+        """
+        batch = AttentionBatch.build(inputs.query_lens, inputs.seq_lens, inputs.block_tables, self.state.block_size, self.device)
+        result = self.model(self._to_device(inputs.input_ids), batch.positions, batch, hop.receive(self.groups))
+        if isinstance(result, torch.Tensor):
+            return result
+        hop.send(self.groups, result)
+        return None
+
+    def _sample(self, hidden: torch.Tensor | None, inputs: StepInputs) -> Sampled:
         """One token for each sampled row, the same on every rank; log-probabilities on the output rank only."""
         count = len(inputs.sampled_rows)
         if not count:
             return Sampled(np.empty(0, np.int64), None)
-        sampled = self._choose(hidden[self._to_device(inputs.last_tokens)], self.state.sample_rows(inputs.sampled_slots))
-        if self.groups.tp.world_size == 1:
+        sampled = None
+        if hidden is not None:
+            sampled = self._choose(hidden[self._to_device(inputs.last_tokens)], self.state.sample_rows(inputs.sampled_slots))
+        if self.groups.tp.world_size == self.groups.pp.world_size == 1:
             assert sampled is not None
             return sampled
         tokens = torch.empty(count, dtype=torch.int64, device=self.device) if sampled is None else self._to_device(sampled.tokens)
-        everyones: I64 = self.groups.tp.broadcast(tokens, src=0).cpu().numpy()
+        everyones: I64 = hop.share_tokens(self.groups, tokens).cpu().numpy()
         return Sampled(everyones, sampled.logprobs if sampled else None)
 
     def _choose(self, hidden: torch.Tensor, rows: SampleRows) -> Sampled | None:
