@@ -94,6 +94,7 @@ class Attention(nn.Module):
         super().__init__()
         assert len(kv_of_q) == num_q
         self.num_q, self.num_kv, self.head_dim = num_q, num_kv, head_dim
+        self.kv_of_q = tuple(kv_of_q)
         self.scale, self.window, self.softcap = scale, window, softcap
         self.groups = HeadGroups(kv_of_q, num_kv, device)
         self.backend = backend
