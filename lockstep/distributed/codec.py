@@ -125,7 +125,7 @@ _UNPACKERS: dict[int, Callable[[list[Any]], Any]] = {
     _ARRAY: lambda parts: _array(*parts),
     _TENSOR: lambda parts: _tensor(*parts),
     _NESTED: Nested,
-    _DICT: lambda pairs: {key: value for key, value in pairs},
+    _DICT: lambda pairs: dict(map(tuple, pairs)),
 }
 
 

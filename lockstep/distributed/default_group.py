@@ -14,6 +14,14 @@ from lockstep.utils import env
 BACKENDS = ("gloo", "nccl")
 
 
+def seconds(timeout: timedelta | float | None) -> float | None:
+    """A timeout in seconds. Raises ValueError when it is not positive."""
+    limit = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if limit is not None and limit <= 0:
+        raise ValueError(f"timeout is {limit} s: it must be more than 0.")
+    return limit
+
+
 def choose_backend(backend: str | None) -> str:
     """`backend`, or what the machine has: nccl with CUDA devices, else gloo. Raises ValueError for one it has not."""
     if backend is None:

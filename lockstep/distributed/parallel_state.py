@@ -10,11 +10,13 @@ import contextlib
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from lockstep.distributed import default_group, ledger, rendezvous
 from lockstep.distributed.group import GraphCaptureContext, GroupCoordinator
@@ -36,24 +38,32 @@ _MISSING = {
     "eplb": "EPLB group is not initialized. It is made by initialize_model_parallel(enable_eplb=True).",
 }
 
-_GROUPS: dict[str, GroupCoordinator] = {}
-_TOPOLOGY: Topology | None = None
-_NODE_COUNT: int | None = None
-_RENDEZVOUS: rendezvous.Rendezvous | None = None
-_OWNS_DEFAULT_GROUP = False
-_BOUND_VARIABLES: list[str] = []
-_PATCHED = False
-_CUSTOM_ALL_REDUCE = True
+
+@dataclass
+class _State:
+    """All that this process holds. `default_is_ours`: whether we made torch's default group, and so unmake it."""
+
+    groups: dict[str, GroupCoordinator] = field(default_factory=dict)
+    topology: Topology | None = None
+    node_count: int | None = None
+    seat: rendezvous.Rendezvous | None = None
+    default_is_ours: bool = False
+    bound_variables: list[str] = field(default_factory=list)
+    patched: bool = False
+    custom_all_reduce: bool = True
+
+
+_STATE = _State()
 
 
 def _group(name: str) -> GroupCoordinator:
-    assert name in _GROUPS, _MISSING[name]
-    return _GROUPS[name]
+    assert name in _STATE.groups, _MISSING[name]
+    return _STATE.groups[name]
 
 
 def find_group(name: str) -> GroupCoordinator | None:
     """The group of that name, None where it was not made."""
-    return _GROUPS.get(name)
+    return _STATE.groups.get(name)
 
 
 def get_world_group() -> GroupCoordinator:
@@ -108,8 +118,8 @@ def get_inner_dp_world_group() -> GroupCoordinator:
 
 def get_topology() -> Topology:
     """The grid that `initialize_model_parallel` laid out."""
-    assert _TOPOLOGY is not None, "model parallel groups are not initialized"
-    return _TOPOLOGY
+    assert _STATE.topology is not None, "model parallel groups are not initialized"
+    return _STATE.topology
 
 
 def init_distributed_environment(
@@ -127,8 +137,8 @@ def init_distributed_environment(
     A default group made by somebody else is checked and used. Raises ValueError when the settings cannot be,
     rendezvous.RendezvousError when ranks are late. A second call checks that the sizes agree.
     """
-    limit_s = _seconds(timeout)
-    if "world" in _GROUPS:
+    limit_s = default_group.seconds(timeout)
+    if "world" in _STATE.groups:
         assert world_size in (-1, dist.get_world_size()) and get_world_group().world_size == dist.get_world_size(), (
             "world group already initialized with a different world size"
         )
@@ -147,14 +157,13 @@ def init_from_store(
     store: Any, rank: int, world_size: int, local_rank: int, host: str, backend: str | None, timeout_s: float, where: str
 ) -> None:
     """The rest of `init_distributed_environment`, once this rank is connected to the `store` that all ranks share."""
-    global _RENDEZVOUS, _OWNS_DEFAULT_GROUP, _BOUND_VARIABLES
     backend = default_group.choose_backend(backend)
     seat = rendezvous.Rendezvous(store, rank, world_size, timeout_s, where)
     seat.meet("connected")
     device = rendezvous.device_for(backend, local_rank)
-    _BOUND_VARIABLES = env.bind_collectives(rendezvous.choose_interface(host))
+    _STATE.bound_variables = env.bind_collectives(rendezvous.choose_interface(host))
     default_group.create(store, rank, world_size, backend, device, timeout_s)
-    _RENDEZVOUS, _OWNS_DEFAULT_GROUP = seat, True
+    _STATE.seat, _STATE.default_is_ours = seat, True
     try:
         _finish_init(local_rank, backend, timeout_s)
         seat.meet("world group ready")
@@ -164,17 +173,9 @@ def init_from_store(
 
 
 def _finish_init(local_rank: int, backend: str, timeout_s: float | None) -> None:
-    global _NODE_COUNT
     ranks = list(range(dist.get_world_size()))
-    _GROUPS["world"] = init_world_group(ranks, local_rank, backend, timeout_s)
-    _NODE_COUNT = _node_count(_GROUPS["world"].cpu_group) if len(ranks) > 1 else 1
-
-
-def _seconds(timeout: timedelta | float | None) -> float | None:
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    if seconds is not None and seconds <= 0:
-        raise ValueError(f"timeout is {seconds} s: it must be more than 0.")
-    return seconds
+    _STATE.groups["world"] = init_world_group(ranks, local_rank, backend, timeout_s)
+    _STATE.node_count = _node_count(_STATE.groups["world"].cpu_group) if len(ranks) > 1 else 1
 
 
 def init_world_group(ranks: Sequence[int], local_rank: int, backend: str, timeout_s: float | None = None) -> GroupCoordinator:
@@ -192,7 +193,7 @@ def init_model_parallel_group(
     use_device_communicator: bool = True,
 ) -> GroupCoordinator:
     """A group for tensors of the model. Collective over the world."""
-    timeout = _GROUPS["world"].timeout if "world" in _GROUPS else None
+    timeout = _STATE.groups["world"].timeout if "world" in _STATE.groups else None
     return GroupCoordinator(
         group_ranks, local_rank, backend, use_device_communicator, use_message_queue_broadcaster, group_name, timeout=timeout
     )
@@ -214,7 +215,6 @@ def initialize_model_parallel(
     enable_expert_parallel: False skips the EP group, for models without experts. Raises ValueError, naming the rule, when
     the sizes do not fit the world.
     """
-    global _TOPOLOGY
     world = get_world_group()
     assert not model_parallel_is_initialized(), "model parallel groups are already initialized; destroy_model_parallel() first"
     topology = Topology(
@@ -226,14 +226,16 @@ def initialize_model_parallel(
         dp=data_parallel_size,
     )
     skipped = {name for name, wanted in (("ep", enable_expert_parallel), ("eplb", enable_eplb)) if not wanted}
-    if _RENDEZVOUS is not None:
-        _RENDEZVOUS.note("making groups")
+    if _STATE.seat is not None:
+        _STATE.seat.note("making groups")
     for name in _AXES:
         if name not in skipped:
-            _GROUPS[name] = init_model_parallel_group(topology.groups(name), world.local_rank, backend or world.backend, group_name=name)
-    _TOPOLOGY = topology
-    if _RENDEZVOUS is not None:
-        _RENDEZVOUS.note("groups ready")
+            _STATE.groups[name] = init_model_parallel_group(
+                topology.groups(name), world.local_rank, backend or world.backend, group_name=name
+            )
+    _STATE.topology = topology
+    if _STATE.seat is not None:
+        _STATE.seat.note("groups ready")
 
 
 def ensure_model_parallel_initialized(
@@ -270,20 +272,19 @@ def ensure_model_parallel_initialized(
 
 def model_parallel_is_initialized() -> bool:
     """Whether the TP and PP groups exist."""
-    return "tp" in _GROUPS and "pp" in _GROUPS
+    return "tp" in _STATE.groups and "pp" in _STATE.groups
 
 
 @contextmanager
 def patch_tensor_parallel_group(tp_group: GroupCoordinator) -> Iterator[None]:
     """Let `get_tp_group` answer `tp_group` inside the body, as for a draft model with its own split. Not reentrant."""
-    global _PATCHED
-    assert not _PATCHED, "Should not call when it's already patched"
-    before, _PATCHED = get_tp_group(), True
-    _GROUPS["tp"] = tp_group
+    assert not _STATE.patched, "Should not call when it's already patched"
+    before, _STATE.patched = get_tp_group(), True
+    _STATE.groups["tp"] = tp_group
     try:
         yield
     finally:
-        _GROUPS["tp"], _PATCHED = before, False
+        _STATE.groups["tp"], _STATE.patched = before, False
 
 
 @contextmanager
@@ -298,19 +299,18 @@ def graph_capture(device: torch.device | None = None) -> Iterator[GraphCaptureCo
 def prepare_communication_buffer_for_model(model: torch.nn.Module) -> None:
     """Let the model's modules allocate their communication buffers over each group."""
     for name in ("tp", "pcp", "pp", "dp", "ep", "eplb"):
-        if name in _GROUPS:
-            _GROUPS[name].prepare_communication_buffer_for_model(model)
+        if name in _STATE.groups:
+            _STATE.groups[name].prepare_communication_buffer_for_model(model)
 
 
 def set_custom_all_reduce(enable: bool) -> None:
     """Whether groups made from now on may use an all-reduce other than the library's."""
-    global _CUSTOM_ALL_REDUCE
-    _CUSTOM_ALL_REDUCE = enable
+    _STATE.custom_all_reduce = enable
 
 
 def custom_all_reduce_enabled() -> bool:
     """What `set_custom_all_reduce` was told last; True at first."""
-    return _CUSTOM_ALL_REDUCE
+    return _STATE.custom_all_reduce
 
 
 def get_tensor_model_parallel_world_size() -> int:
@@ -329,23 +329,28 @@ def get_decode_context_model_parallel_rank() -> int:
     return get_dcp_group().rank_in_group
 
 
+def shared_store(name: str) -> Any:
+    """A key-value store of all ranks, keys under `name`, in torch's default group's store."""
+    return dist.PrefixStore(f"lockstep/{name}", c10d._get_default_store())
+
+
 def get_node_count() -> int:
     """How many hosts the world spans."""
-    assert _NODE_COUNT is not None, "distributed environment is not initialized"
-    return _NODE_COUNT
+    assert _STATE.node_count is not None, "distributed environment is not initialized"
+    return _STATE.node_count
 
 
 def is_global_first_rank() -> bool:
     """Whether this is rank 0 of the world; True before anything is initialised."""
-    if "world" in _GROUPS:
-        return _GROUPS["world"].is_first_rank
+    if "world" in _STATE.groups:
+        return _STATE.groups["world"].is_first_rank
     return dist.get_rank() == 0 if dist.is_initialized() else True
 
 
 def is_local_first_rank() -> bool:
     """Whether this is the first rank of its host; True before anything is initialised."""
-    if "world" in _GROUPS:
-        return _GROUPS["world"].local_rank == 0
+    if "world" in _STATE.groups:
+        return _STATE.groups["world"].local_rank == 0
     placed = env.torchrun_rank()
     return placed is None or placed[1] == 0
 
@@ -359,25 +364,23 @@ def get_worker_rank_suffix(global_rank: int | None = None) -> str:
 
 def destroy_model_parallel() -> None:
     """Release every group that `initialize_model_parallel` made. May be called twice."""
-    global _TOPOLOGY
     for name in _AXES:
-        group = _GROUPS.pop(name, None)
+        group = _STATE.groups.pop(name, None)
         if group is not None:
             group.destroy()
-    _TOPOLOGY = None
+    _STATE.topology = None
 
 
 def destroy_distributed_environment() -> None:
     """Release the world group and the default group (only if lockstep made it). May be called twice; init works again after."""
-    global _NODE_COUNT, _RENDEZVOUS, _OWNS_DEFAULT_GROUP, _BOUND_VARIABLES
     ledger.disable()
-    world = _GROUPS.pop("world", None)
+    world = _STATE.groups.pop("world", None)
     if world is not None:
         world.destroy()
-    if _OWNS_DEFAULT_GROUP and dist.is_initialized():
+    if _STATE.default_is_ours and dist.is_initialized():
         dist.destroy_process_group()
-    env.unbind_collectives(_BOUND_VARIABLES)
-    _NODE_COUNT, _RENDEZVOUS, _OWNS_DEFAULT_GROUP, _BOUND_VARIABLES = None, None, False, []
+    env.unbind_collectives(_STATE.bound_variables)
+    _STATE.node_count, _STATE.seat, _STATE.default_is_ours, _STATE.bound_variables = None, None, False, []
 
 
 def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:

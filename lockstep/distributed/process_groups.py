@@ -14,8 +14,7 @@ _SERVES = {"gloo": ("cpu",), "nccl": ("cuda",), "cpu:gloo,cuda:nccl": ("cpu", "c
 def backends(group: Any = None) -> dict[str, str]:
     """Device type -> backend name of a process group (None: the default one), e.g. {"cpu": "gloo", "cuda": "nccl"}."""
     text = str(dist.get_backend_config(group))
-    pairs = (part.split(":", 1) for part in text.split(","))
-    return {device: name for device, name in pairs}
+    return dict(part.split(":", 1) for part in text.split(","))
 
 
 def is_device_bound() -> bool:

@@ -11,6 +11,8 @@ from lockstep.distributed.communicators.torch_pg import TorchCommunicator, as_by
 class GlooCommunicator(TorchCommunicator):
     """Host memory only; `StagedCommunicator` brings other devices' tensors here."""
 
+    works_know_their_state = False
+
     def _sum_slices(self, x: Tensor) -> Tensor:
         received = torch.empty_like(x)
         self.group.alltoall_base(as_bytes(received), as_bytes(x), [], []).wait()

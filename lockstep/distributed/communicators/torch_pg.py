@@ -31,6 +31,8 @@ def rank_order_sum(parts: Tensor) -> Tensor:
 class TorchCommunicator(Communicator):
     """Byte movement is shared here; the two sums belong to the backend."""
 
+    works_know_their_state = True
+
     def __init__(self, group: Any, device: torch.device) -> None:
         super().__init__(group.rank(), group.size(), device)
         self.group = group
@@ -111,10 +113,10 @@ class TorchCommunicator(Communicator):
 
     def isend(self, x: Tensor, dst: int) -> Handle:
         dense = as_bytes(x.contiguous())
-        return WorkHandle(self.group.send([dense], dst, 0), keep=(x, dense))
+        return WorkHandle(self.group.send([dense], dst, 0), keep=(x, dense), knows_its_state=self.works_know_their_state)
 
     def irecv_(self, x: Tensor, src: int) -> Handle:
-        return WorkHandle(self.group.recv([as_bytes(x)], src, 0), keep=(x,))
+        return WorkHandle(self.group.recv([as_bytes(x)], src, 0), keep=(x,), knows_its_state=self.works_know_their_state)
 
     def barrier(self) -> None:
         self.group.barrier().wait()
