@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from lockstep.version import __version__
+
 Check = tuple[str, str, str]  # (ok | warn | fail, subject, what was found)
 
 PAIR = """
@@ -69,17 +71,21 @@ def _world_size(argv: list[str]) -> int:
 
 def checks(world: int) -> Iterator[Check]:
     """All checks, in the order they are worth reading."""
-    for check in (_python, _packages, _cpu, _memory, _shared_memory, _devices, _compiler, _demo_model):
-        yield from _guarded(check)
-    yield from _guarded(lambda: _ranks(world))
+    yield from _python()
+    yield from _packages()
+    for subject, check in (("cores", _cpu), ("memory", _memory), ("shared memory", _shared_memory), ("gpu", _devices)):
+        yield from _guarded(subject, check)
+    yield from _guarded("c++ compiler", _compiler)
+    yield from _guarded("demo model", _demo_model)
+    yield from _guarded("ranks", lambda: _ranks(world))
 
 
-def _guarded(check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+def _guarded(subject: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
     """A check that breaks is a failed check, never a traceback."""
     try:
         yield from check()
     except Exception as e:
-        yield "fail", getattr(check, "__name__", "ranks").strip("_<>"), f"{type(e).__name__}: {e}"
+        yield "fail", subject, f"{type(e).__name__}: {e}"
 
 
 def _python() -> Iterator[Check]:
@@ -88,7 +94,8 @@ def _python() -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    for name in ("lockstep", "torch", "transformers", "tokenizers", "safetensors", "msgspec"):
+    yield "ok", "lockstep", __version__
+    for name in ("torch", "transformers", "tokenizers", "safetensors", "msgspec"):
         try:
             yield "ok", name, version(name)
         except PackageNotFoundError:
@@ -113,7 +120,8 @@ def _cpu() -> Iterator[Check]:
 
 
 def _ranges(cores: Sequence[int]) -> str:
-    return f"{cores[0]}-{cores[-1]}" if list(cores) == list(range(cores[0], cores[-1] + 1)) else ",".join(map(str, cores))
+    whole = len(cores) > 2 and list(cores) == list(range(cores[0], cores[-1] + 1))
+    return f"{cores[0]}-{cores[-1]}" if whole else ",".join(map(str, cores))
 
 
 def _memory() -> Iterator[Check]:
@@ -158,13 +166,12 @@ def _demo_model() -> Iterator[Check]:
 
 def _ranks(world: int) -> Iterator[Check]:
     """Start `world` processes that meet over loopback and sum a tensor; the failure names the first that did not."""
-    from lockstep.utils.net import bind_loopback
+    from lockstep.utils.net import Listener
 
-    listener = bind_loopback()
-    port, start = listener.getsockname()[1], time.monotonic()
+    listener, start = Listener(), time.monotonic()
     procs = [
         subprocess.Popen(
-            [sys.executable, "-c", PAIR, str(r), str(world), str(port), str(listener.fileno())],
+            [sys.executable, "-c", PAIR, str(r), str(world), str(listener.port), str(listener.fileno())],
             pass_fds=[listener.fileno()] if r == 0 else [],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

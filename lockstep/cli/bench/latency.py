@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lockstep.cli.bench import workload
 from lockstep.cli.bench.result import Reporter
-from lockstep.cli.bench.throughput import run_ours
+from lockstep.cli.bench.throughput import run_ours, start_llm
 from lockstep.config.tree import EngineConfig, opt
 from lockstep.llm import LLM
 
@@ -34,7 +34,7 @@ def latency(config: EngineConfig, vocab_size: int, args: LatencyArgs, report: Re
     """Measure prefill alone (one output token) and the whole; the difference is decode."""
     args.check()
     start = time.perf_counter()
-    with LLM.from_config(config) as llm:
+    with start_llm(config) as llm:
         report.emit("lockstep", "startup", [time.perf_counter() - start], "s")
         seconds = _timer(llm, vocab_size, args)
         seconds(0, 2)

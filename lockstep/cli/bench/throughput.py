@@ -12,6 +12,7 @@ from lockstep.cli.bench import machine, workload
 from lockstep.cli.bench.peer import TransformersPeer
 from lockstep.cli.bench.result import Reporter
 from lockstep.cli.bench.workload import Workload
+from lockstep.config.build import GROUPS
 from lockstep.config.tree import EngineConfig, opt
 from lockstep.llm import LLM
 from lockstep.protocol import SamplingParams
@@ -40,6 +41,11 @@ class ThroughputArgs:
         return workload.fixed(vocab_size, self.num_prompts, self.input_len or 128, self.output_len or 128)
 
 
+def start_llm(config: EngineConfig) -> LLM:
+    """An LLM with every setting of the tree."""
+    return LLM(**{name: value for group in GROUPS for name, value in vars(getattr(config, group)).items()})
+
+
 def run_ours(llm: LLM, work: Workload) -> tuple[float, list[list[int]]]:
     """Seconds to finish the workload, and the tokens of each request."""
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in work.output_lens]
@@ -50,13 +56,12 @@ def run_ours(llm: LLM, work: Workload) -> tuple[float, list[list[int]]]:
     return took_s, [list(o.outputs[0].token_ids) for o in outputs]
 
 
-def throughput(config: EngineConfig, folder: Path, vocab_size: int, max_model_len: int, args: ThroughputArgs, report: Reporter) -> None:
+def throughput(config: EngineConfig, folder: Path, work: Workload, vocab_size: int, args: ThroughputArgs, report: Reporter) -> None:
     """Run the workload `repetitions` times, ours and the peer's in turn, and report medians and their ratio."""
-    work = args.workload(vocab_size, max_model_len)
     report.note(f"{work.name}: {len(work.prompts)} prompts, {work.input_tokens} tokens in, {work.output_tokens} out")
     start = time.perf_counter()
     ours, peers, alike, noise = [], [], [], []
-    with LLM.from_config(config) as llm:
+    with start_llm(config) as llm:
         report.emit("lockstep", "startup", [time.perf_counter() - start], "s")
         peer = _peer(config, folder, args, machine_cores=report.machine["cores"])
         try:

@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Write docs/performance.md from benchmarks/results/*.jsonl: `python scripts/performance_table.py [--check]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+HEAD = """# Measured
+
+Made by `scripts/performance_table.py` from `benchmarks/results/*.jsonl`, where every line has all repetitions, the exact
+command, the commit and the machine. Figures are medians. Compare lines of one file only: they were measured in one run,
+in turn; machines differ, and so does one machine from hour to hour.
+"""
+
+
+def results() -> list[tuple[str, dict[str, Any]]]:
+    """(file name, result) for every line of every result file, in order."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
+    return [(f.stem, json.loads(line)) for f in files for line in f.read_text().splitlines() if line.strip()]
+
+
+def row(result: dict[str, Any]) -> str:
+    """One result as a table row."""
+    spread = f"{min(result['all']):g} - {max(result['all']):g}" if len(result.get("all", [])) > 1 else ""
+    shape = f"{result.get('model', '')} {result.get('dtype', '')} tp={result.get('tp', '')}".strip()
+    return f"| {result['engine']} | {result['metric']} | {result['value']:g} {result['unit']} | {spread} | {shape} |"
+
+
+def page() -> str:
+    """The whole page."""
+    parts, last = [HEAD], ""
+    for name, result in results():
+        if name != last:
+            machine = result["machine"]
+            where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}"
+            parts.append(f"\n## {name}\n\n{where}\n\n    {result['command']}\n")
+            parts.append("| engine | metric | median | min - max | what |\n|---|---|---|---|---|")
+            last = name
+        parts.append(row(result))
+    return "\n".join(parts) + "\n"
+
+
+def main() -> int:
+    """Write the page; with --check, only say whether it is up to date (exit 1 when not)."""
+    if "--check" in sys.argv:
+        return 0 if PAGE.exists() and PAGE.read_text() == page() else 1
+    PAGE.write_text(page())
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""The benchmarks run, alternate with their peer, and give lines that say what they were measured on."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lockstep.testing.tiny import make_tiny
+
+
+def bench(*argv: str) -> tuple[int, list[dict], str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "lockstep", "bench", *argv, "--json"], capture_output=True, text=True, timeout=170, check=False
+    )
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny("llama", tmp_path_factory.mktemp("bench") / "tiny-llama", seed=0)
+
+
+def test_throughput_beside_transformers(model):
+    argv = ["throughput", str(model), "--num-prompts", "3", "--input-len", "20", "--output-len", "8", "--repetitions", "2"]
+    code, lines, err = bench(*argv, "--compare", "transformers", "--dtype", "float32")
+    assert code == 0, err
+    by = {(line["engine"], line["metric"]): line for line in lines}
+    ours, peer, ratio = (
+        by["lockstep", "output_tokens_per_s"],
+        by["transformers", "output_tokens_per_s"],
+        by["lockstep/transformers", "ratio"],
+    )
+    assert len(ours["all"]) == len(peer["all"]) == len(ratio["all"]) == 2
+    assert ratio["all"][0] == pytest.approx(ours["all"][0] / peer["all"][0], rel=1e-2)
+    assert ratio["identical_outputs"] == 1.0
+    assert ours["machine"]["commit"] and ours["tp"] == 1 and ours["output_tokens"] == 24
+    assert "tiny-llama" in ours["command"] and str(model.parent) not in json.dumps(lines)
+    assert {metric for engine, metric in by if engine == "limit"} == {"read_bandwidth_start", "read_bandwidth_end"}
+
+
+def test_latency(model):
+    code, lines, err = bench("latency", str(model), "--batch-size", "2", "--input-len", "8", "--output-len", "6", "--repetitions", "2")
+    assert code == 0, err
+    by = {line["metric"]: line for line in lines}
+    assert {"time_to_first_token", "time_per_output_token", "decode_tokens_per_s", "end_to_end"} <= by.keys()
+    assert by["end_to_end"]["value"] > 0 and by["time_to_first_token"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["latency", "--output-len", "1"], "--output-len=1"),
+        (["throughput", "--num-prompts", "0"], "--num-prompts=0"),
+        (["thruput"], "Did you mean 'throughput'"),
+    ],
+)
+def test_wrong_numbers_are_refused(argv, words):
+    code, lines, err = bench(*argv)
+    assert code == 2 and not lines and words in err and "Traceback" not in err
