@@ -107,7 +107,9 @@ def _cpu() -> Iterator[Check]:
 
     cores = usable_cores() or list(range(os.cpu_count() or 1))
     info = Path("/proc/cpuinfo")
-    flags = set(next((x.split(":")[1].split() for x in info.read_text().splitlines() if x.startswith("flags")), [])) if info.exists() else set()
+    flags = (
+        set(next((x.split(":")[1].split() for x in info.read_text().splitlines() if x.startswith("flags")), [])) if info.exists() else set()
+    )
     features = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
     yield "ok", "cores", f"{len(cores)} usable ({_ranges(cores)}); {', '.join(features) or 'no vector extensions that matter here'}"
     for world in (2, 4):
@@ -136,7 +138,11 @@ def _shared_memory() -> Iterator[Check]:
         return
     free = shutil.disk_usage(path).free
     mark = "ok" if free > 64 * 2**20 else "warn"
-    yield mark, "shared memory", f"{free / 2**20:.0f} MiB free in /dev/shm" + ("" if mark == "ok" else ": start the container with --shm-size=1g")
+    yield (
+        mark,
+        "shared memory",
+        f"{free / 2**20:.0f} MiB free in /dev/shm" + ("" if mark == "ok" else ": start the container with --shm-size=1g"),
+    )
 
 
 def _devices() -> Iterator[Check]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lockstep.cli.bench import workload
 from lockstep.cli.bench.result import Reporter
 from lockstep.cli.bench.throughput import run_ours, start_llm
+from lockstep.cli.errors import UsageError
 from lockstep.config.tree import EngineConfig, opt
 from lockstep.llm import LLM
 
@@ -24,10 +25,10 @@ class LatencyArgs:
     json: bool = opt(False, "Print one JSON line per result on standard output.")
 
     def check(self) -> None:
-        """Raises ValueError when a count or a length is too small."""
+        """Raises UsageError when a count or a length is too small."""
         for name, least in (("batch_size", 1), ("input_len", 1), ("output_len", 2), ("repetitions", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} is invalid: it must be at least {least}.")
+                raise UsageError(f"--{name.replace('_', '-')}={getattr(self, name)} is invalid: it must be at least {least}.")
 
 
 def latency(config: EngineConfig, vocab_size: int, args: LatencyArgs, report: Reporter) -> None:
