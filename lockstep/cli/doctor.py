@@ -151,7 +151,7 @@ def _devices() -> Iterator[Check]:
         yield "ok", "gpu", "none: --device auto means cpu"
         return
     query = [smi, "--query-gpu=index,name,memory.total", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(query, check=False, capture_output=True, text=True, timeout=30)
     for line in done.stdout.strip().splitlines() or [done.stderr.strip() or "nvidia-smi printed nothing"]:
         yield ("ok" if done.returncode == 0 else "fail"), "gpu", line
 

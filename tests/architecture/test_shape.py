@@ -8,7 +8,9 @@ PACKAGE = ROOT / "lockstep"
 MAX_FILE, MAX_FUNCTION = 400, 80
 ALLOWED_LONG: set[str] = set()  # starts empty, and should stay so
 PICKLES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
-PICKLING_CALLS = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list", "recv_object_list"}
+PICKLING_CALLS = {
+    "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list", "recv_object_list",
+}  # fmt: skip
 
 
 def sources(*folders: Path):

@@ -45,7 +45,7 @@ def commit() -> str:
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(["git", "-C", str(here), *args], check=False, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
         head = git("rev-parse", "--short=10", "HEAD")
