@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lockstep.cli import flags
-from lockstep.cli.errors import UsageError
+from lockstep.cli.errors import UsageError, show_error
 from lockstep.cli.session import note, running
 from lockstep.config.tree import opt
 from lockstep.frontend.outputs import CompletionOutput, Position, RequestOutput
@@ -46,9 +46,13 @@ class Counts:
     prompts: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+    failed: int = 0
 
     def add(self, output: RequestOutput) -> None:
-        """Count a finished request."""
+        """Count a finished request; say so when it failed."""
+        if output.error is not None:
+            self.failed += 1
+            show_error(f"prompt {self.prompts}: {output.error}")
         self.prompts += 1
         self.tokens_in += len(output.prompt_token_ids)
         self.tokens_out += sum(len(c.token_ids) for c in output.outputs)
@@ -73,7 +77,7 @@ def run(argv: list[str]) -> int:
         f"{took_s:.2f} s, {counts.tokens_out / max(took_s, 1e-9):.1f} tok/s (ready after {ready_s:.1f} s)",
         options.quiet,
     )
-    return 0
+    return 1 if counts.failed else 0
 
 
 def read_prompts(options: GenerateOptions) -> list[Any]:
@@ -130,7 +134,8 @@ def _as_stream(llm: LLM, prompt: Any, sampling: SamplingParams, counts: Counts) 
     for output in llm.stream([prompt], _kind(sampling, RequestOutputKind.DELTA)):
         counts.tokens_out += sum(len(c.token_ids) for c in output.outputs)
         if output.finished:
-            counts.prompts, counts.tokens_in = 1, len(output.prompt_token_ids)
+            counts.tokens_out -= sum(len(c.token_ids) for c in output.outputs)
+            counts.add(output)
         for completion in output.outputs:
             sys.stdout.write(completion.text)
         sys.stdout.flush()
