@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-from torch import Tensor, cat
+from torch import Tensor, cat, split
 from torch.nn import functional as F
 
 from lockstep.distributed.partition import Shard, shards
@@ -165,7 +165,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         return self._rows(param, sum(self.part_sizes[:shard_id]), rows, self.output_sizes[shard_id])
 
     def _gather(self, out: Tensor) -> Tensor:
-        columns = out.split(self.part_sizes, dim=-1)
+        columns = split(out, list(self.part_sizes), dim=-1)
         return cat([gather_shards(self.tp, part.contiguous(), cuts) for part, cuts in zip(columns, self.parts, strict=True)], dim=-1)
 
 

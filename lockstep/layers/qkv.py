@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from lockstep.distributed.partition import HeadShard, Shard, head_shard
@@ -43,7 +44,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         self.num_heads = self.heads.q.size
         self.num_kv_heads = self.heads.kv.size
         self.kv_of_q = self.heads.kv_of_q
-        self.sizes = (self.num_heads * head_size, self.num_kv_heads * head_size, self.num_kv_heads * v_size)
+        self.sizes = [self.num_heads * head_size, self.num_kv_heads * head_size, self.num_kv_heads * v_size]
         self.q_size, self.kv_size = self.sizes[0], self.sizes[1]
         self._allocate(sum(self.sizes), hidden_size)
 
@@ -60,5 +61,5 @@ class QKVParallelLinear(ColumnParallelLinear):
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of a result's q, k and v columns: `[tokens, sizes[0] | sizes[1] | sizes[2]]`."""
-        q, k, v = qkv.split(self.sizes, dim=-1)
+        q, k, v = torch.split(qkv, self.sizes, dim=-1)
         return q, k, v

@@ -111,7 +111,7 @@ class SafetensorsFile:
             # Bytes go straight into the parameter where it has the file's type and is contiguous in host memory.
             direct = part.dtype == dtype and part.device.type == "cpu" and part.is_contiguous()
             staging = part if direct else torch.empty(part.shape, dtype=dtype)
-            view = memoryview(staging.reshape(-1).view(torch.uint8).numpy())
+            view = staging.reshape(-1).view(torch.uint8).numpy().data
             for i, offset in enumerate(offsets):
                 self._pread(view[i * run_bytes : (i + 1) * run_bytes], offset, entry.name)
             if not direct:

@@ -53,6 +53,19 @@ def test_atoms_tile_the_units_in_nearly_equal_sizes(n, tp):
     assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize(
+    ("n", "tp", "bounds"),
+    [
+        (8, 1, (0, 1, 2, 3, 4, 5, 6, 7, 8)),
+        (14, 3, (0, 2, 4, 5, 7, 9, 11, 12, 14)),  # 1.75 and 3.5 round to nearest, half upwards
+        (6, 5, (0, 1, 2, 3, 4, 5, 6)),
+        (24, 9, (0, 3, 5, 8, 11, 13, 16, 19, 21, 24)),
+    ],
+)
+def test_atoms_on_known_cases(n, tp, bounds):
+    assert atom_bounds(n, tp) == bounds
+
+
 @given(units, st.integers(1, 8), st.integers(1, 8))
 def test_atoms_depend_on_the_model_alone_up_to_tp_8(n, a, b):
     assert atom_bounds(n, a) == atom_bounds(n, b)
