@@ -24,17 +24,13 @@ class VocabParallelEmbedding(TensorParallelModule):
         self.embedding_dim = embedding_dim
         self.vocab_shards = tuple(vocab_shard(num_embeddings, self.tp_size, rank, padding_size) for rank in range(self.tp_size))
         self.shard = self.vocab_shards[self.tp_rank]
+        self.cuts = tuple(Shard(rows.start, rows.stop) for rows in self.vocab_shards)
         self.num_embeddings_padded = self.shard.padded_size
         self.weight = self._empty(self.shard.size, embedding_dim)
         self._zero_padding(self.weight)
 
     def _zero_padding(self, param: Tensor) -> None:
         param[self.shard.filled.size :].zero_()
-
-    @property
-    def cuts(self) -> tuple[Shard, ...]:
-        """Rows of each rank, padding included."""
-        return tuple(Shard(cut.start, cut.stop) for cut in self.vocab_shards)
 
     def pieces(self, param: str, shard_id: ShardId = None) -> Piece:
         self._check_shard_id(param, shard_id)

@@ -3,7 +3,8 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given as hypothesis_given
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from lockstep.config.errors import ConfigError
@@ -18,6 +19,12 @@ from lockstep.distributed.partition import (
     shards,
     vocab_shard,
 )
+
+
+def given(*strategies):
+    """hypothesis without its 200 ms limit per example, which a busy machine breaks."""
+    return lambda test: settings(deadline=None)(hypothesis_given(*strategies)(test))
+
 
 units = st.integers(1, 20000)
 tps = st.integers(1, 64)

@@ -274,7 +274,14 @@ def test_dummy_values_do_not_depend_on_how_they_are_stored():
     assert torch.equal(narrow.layers["0"].down.weight, wide.layers["0"].down.weight.bfloat16())
 
 
-def test_report_of_a_json_free_folder(tmp_path):
+def test_dummy_progress_covers_every_tensor():
+    seen = []
+    report = fill_dummy(Model(2, 1), 0, progress=lambda *now: seen.append(now))
+    assert seen[-1][0] == seen[-1][1] == sum(t.dest.nbytes for t in plan_tasks(Model(2, 1)))
+    assert {name for _, _, name in seen} == set(full_tensors()) and report.tensors == len(seen)
+
+
+def test_a_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(WeightError, match=r"no model\.safetensors"):
         load_weights(Model(), tmp_path)
