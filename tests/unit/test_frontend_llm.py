@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def test_streams_are_cumulative_or_deltas(start: Callable[..., LLM]) -> None:
         params = SamplingParams(max_tokens=8, seed=1, ignore_eos=True)
         seen = [o.outputs[0] for o in llm.stream("hello", params)]
         assert [len(c.token_ids) for c in seen] == list(range(1, 9))
-        assert all(b.text.startswith(a.text) for a, b in zip(seen, seen[1:], strict=False))
+        assert all(b.text.startswith(a.text) for a, b in itertools.pairwise(seen))
         delta = SamplingParams(max_tokens=8, seed=1, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
         parts = [o.outputs[0] for o in llm.stream("hello", delta)]
         assert "".join(p.text for p in parts) == seen[-1].text == llm.generate("hello", params)[0].outputs[0].text
