@@ -64,7 +64,7 @@ class Plan:
     output_rank: int
 
 
-def spawn(  # noqa: PLR0917 - each is one thing that the child inherits
+def spawn(
     plan: Plan, rank: int, cores: affinity.RankCores, queue: MessageQueue, board: ProgressBoard, death_fd: int, listener: Listener
 ) -> WorkerProcess:
     """Start one rank: a fresh interpreter that is told everything through inherited descriptors.

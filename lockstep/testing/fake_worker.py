@@ -21,7 +21,7 @@ class FakeWorker:
 
     needs_distributed = False
 
-    def __init__(  # noqa: PLR0917 - the executors' order
+    def __init__(
         self, config: EngineConfig, spec: ModelSpec, folder: Path, rank: int, local_rank: int, groups: Any, progress: ProgressCell | None
     ) -> None:
         self.rank, self.progress = rank, progress

@@ -89,7 +89,7 @@ def test_an_exception_is_named(monkeypatch: pytest.MonkeyPatch, phase: str, rank
 @pytest.mark.parametrize("phase", ["load", "decode"])
 def test_an_exit_code_is_named_with_the_last_lines(monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
     monkeypatch.setenv("LOCKSTEP_FAULT", f"{phase}:1:exit")
-    with pytest.raises(ExecutorError, match="rank 1 died in .*: exit code 3") as caught:
+    with pytest.raises(ExecutorError, match=r"rank 1 died in .*: exit code 3") as caught:
         run_until_it_breaks()
     assert caught.value.exitcode == 3
 

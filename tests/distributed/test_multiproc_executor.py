@@ -39,7 +39,7 @@ def test_waiting_for_a_step_can_time_out_and_go_on() -> None:
         executor.collective_rpc("arm", (0, "sleep:0.5"))
         future = executor.execute_model(decode_plan(7))
         assert not future.done()
-        with pytest.raises(TimeoutError, match="step 7: no answer from rank 0 after 0.05 s"):
+        with pytest.raises(TimeoutError, match=r"step 7: no answer from rank 0 after 0\.05 s"):
             future.result(0.05)
         assert future.result(20).step == 7
 
