@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Sequence
 
@@ -40,9 +41,10 @@ def phase_of(progress: Progress) -> str:
     return f"step {progress.step}" if progress.phase == "step" else progress.phase or "spawn"
 
 
-def died(rank: int, exitcode: int | None, progress: Progress, others: str, tail: Sequence[str]) -> ExecutorError:
-    """A process that ended, or let go of its channel."""
+def died(rank: int, exitcode: int | None, progress: Progress, others: str, tail: Sequence[str], hint: str = "") -> ExecutorError:
+    """A process that ended, or (exitcode None) let go of its channel. `hint`: what else is known about a SIGKILL."""
     cause = procs.exit_cause(exitcode) if exitcode is not None else "it closed its reply channel but still runs"
+    cause += hint if exitcode == -signal.SIGKILL else ""
     message = f"rank {rank} died in {progress.where()}: {cause}.{_others(others)}{_quote(rank, tail)}"
     return ExecutorError(message, rank=rank, phase=phase_of(progress), exitcode=exitcode, kind="died", log_tail=tail)
 
@@ -75,6 +77,12 @@ def raised(rank: int, answer: Raised, tail: Sequence[str] = ()) -> ExecutorError
     trace = answer.traceback.rstrip().splitlines()
     message = f"rank {rank} raised {answer.error_type} in {answer.phase}: {answer.message}"
     return ExecutorError(message, rank=rank, phase=answer.phase, kind="raised", error_type=answer.error_type, log_tail=[*tail, *trace])
+
+
+def tells_of_a_lost_peer(answer: Raised) -> bool:
+    """Whether an exception may be the echo of another rank's death."""
+    text = f"{answer.error_type} {answer.message}".lower()
+    return any(word in text for word in ("connection", "reset by peer", "gloo", "nccl", "socket", "rendezvous", "store"))
 
 
 def laggards(all_progress: Sequence[Progress]) -> list[int]:

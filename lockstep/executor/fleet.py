@@ -40,7 +40,8 @@ from lockstep.utils.shm import Bell
 
 TICK_S = 0.25
 STALE_S = 0.8  # without a sign of life (ranks give one every 0.2 s), ask the kernel whether it is stopped
-GRACE_S = 0.03  # how long an exception waits for a death that explains it better
+GRACE_S = 0.03  # how long an exception waits for a death that explains it better,
+LOSS_GRACE_S = 0.5  # and how long one that speaks of a lost peer does: dying takes a while on a busy machine
 ANSWER_GRACE_S = 2.0  # how long ranks that make no progress may owe an answer after another rank raised
 STOP_S, TERM_S = 2.0, 1.0  # shutdown: time to leave by themselves, then after SIGTERM
 STACKS_S = 0.5  # time to write Python stacks when hung
@@ -67,6 +68,7 @@ class Fleet:
         self._selector = selectors.DefaultSelector()
         self._suspect: tuple[float, ExecutorError] | None = None  # an exception in its grace
         self._closed_reply: dict[int, float] = {}  # rank -> when its reply socket ended
+        self._oom_kills = procs.oom_kills()
         self._stopping_since = 0.0
         self._last_tick = 0.0
         self._over = False
@@ -198,7 +200,8 @@ class Fleet:
         elif not answer.fatal:
             self.operations.answer_raised(worker.rank, answer)
         elif self._suspect is None:
-            self._suspect = (time.monotonic() + GRACE_S, failure.raised(worker.rank, answer, list(worker.tail.lines)))
+            grace_s = LOSS_GRACE_S if failure.tells_of_a_lost_peer(answer) else GRACE_S
+            self._suspect = (time.monotonic() + grace_s, failure.raised(worker.rank, answer, list(worker.tail.lines)))
 
     def _read_log(self, worker: WorkerProcess) -> None:
         try:
@@ -230,7 +233,8 @@ class Fleet:
                 return
             others = [w.rank for w in self.workers if w is not worker]
             tail = list(worker.tail.lines)
-            error = failure.died(worker.rank, code, self.board.read(worker.rank), self.board.describe(others), tail)
+            hint = " by the out-of-memory killer (the cgroup counts it)" if procs.oom_kills() > self._oom_kills else ""
+            error = failure.died(worker.rank, code, self.board.read(worker.rank), self.board.describe(others), tail, hint)
             # A rank that said why before it ended: the exception is the cause.
             said = self._suspect is not None and self._suspect[1].rank == worker.rank
             self._fail(self._suspect[1] if said and self._suspect else error)

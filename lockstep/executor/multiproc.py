@@ -37,7 +37,11 @@ class MultiprocExecutor(Executor):
         self._step_limit_s = parallel.execute_model_timeout_seconds
         self._fleet = Fleet(Plan(config, spec, Path(folder), worker_cls, world, output_rank=world - stage), cores)
         self._finalizer = weakref.finalize(self, self._fleet.stop)  # also at exit
-        self._fleet.start()
+        try:
+            self._fleet.start()
+        except BaseException:  # also Ctrl-C while waiting
+            self._fleet.stop()
+            raise
 
     def memory(self) -> list[RankMemory]:
         return msgspec.convert(self.collective_rpc("memory"), list[RankMemory])
