@@ -21,6 +21,7 @@ from lockstep.worker.batch import BatchState
 from lockstep.worker.model_runner import ModelRunner
 
 DEFAULT_SHARE = {"cpu": 0.5, "cuda": 0.9}
+LIBRARY_BYTES = 32 << 20  # what maths libraries allocate for themselves in a first large step
 SOFTCAP_QUERIES = 128  # queries whose scores the attention backend holds whole when they are capped
 
 
@@ -84,7 +85,7 @@ def forward_bytes(step: LargestStep, spec: ModelSpec, tp: int, rank: int, itemsi
     masks = len(set(spec.layer_kinds) or {"full"}) * step.tokens * step.length * (itemsize + 1)
     gathered = max(2 * step.length * kv_heads * spec.head_dim * itemsize, 16 << 20)
     scores = 3 * SOFTCAP_QUERIES * step.length * q * 4 if spec.attention_softcap is not None else 0
-    return stream + max(attention + masks + gathered + scores, mlp)
+    return LIBRARY_BYTES + stream + max(attention + masks + gathered + scores, mlp)
 
 
 def measured_bytes(model: DecoderModel, spec: ModelSpec, config: EngineConfig, groups: ParallelGroups, device: torch.device) -> int:

@@ -37,7 +37,7 @@ class Worker:
     this host; on CUDA the device's number. groups: made by the executor, torch.distributed is ready.
     """
 
-    def __init__(  # noqa: PLR0917 - the executors' order
+    def __init__(
         self,
         config: EngineConfig,
         spec: ModelSpec,
