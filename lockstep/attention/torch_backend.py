@@ -11,7 +11,7 @@ from lockstep.attention.layer import Attention
 from lockstep.attention.plan import TILE, DecodePlan, PrefillRow, Tile, decode_plan, prefill_plan
 
 # Gathered keys and values of one decode chunk: on a CPU they should still be in cache when they are read back.
-WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+WORKSPACE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 SOFTCAP_TILE = 128  # scores of a tile are held whole in float32
 
 
