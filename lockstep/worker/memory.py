@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
@@ -14,8 +15,7 @@ _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
 
 def host_available_bytes() -> int:
     """What this process could still allocate: the host's available memory, or what its control groups leave."""
-    found = [_meminfo("MemAvailable"), *_cgroup_room()]
-    return max(0, min(found))
+    return max(0, min([psutil.virtual_memory().available, *_cgroup_room()]))
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -62,20 +62,11 @@ class PeakMeter:
 
 def _status(field: str) -> int:
     """A size from /proc/self/status; 0 where there is none."""
-    return _field(Path("/proc/self/status"), field) or 0
-
-
-def _meminfo(field: str) -> int:
-    found = _field(Path("/proc/meminfo"), field)
-    return _UNLIMITED if found is None else found
-
-
-def _field(path: Path, field: str) -> int | None:
     with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
+        for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
-    return None
+    return 0
 
 
 def _cgroup_room() -> list[int]:

@@ -42,7 +42,7 @@ def alter_logits(logits: torch.Tensor, altered: list[AlteredRow], eos_token_ids:
 def banned_tokens(params: SamplingParams, tokens: I32, num_prompt_tokens: int, eos_token_ids: Iterable[int]) -> set[int]:
     """The tokens that may not come next: those completing a bad word, and stop tokens before `min_tokens` outputs."""
     banned = set()
-    for word in params.bad_words_token_ids or ():
+    for word in filter(None, params.bad_words_token_ids or ()):  # a tokenizer may make nothing of a word
         prefix = len(word) - 1
         if prefix <= len(tokens) and tokens[len(tokens) - prefix :].tolist() == word[:-1]:
             banned.add(word[-1])

@@ -7,7 +7,6 @@ by name through the executor; all ranks get the same calls in the same order.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,8 +80,8 @@ class Worker:
         if self.config.runtime.device == "cuda":
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
-        else:
-            torch.set_num_threads(self.config.parallel.threads_per_rank or len(os.sched_getaffinity(0)))
+        elif self.config.parallel.threads_per_rank:
+            torch.set_num_threads(self.config.parallel.threads_per_rank)
 
     def load_model(self) -> None:
         """Build the model and fill this rank's share of its weights. Raises WeightError for a checkpoint that does not fit."""

@@ -35,7 +35,7 @@ def engine_config(folder: str | Path, tp: int, size: dict[str, int], *, device: 
     """fp32; every size of `size` set by hand."""
     return EngineConfig(
         model=ModelConfig(model=str(folder), dtype="float32", max_model_len=length),
-        parallel=ParallelConfig(tensor_parallel_size=tp, threads_per_rank=1),
+        parallel=ParallelConfig(tensor_parallel_size=tp, threads_per_rank=1, check_collectives=tp > 1),
         cache=CacheConfig(block_size=size["block_size"], num_gpu_blocks_override=size["blocks"]),
         scheduler=SchedulerConfig(max_num_seqs=size["seqs"], max_num_batched_tokens=size["budget"]),
         runtime=RuntimeConfig(device=device),  # type: ignore[arg-type]

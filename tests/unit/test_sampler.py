@@ -78,6 +78,7 @@ def test_bad_word_of_three_tokens_is_banned_only_after_its_prefix() -> None:
     assert one(logits, params, [1, 8], [9]) == second
     assert one(logits, params, [1, 9], [8]) == first
     assert one(logits, params, [9], []) == first  # shorter than the prefix
+    assert one(logits, SamplingParams(temperature=0, bad_words_token_ids=[[]]), [9], []) == first  # a word of no tokens
 
 
 def test_min_tokens_keeps_eos_and_stop_tokens_away() -> None:
