@@ -153,9 +153,11 @@ class ProgressBoard:
         return self._cells[rank]
 
     def read(self, rank: int) -> Progress:
-        """The rank's cell now. Never waits: a cell whose writer died half-way is read as it is."""
+        """The rank's cell now. A cell whose writer stopped half-way is read as it is, after some 10 ms."""
         cell = self._cells[rank]
-        for _ in range(100):
+        for attempt in range(25):
+            if attempt > 4:
+                time.sleep(0.0005)  # the writer lost its core, or the interpreter, in the middle
             version = cell._numbers[_VERSION]
             fence()
             numbers = list(cell._numbers[:6])

@@ -123,6 +123,17 @@ def test_readers_never_see_a_half_written_cell() -> None:
     board.close()
 
 
+def test_a_cell_left_half_written_is_still_read() -> None:
+    board = ProgressBoard.create(1)
+    cell = board.cell(0)
+    cell.set(phase="load", note="61 %")
+    cell._numbers[0] += 1  # as a rank leaves it that is killed inside `set`
+    started = time.monotonic()
+    assert board.read(0).where() == "load (61 %)"
+    assert time.monotonic() - started < 2
+    board.close()
+
+
 @pytest.mark.parametrize(
     ("cells", "wanted"),
     [
