@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from lockstep.config.build import build_config
+from lockstep.config.tree import RuntimeConfig
 from lockstep.config.validate import resolve
 from lockstep.engine.core import EngineCore
 from lockstep.engine.stats import EngineStats
@@ -31,8 +32,10 @@ from lockstep.frontend.inputs import InputProcessor, Job, Prompt
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.progress import Progress
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer, tokenizer_folder
+from lockstep.observability import logging
 from lockstep.protocol import RequestOutputKind, SamplingParams
 
+log = logging.get_logger(__name__)
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -46,6 +49,8 @@ class LLM:
         rank does not start.
         """
         self.config, self.spec, self.folder = resolve(build_config(model=model, tensor_parallel_size=tensor_parallel_size, **settings))
+        if self.config.runtime.log_level != RuntimeConfig().log_level:  # else the program's own logging is left alone
+            logging.configure(self.config.runtime.log_level)
         words = tokenizer_folder(self.config.model, self.folder)
         tokenizer: Future[Any] = load_in_background(lambda: load_tokenizer(words))  # while the ranks start
         executor = make_executor(self.config, self.spec, self.folder)
@@ -57,6 +62,7 @@ class LLM:
             self._finalizer()
             raise
         self.config = self._core.config
+        log.info("%s", self._core.memory.describe())
         self._inputs = InputProcessor(self.config, self.spec, self.folder, self._tokenizer)
         self._collector = Collector(self._tokenizer)
         self._running = False

@@ -99,12 +99,11 @@ def answer(llm: LLM, talk: Conversation, line: str, sampling: SamplingParams) ->
 
 def _read(person: bool) -> str | None:
     """The next line, without its end; None when there are no more."""
-    try:
-        if person:
-            return input("> ")
+    if not person:
         line = sys.stdin.readline()
         return line.rstrip("\r\n") if line else None
-    except (EOFError, KeyboardInterrupt):
-        if person:
-            print()
+    try:
+        return input("> ")
+    except EOFError:
+        print()
         return None

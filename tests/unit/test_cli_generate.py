@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -289,3 +290,64 @@ def test_memory_is_shown_in_readable_units() -> None:
     ]
     rank = RankMemory(rank=1, weight_bytes=2048, free_bytes=1, kv_bytes_per_block=1, kv_bytes=4096, peak_bytes=2**20)
     assert memory_table([rank]).splitlines()[1].split() == ["1", "2.0", "KiB", "4.0", "KiB", "1.0", "MiB"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_chat_on_a_terminal_goes_on_after_ctrl_c_and_ends_with_exit(model: str) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    args = (
+        "chat",
+        model,
+        "-tp",
+        "2",
+        "--max-tokens",
+        "450",
+        "--ignore-eos",
+        "--max-model-len",
+        "512",
+        "--temperature",
+        "0",
+        "--device",
+        "cpu",
+    )
+    run = subprocess.Popen(command(*args), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    terminal = _Terminal(ours)
+    try:
+        terminal.wait_for("> ")
+        terminal.type("hello\n")
+        terminal.wait_for("hello\r\n")
+        time.sleep(0.5)
+        os.killpg(run.pid, signal.SIGINT)
+        terminal.wait_for("(stopped)")
+        terminal.wait_for("> ")
+        terminal.type("/clear\n")
+        terminal.wait_for("starts again")
+        terminal.type("/exit\n")
+        assert run.wait(timeout=60) == 0
+    finally:
+        run.kill()
+        run.wait()
+        os.close(ours)
+    assert "Traceback" not in terminal.seen
+
+
+class _Terminal:
+    """The person's end of a pseudo-terminal."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd, self.seen, self.at = fd, "", 0
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def wait_for(self, text: str, timeout_s: float = 120) -> None:
+        """Read until `text` comes after what was last waited for."""
+        deadline = time.monotonic() + timeout_s
+        while (found := self.seen.find(text, self.at)) < 0:
+            ready, _, _ = select.select([self.fd], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{text!r} did not come; seen: {self.seen[-500:]!r}"
+            self.seen += os.read(self.fd, 65536).decode(errors="replace")
+        self.at = found + len(text)

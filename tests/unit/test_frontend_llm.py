@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,16 @@ def test_memory_and_stats_are_the_engines(start: Callable[..., LLM]) -> None:
         assert [m.rank for m in llm.memory()] == [0]
         assert llm.stats().generated_tokens == 24
         assert llm.config.scheduler.max_num_seqs, "the configuration has every automatic value"
+
+
+def test_the_memory_plan_is_logged_for_those_who_ask(start: Callable[..., LLM], capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("lockstep")
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    try:
+        start().shutdown()
+        assert "KV cache:" not in capsys.readouterr().err
+        start({"log_level": "info"}).shutdown()
+        assert "KV cache:" in capsys.readouterr().err
+    finally:
+        logger.setLevel(before[0])
+        logger.propagate, logger.handlers[:] = before[1], before[2]
