@@ -17,6 +17,7 @@ from lockstep.testing.fakes import FakeClock, FakeExecutor, generate
 
 VOCAB = 7  # small, so that stop tokens and equal prefixes come often
 MAX_LEN = 28
+LONGEST_PROMPT = 22  # a preempted request can outgrow it
 SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), stateful_step_count=60)
 
 engines = st.fixed_dictionaries(
@@ -61,7 +62,7 @@ requests = st.fixed_dictionaries(
 def make_engine(options: dict) -> tuple[EngineCore, FakeExecutor]:
     """An engine on the fake executor; the whole cache holds little more than one request of full length."""
     size = options["block_size"]
-    budget = options["budget"] if options["chunked"] else max(options["budget"], MAX_LEN)
+    budget = options["budget"] if options["chunked"] else max(options["budget"], LONGEST_PROMPT)
     config = EngineConfig(
         model=ModelConfig(max_model_len=MAX_LEN),
         parallel=ParallelConfig(),

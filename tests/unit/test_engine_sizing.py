@@ -71,6 +71,7 @@ def test_when_not_one_request_fits_the_error_says_what_would(free, fits, missing
         plan_memory(config(), SPEC, [rank(0, free=10**9), rank(1, free=free)])
     text = str(caught.value)
     assert "max_model_len=1024" in text and "rank 1" in text and f"{missing} are missing" in text
+    assert f"{(fits or 0) // 16} blocks (" in text
     if fits is not None:
         assert f"at most {fits}" in text
         smaller = plan_memory(config(length=fits), SPEC, [rank(0, free=10**9), rank(1, free=free)])

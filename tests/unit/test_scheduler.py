@@ -88,19 +88,26 @@ def test_the_budget_cuts_a_prompt_and_only_its_last_part_samples():
     assert seen == [(0, 4, False), (4, 4, False), (8, 2, True), (10, 1, True)]
 
 
-def test_prefill_and_decode_share_one_step_and_a_prompt_never_stalls_decoding():
-    s = scheduler(budget=6, caching=False)
-    add(s, request("long", 20), request("b", 1, first=30))
-    assert names(s.schedule()) == ["long"]
-    for first in (40, 50):
-        s.add(request(f"x{first}", 1, first=first))
-    decoding: list[str] = []
-    for _ in range(6):
+def test_a_prompt_that_goes_first_leaves_a_token_for_each_that_decodes():
+    s = scheduler(budget=6, by_priority=True)
+    add(s, request("low", 1, first=30, priority=1), request("lower", 1, first=40, priority=2))
+    finish(s, s.schedule())
+    s.add(request("high", 20))
+    seen = []
+    for _ in range(4):
         step = s.schedule()
-        assert sum(step.plan.num_tokens) <= 6
-        assert set(decoding) <= set(names(step)), "a running request got no token while a prompt took the budget"
-        decoding = [r.request_id for r, samples in zip(step.rows, step.plan.samples, strict=True) if samples]
+        seen.append(dict(zip(names(step), step.plan.num_tokens, strict=True)))
         finish(s, step)
+    assert seen == [{"low": 1, "lower": 1, "high": 4}] * 4
+
+
+def test_a_prompt_gets_on_by_a_token_even_where_more_run_than_the_budget_holds():
+    s = scheduler(budget=2, by_priority=True)
+    add(s, *[request(f"idle{i}", 1, first=30 + i, priority=1, max_tokens=1) for i in range(2)])
+    s.schedule()  # both have all their tokens in flight from here on
+    s.add(request("high", 9))
+    assert s.schedule().plan.num_tokens == [2]
+    assert s.schedule().plan.num_tokens == [1]
 
 
 def test_without_chunking_a_prompt_waits_until_it_fits_the_step_whole():
@@ -114,11 +121,15 @@ def test_without_chunking_a_prompt_waits_until_it_fits_the_step_whole():
 
 
 def test_without_chunking_a_preempted_request_that_outgrew_the_budget_still_comes_back():
-    s = scheduler(budget=8, blocks=6, size=2, length=12, chunked_prefill=False, caching=False, seqs=2)
-    add(s, request("a", 2, max_tokens=10), request("b", 2, first=30, max_tokens=10))
-    outs = [out for _ in range(60) if s.has_unfinished() for out in finish(s, s.schedule())]
+    s = scheduler(budget=8, blocks=10, size=2, length=16, chunked_prefill=False, caching=False, seqs=2)
+    add(s, request("a", 2, max_tokens=14), request("b", 2, first=30, max_tokens=14))
+    outs, most = [], 0
+    while s.has_unfinished():
+        step = s.schedule()
+        most = max([most, *(len(new.token_ids) for new in step.plan.new)])
+        outs += finish(s, step)
     assert {out.request_id for out in outs if out.finish_reason == "length"} == {"a", "b"}
-    assert s.stats().preemptions >= 1
+    assert most > 8
 
 
 def test_slots_are_given_back_with_the_next_plan_and_used_again_in_it():
@@ -191,13 +202,14 @@ def test_when_blocks_run_out_the_last_in_order_is_preempted_and_recomputed(by_pr
 
 
 def test_nobody_is_admitted_in_a_step_that_preempted():
-    s = scheduler(blocks=4, size=2, length=8, seqs=3, caching=False)
-    add(s, request("a", 3), request("b", 3, first=30))
-    finish(s, s.schedule())
-    finish(s, s.schedule())
-    s.add(request("c", 1, first=60))
+    s = scheduler(blocks=6, size=2, length=12, seqs=3, caching=False, by_priority=True)
+    add(s, request("a", 4), request("b", 7, first=30, priority=2))
+    finish(s, s.schedule())  # all six blocks are taken
+    s.add(request("c", 1, first=60, priority=1))
     step = s.schedule()
-    assert names(step) == ["a"]
+    assert names(step) == ["a"] and s.stats().preemptions == 1 and s.kv.pool.num_free == 3
+    finish(s, step)
+    assert names(s.schedule()) == ["a", "c"]
 
 
 def test_a_request_waits_until_all_it_has_fits_not_only_its_first_part():
@@ -389,9 +401,11 @@ def test_prompt_logprobs_of_all_parts_come_with_the_first_token_only():
     assert [o.prompt_logprobs for o in outs] == [entry[1:], None]
 
 
-def test_a_preempted_request_finds_its_own_blocks_again():
+@pytest.mark.parametrize("prompt_logprobs", [None, 0])
+def test_a_preempted_request_finds_its_own_blocks_again(prompt_logprobs):
+    """Also one that asked for prompt log-probabilities: it has had them."""
     s = scheduler(blocks=8, size=2, length=16, seqs=2)
-    add(s, request("a", 5, max_tokens=11), request("b", 5, first=30, max_tokens=11))
+    add(s, request("a", 5, max_tokens=11), request("b", 5, first=30, max_tokens=11, prompt_logprobs=prompt_logprobs))
     while not s.stats().preemptions:
         finish(s, s.schedule())
     s.abort(["a"])
@@ -514,6 +528,15 @@ def test_max_tokens_is_cut_to_what_the_length_leaves():
         while s.has_unfinished():
             outs += finish(s, s.schedule())
         assert len(outs) == 3 and outs[-1].finish_reason == "length"
+
+
+def test_max_tokens_none_is_no_limit_but_the_length():
+    s = scheduler(length=64)
+    s.add(request("a", 5, max_tokens=None))
+    outs = []
+    while s.has_unfinished():
+        outs += finish(s, s.schedule())
+    assert len(outs) == 59
 
 
 def test_a_cache_below_the_model_length_ends_requests_where_it_ends():
