@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from lockstep.distributed import default_group, ledger, rendezvous
+from lockstep.distributed.exports import *  # noqa: F403
 from lockstep.distributed.group import GraphCaptureContext, GroupCoordinator
 from lockstep.distributed.nodes import _node_count
 from lockstep.distributed.topology import Topology

@@ -183,6 +183,10 @@ def stateless_init_torch_distributed_process_group(
 
     Release it with `stateless_destroy_torch_distributed_process_group`. listen_socket: as for `StatelessProcessGroup.create`.
     """
+    if backend not in ("gloo", "nccl"):
+        raise ValueError(f"backend {backend!r} is unknown: choose gloo or nccl.")
+    if backend == "nccl" and not dist.is_nccl_available():
+        raise ValueError('backend "nccl" needs a torch built with NCCL; use "gloo".')
     fd = listen_socket.detach() if listen_socket is not None and rank == 0 else None
     base = rendezvous.connect(rank, world_size, host, port, fd, timeout_s)
     store = dist.PrefixStore(f"stateless/{group_name or 'group'}", base)
@@ -194,15 +198,11 @@ def stateless_init_torch_distributed_process_group(
         options._timeout = limit
         inner: Any = dist.ProcessGroupGloo(store, rank, world_size, options)
         device, kind = torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO
-    elif backend == "nccl":
-        if not dist.is_nccl_available():
-            raise ValueError('backend "nccl" needs a torch built with NCCL; use "gloo".')
+    else:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = limit
         inner = dist.ProcessGroupNCCL(store, rank, world_size, options)
         device, kind = torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL
-    else:
-        raise ValueError(f"backend {backend!r} is unknown: choose gloo or nccl.")
     inner._set_sequence_number_for_group()
     group._set_default_backend(kind)
     group._register_backend(device, kind, inner)

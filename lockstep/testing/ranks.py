@@ -51,6 +51,7 @@ class RankPool:
         init: bool,
         preload: Sequence[str],
         environ: dict[str, str],
+        backend: str,
         wait_all: bool,
     ) -> list[dict[str, Any]]:
         """One report per rank: {"ok", "value"} or {"ok": False, "error_type", "message", "traceback", "output"}."""
@@ -67,6 +68,7 @@ class RankPool:
                 "init": init,
                 "preload": list(preload),
                 "environ": environ,
+                "backend": backend,
                 "wait_all": wait_all,
             }
             self._frames.send(request)
@@ -118,14 +120,15 @@ def run_ranks(
     init: bool = True,
     preload: Sequence[str] = (),
     environ: dict[str, str] | None = None,
+    backend: str = "gloo",
 ) -> list[Any]:
     """Call "package.module:function" as `function(rank, world_size, *args)` on every rank; the results by rank.
 
-    init: init_distributed_environment with gloo is done before the call and undone after. preload: modules that the zygote
+    init: init_distributed_environment with `backend` is done before the call and undone after. preload: modules that the zygote
     imports once, for functions that need heavy ones. environ: variables set in the ranks only.
     Raises RankError with the first failing rank's traceback; nothing is left running, whatever happens.
     """
-    reports = pool.run(function, world_size, args, timeout, init, preload, environ or {}, wait_all=False)
+    reports = pool.run(function, world_size, args, timeout, init, preload, environ or {}, backend, wait_all=False)
     failed = [(rank, report) for rank, report in enumerate(reports) if not report["ok"]]
     if failed:
         raise _error(function, world_size, failed)
@@ -136,7 +139,7 @@ def run_ranks_outcomes(
     function: str, world_size: int, *args: Any, timeout: float = 60, init: bool = True, environ: dict[str, str] | None = None
 ) -> list[Any]:
     """As run_ranks, for tests of failures: every rank runs to its end, and a rank that failed gives its RankError."""
-    reports = pool.run(function, world_size, args, timeout, init, (), environ or {}, wait_all=True)
+    reports = pool.run(function, world_size, args, timeout, init, (), environ or {}, "gloo", wait_all=True)
     return [_value(report) if report["ok"] else _error(function, world_size, [(rank, report)]) for rank, report in enumerate(reports)]
 
 

@@ -43,18 +43,19 @@ class Rank:
 class Job:
     """One call on `world_size` ranks, from fork to the last report."""
 
-    def __init__(self, request: dict[str, Any], listener: Listener) -> None:
+    def __init__(self, request: dict[str, Any], listener: Listener, control: Frames) -> None:
         self.request = request
         self.deadline = time.monotonic() + float(request["timeout"])
-        self.ranks = [self._fork(rank, listener) for rank in range(int(request["world_size"]))]
+        self.ranks = [self._fork(rank, listener, control) for rank in range(int(request["world_size"]))]
 
-    def _fork(self, rank: int, listener: Listener) -> Rank:
+    def _fork(self, rank: int, listener: Listener, control: Frames) -> Rank:
         read, write = os.pipe()
         output = os.memfd_create(f"rank{rank}") if hasattr(os, "memfd_create") else os.open(os.devnull, os.O_RDWR)
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
             os.close(read)
+            os.close(control.fileno())
             rank_main(self.request, rank, listener, write, output, parent)  # never returns
         os.close(write)
         with contextlib.suppress(OSError):
@@ -152,7 +153,7 @@ def main() -> None:
         gc.collect()
         gc.freeze()  # forked ranks share these pages for as long as nobody walks them
         with Listener() as listener:
-            job = Job(request, listener)
+            job = Job(request, listener, control)
         if not job.run(control):
             return
         control.send({"ranks": [rank.report for rank in job.ranks]})

@@ -73,7 +73,7 @@ def _call(request: dict[str, Any], rank: int, listener: Listener) -> dict[str, A
     port = listener.port
     if rank != 0:
         listener.close()
-    rendezvous.join(rank, world_size, rank, "127.0.0.1", port, fd, "gloo", timeout_s=min(60.0, float(request["timeout"])))
+    rendezvous.join(rank, world_size, rank, "127.0.0.1", port, fd, request["backend"], timeout_s=min(60.0, float(request["timeout"])))
     value = codec.encode(function(rank, world_size, *args))
     # Rank 0 serves the store: it leaves when all are done with it.
     if parallel_state.find_group("world") is not None:

@@ -23,7 +23,7 @@ class Communicator(ABC):
     - inputs may be non-contiguous and empty; an input is never changed unless the method's name ends in `_`;
     - results are new, contiguous tensors on the input's device, in rank order along `dim` (0 <= dim < x.dim());
     - sums of bfloat16 and float16 in `reduce_scatter*` are taken in float32, in rank order, and rounded once;
-    - every method works at world size 1; a peer's death or the group's timeout raises RuntimeError.
+    - every method works at world size 1, where sending to oneself is optional; a peer's death or the group's timeout raises RuntimeError.
     """
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
