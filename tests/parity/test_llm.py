@@ -163,3 +163,13 @@ def test_two_engines_live_side_by_side(llm: LLM, folder: Path) -> None:
         ours = {o.request_id: o.outputs[0].token_ids for o in stream if o.finished}
     assert [o.outputs[0].token_ids for o in theirs] == [o.outputs[0].token_ids for o in before]
     assert sorted(ours.values()) == sorted(o.outputs[0].token_ids for o in before)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_gpu_writes_what_transformers_writes(folder: Path, reference: Any) -> None:
+    with LLM(str(folder), device="cuda", dtype="float32", max_model_len=512, gpu_memory_utilization=0.2) as llm:
+        assert llm.config.runtime.device == "cuda"
+        outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        assert output.outputs[0].token_ids == greedy_of(reference, prompt, 24)

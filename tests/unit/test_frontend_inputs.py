@@ -211,3 +211,29 @@ def test_no_template_is_an_error_that_says_what_to_do(tokenizer: Any, monkeypatc
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(PromptError, match=r"no chat template: give chat_template"):
         render(tokenizer, [{"role": "user", "content": "x"}])
+
+
+def test_an_older_folder_without_tokenizer_json_is_read_too(folder: Path, tmp_path: Path) -> None:
+    made = json.loads((folder / "tokenizer.json").read_text())
+    merges = [" ".join(m) if isinstance(m, list) else m for m in made["model"]["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(made["model"]["vocab"] | {"<|endoftext|>": len(made["model"]["vocab"])}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    older = load_tokenizer(tmp_path)
+    ids = older("hello naïve 你好")["input_ids"]
+    assert len(ids) > 3
+    assert decoder_of(older)(ids) == "hello naïve 你好"
+
+
+class NoBackend:
+    """A tokenizer without a compiled backend, as pure-Python ones are."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        assert not clean_up_tokenization_spaces, "cleaning up would make the text of a prefix differ"
+        return "".join(map(chr, ids)) + ("" if skip_special_tokens else "!")
+
+
+def test_a_tokenizer_without_backend_decodes_without_clean_up() -> None:
+    assert decoder_of(NoBackend())([97, 98]) == "ab"
+    assert decoder_of(NoBackend(), False)([97]) == "a!"
