@@ -3,7 +3,8 @@
     python benchmarks/engine_overhead.py [--running 256] [--steps 3000] [--depth 2] [--max-ms 1.0]
 
 Prints one JSON line. `step_ms` is one EngineCore.step() in steady state: planning, building the plan, taking the tokens
-in, ending and hashing what is due, and the outputs. With --max-ms, exits 1 when the median is above it.
+in, ending and hashing what is due, and the outputs. Figures named `cpu_` are this thread's processor time, which other
+load on the machine leaves alone. With --max-ms, exits 1 when the median of step_ms is above it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import sys
@@ -49,48 +51,58 @@ def make_core(running: int, steps: int, depth: int) -> EngineCore:
     return core
 
 
-def timed(call: Callable[[], Any], into: list[float]) -> Any:
-    """The call's result; its time in ms is added to `into`."""
-    started = time.perf_counter()
-    result = call()
-    into.append((time.perf_counter() - started) * 1e3)
-    return result
+class Times:
+    """Durations of one kind of call, in ms: on the wall, and of this thread's processor time (what a busy host leaves alone)."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Call it, and keep how long that took."""
+        cpu, wall = time.thread_time(), time.perf_counter()
+        result = call()
+        self.wall.append((time.perf_counter() - wall) * 1e3)
+        self.cpu.append((time.thread_time() - cpu) * 1e3)
+        return result
+
+    def summary(self) -> dict[str, float]:
+        """Median and tail."""
+        return {**_quantiles(self.wall), **{f"cpu_{name}": value for name, value in _quantiles(self.cpu).items()}}
 
 
-def summary(times_ms: list[float]) -> dict[str, float]:
-    """Median and tail, in ms."""
+def _quantiles(times_ms: list[float]) -> dict[str, float]:
     ordered = sorted(times_ms)
-    return {
-        "median": round(statistics.median(ordered), 4),
-        "p99": round(ordered[int(len(ordered) * 0.99)], 4),
-        "max": round(ordered[-1], 4),
-    }
+    values = {"median": statistics.median(ordered), "p99": ordered[int(len(ordered) * 0.99)], "max": ordered[-1]}
+    return {name: round(value, 4) for name, value in values.items()}
 
 
 def measure(running: int, steps: int, depth: int) -> dict[str, Any]:
     """Whole steps, then (on a fresh engine) its halves one by one."""
-    core, whole = make_core(running, steps, depth), list[float]()
+    core, whole = make_core(running, steps, depth), Times()
     gc.collect()
     gc.freeze()
     for _ in range(steps):
-        outputs = timed(core.step, whole)
+        outputs = whole.run(core.step)
         assert len(outputs) == running, f"{len(outputs)} outputs of {running} requests"
-    core, plan, update = make_core(running, steps, 1), list[float](), list[float]()
+    core, plan, update = make_core(running, steps, 1), Times(), Times()
     for _ in range(steps):
-        step = timed(core.scheduler.schedule, plan)
+        step = plan.run(core.scheduler.schedule)
         assert len(step.plan.slots) == running
         result = core.executor.execute_model(step.plan).result()
-        timed(lambda step=step, result=result: (core.scheduler.update(step, result), core.scheduler.take_outputs()), update)
+        update.run(lambda step=step, result=result: (core.scheduler.update(step, result), core.scheduler.take_outputs()))
     return {
         "benchmark": "engine_overhead",
         "running": running,
         "steps": steps,
         "depth": depth,
-        "step_ms": summary(whole),
-        "schedule_ms": summary(plan),
-        "update_ms": summary(update),
+        "step_ms": whole.summary(),
+        "schedule_ms": plan.summary(),
+        "update_ms": update.summary(),
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "load_1m": round(os.getloadavg()[0], 1),
     }
 
 
