@@ -81,6 +81,7 @@ def hf_generate(folder: str | Path, prompts: list[list[int]], max_new_tokens: in
     """What transformers generates greedily in fp32, each prompt alone."""
     from lockstep.testing.tiny import load_hf
 
+    torch.set_num_threads(1)  # on a busy machine threads wait for each other far longer than they work
     model = load_hf(folder)
     model.generation_config.eos_token_id = None
     with torch.inference_mode():
