@@ -15,7 +15,7 @@ _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
 
 def host_available_bytes() -> int:
     """What this process could still allocate: the host's available memory, or what its control groups leave."""
-    return max(0, min([psutil.virtual_memory().available, *_cgroup_room()]))
+    return max(0, min([int(psutil.virtual_memory().available), *_cgroup_room()]))
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -66,16 +66,21 @@ class Sampler:
         for at in range(0, len(random), step):
             part = random[at : at + step]
             lines = logits[torch.from_numpy(part).to(logits.device)].cpu().numpy()
-            cuts = {"min_p": rows.min_p[part], "top_k": rows.top_k[part], "top_p": rows.top_p[part]}
-            tokens[part] = draw(lines, u[at : at + step], temperature=rows.temperature[part], **cuts)
+            tokens[part] = draw(
+                lines,
+                u[at : at + step],
+                temperature=rows.temperature[part],
+                min_p=rows.min_p[part],
+                top_k=rows.top_k[part],
+                top_p=rows.top_p[part],
+            )
         return tokens
 
 
 def argmax(logits: torch.Tensor) -> I64:
     """The most likely token of each row of `logits [rows, vocab]`; the lowest id where several are."""
-    if logits.device.type == "cpu":  # numpy's is vectorised, torch's is not
-        return logits.numpy().argmax(axis=1)
-    tokens: I64 = logits.argmax(dim=1).cpu().numpy()
+    on_cpu = logits.device.type == "cpu"  # where numpy's is vectorised, and torch's is not
+    tokens: I64 = logits.numpy().argmax(axis=1) if on_cpu else logits.argmax(dim=1).cpu().numpy()
     return tokens
 
 
