@@ -16,11 +16,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lockstep.config import devices
 from lockstep.config.build import GROUPS, nearest
+from lockstep.config.defaults import default_token_budget
 from lockstep.config.errors import ConfigError
 from lockstep.config.hf import load_spec
 from lockstep.config.model_spec import ModelSpec, read_config_json
 from lockstep.config.source import DEMO_NAME, find_folder
 from lockstep.config.tree import EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig
+from lockstep.utils.host_memory import host_available_bytes
 
 log = logging.getLogger("lockstep.config")
 
@@ -212,11 +214,12 @@ def check_model_fits(config: EngineConfig, spec: ModelSpec) -> None:
 
 
 def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) -> EngineConfig:
-    """The tree with every automatic value that does not depend on memory filled in."""
+    """The tree with every automatic value filled in that can be known before the ranks have loaded the model."""
     parallel, model, cache = config.parallel, config.model, config.cache
     tp = parallel.tensor_parallel_size
+    share = cache.gpu_memory_utilization or (0.9 if device == "cuda" else 0.5)
     dtype: Any = model.dtype if model.dtype != "auto" else "float32" if device == "cpu" else spec.dtype
-    return replace(
+    config = replace(
         config,
         model=replace(
             model,
@@ -229,6 +232,10 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
             distributed_executor_backend=parallel.distributed_executor_backend or ("mp" if tp > 1 else "uni"),
             threads_per_rank=parallel.threads_per_rank or max(1, devices.usable_cores() // tp),
         ),
-        cache=replace(cache, gpu_memory_utilization=cache.gpu_memory_utilization or (0.9 if device == "cuda" else 0.5)),
+        cache=replace(cache, gpu_memory_utilization=share),
         runtime=replace(config.runtime, device=device),
     )
+    # A GPU's memory cannot be asked for without torch; the ranks profile a step of this size there before anything else.
+    room = int(share * host_available_bytes()) // tp if device == "cpu" else None
+    budget = default_token_budget(config, spec, room)
+    return replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=budget))

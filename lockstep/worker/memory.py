@@ -7,15 +7,11 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 
-_UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
+from lockstep.utils.host_memory import host_available_bytes
 
-
-def host_available_bytes() -> int:
-    """What this process could still allocate: the host's available memory, or what its control groups leave."""
-    return max(0, min([int(psutil.virtual_memory().available), *_cgroup_room()]))
+__all__ = ["PeakMeter", "host_available_bytes", "peak_bytes", "weight_bytes"]
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -66,47 +62,4 @@ def _status(field: str) -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
-    return 0
-
-
-def _cgroup_room() -> list[int]:
-    """What each memory control group above this process leaves free. Page cache that can be dropped counts as free."""
-    room = []
-    for folder, limit, usage in _cgroups():
-        try:
-            most = int((folder / limit).read_text())
-            used = int((folder / usage).read_text())
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-        if most < _UNLIMITED:
-            room.append(most - used + _droppable(folder / "memory.stat"))
-    return room
-
-
-def _cgroups() -> Iterator[tuple[Path, str, str]]:
-    """(folder, limit file, usage file) of every memory control group from this process's own up to the root."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            top, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        parts = Path(path.lstrip("/")).parts
-        for depth in range(len(parts), -1, -1):
-            yield (top.joinpath(*parts[:depth]), *names)
-
-
-def _droppable(stat: Path) -> int:
-    """Bytes of a group's page cache that the kernel would reclaim first."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in stat.read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name in ("inactive_file", "total_inactive_file"):
-                return int(value)
     return 0

@@ -11,6 +11,8 @@ import pytest
 from lockstep.config import devices
 from lockstep.config.build import build_config
 from lockstep.config.errors import ConfigError
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import resolve
 
 HEADS, LIMIT = 6, 128
@@ -184,3 +186,15 @@ def test_the_given_tree_is_left_alone(model: str) -> None:
     given = build_config(model=model)
     resolve(given)
     assert given == build_config(model=model)
+
+
+def test_the_token_budget_adapts_to_a_small_machine(monkeypatch, tmp_path):
+    """2048 where there is room; halved down to 512 where one step's activations would take over a sixteenth of the memory."""
+    from lockstep.config import validate
+
+    def budget(available_bytes: int) -> int | None:
+        monkeypatch.setattr(validate, "host_available_bytes", lambda: available_bytes)
+        return validate.fill(EngineConfig(), spec, "cpu").scheduler.max_num_batched_tokens
+
+    spec = ModelSpec("LlamaForCausalLM", 4096, 2, 32, 8, 128, 14336, 32000, 4096, layer_kinds=("full", "full"))
+    assert [budget(gib << 30) for gib in (64, 12, 4, 2)] == [2048, 1024, 512, 512]

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lockstep.worker import memory
+from lockstep.utils import host_memory
 
 GIB = 1 << 30
 
@@ -26,7 +26,7 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             (folder / names[1]).write_text(f"{usage}\n")
             (folder / "memory.stat").write_text(f"anon 5\n{'total_inactive_file' if v1 else 'inactive_file'} {cache}\n")
             found.append((folder, *names))
-        monkeypatch.setattr(memory, "_cgroups", lambda: iter(found))
+        monkeypatch.setattr(host_memory, "_cgroups", lambda: iter(found))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: type("VM", (), {"available": 8 * GIB}))
 
     return make
@@ -34,29 +34,29 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_without_groups_the_host_counts(groups) -> None:
     groups()
-    assert memory.host_available_bytes() == 8 * GIB
+    assert host_memory.host_available_bytes() == 8 * GIB
 
 
 @pytest.mark.parametrize("v1", [False, True])
 def test_the_tightest_group_counts_and_its_cache_is_free(groups, v1: bool) -> None:
     groups((str(6 * GIB), GIB, 0), (str(4 * GIB), 2 * GIB, GIB), v1=v1)
-    assert memory.host_available_bytes() == 3 * GIB
+    assert host_memory.host_available_bytes() == 3 * GIB
 
 
 def test_no_limit_in_either_spelling(groups) -> None:
     groups(("max", GIB, 0), (str(2**63 - 4096), GIB, 0))
-    assert memory.host_available_bytes() == 8 * GIB
+    assert host_memory.host_available_bytes() == 8 * GIB
 
 
 def test_a_full_group_leaves_nothing(groups) -> None:
     groups((str(GIB), 2 * GIB, 0))
-    assert memory.host_available_bytes() == 0
+    assert host_memory.host_available_bytes() == 0
 
 
 def test_own_groups_are_walked_up_to_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "5:cpu:/x\n4:memory:/a/b\n0::/c\n"
-    monkeypatch.setattr(memory.Path, "read_text", lambda self: lines)
-    assert [str(folder) for folder, *_ in memory._cgroups()] == [
+    monkeypatch.setattr(host_memory.Path, "read_text", lambda self: lines)
+    assert [str(folder) for folder, *_ in host_memory._cgroups()] == [
         "/sys/fs/cgroup/memory/a/b",
         "/sys/fs/cgroup/memory/a",
         "/sys/fs/cgroup/memory",
