@@ -59,7 +59,7 @@ def create(store: Any, rank: int, world_size: int, backend: str, device: torch.d
     """Make the default group over `store`. NCCL's is bound to its device, so that subgroups can be split off it."""
     settings: dict[str, Any] = {"backend": "gloo"}
     if backend == "nccl":
-        settings = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+        settings = {"backend": "nccl", "device_id": device}
     dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), **settings)
 
 
@@ -89,9 +89,4 @@ def validate(rank: int, world_size: int, backend: str) -> tuple[int, int]:
     foreign = sorted(set(found.values()) - set(BACKENDS))
     if foreign:
         raise ValueError(f"torch.distributed is already initialised with backend {text}, which lockstep cannot use: call {wanted} instead.")
-    if process_groups.is_device_bound() and not process_groups.can_split():
-        raise ValueError(
-            f"torch.distributed is already initialised with backend {text} bound to a device: CPU groups cannot be made beside it. Call "
-            'init_process_group("cpu:gloo,cuda:nccl", device_id=...) instead, or leave device_id out.'
-        )
     return has_rank, has_size

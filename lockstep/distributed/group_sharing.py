@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lockstep.distributed import process_groups
+from lockstep.distributed import broadcaster, nodes, process_groups
+from lockstep.distributed.broadcaster import GroupBroadcaster
+from lockstep.distributed.message_queue import MessageQueue, QueueHandle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +67,29 @@ class DeviceSharing:
             prepare = getattr(module, "prepare_communication", None)
             if callable(prepare):
                 prepare(self)
+
+    def create_mq_broadcaster(self, writer_rank: int = 0, external_writer_handle: QueueHandle | None = None) -> GroupBroadcaster | None:
+        """A message queue from group rank `writer_rank` to all others; `broadcast_object` from that rank uses it when kept.
+
+        external_writer_handle: this rank's handle of a queue whose writer is outside the group (nothing is exchanged then).
+        None in a group of one, and where the ranks do not share a host. Collective over the group.
+        """
+        if external_writer_handle is not None:
+            return GroupBroadcaster(MessageQueue.attach(external_writer_handle), None)
+        if self.world_size == 1 or not all(nodes.in_the_same_node_as(self.cpu_group, writer_rank)):
+            return None
+        readers = [rank for rank in range(self.world_size) if rank != writer_rank]
+        return GroupBroadcaster(broadcaster.connect(self.cpu_communicator, writer_rank, readers), writer_rank)
+
+    def create_single_reader_mq_broadcasters(self, reader_rank_in_group: int = 0) -> list[Any]:
+        """A queue from every other rank to one reader: by writer's rank, the ends this rank holds, None elsewhere.
+
+        The reader holds a MessageReader of each other rank; another rank holds the MessageQueue at its own place.
+        """
+        return [
+            None if writer == reader_rank_in_group else broadcaster.connect(self.cpu_communicator, writer, [reader_rank_in_group])
+            for writer in range(self.world_size)
+        ]
 
     def make_sibling_device_group(self, name: str = "sibling") -> Any:
         """Another torch group of the same ranks and backend, for traffic that must not queue behind this group's.

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
-
-_SERVES = {"gloo": ("cpu",), "nccl": ("cuda",), "cpu:gloo,cuda:nccl": ("cpu", "cuda")}
 
 
 def backends(group: Any = None) -> dict[str, str]:
     """Device type -> backend name of a process group (None: the default one), e.g. {"cpu": "gloo", "cuda": "nccl"}."""
-    text = str(dist.get_backend_config(group))
-    return dict(part.split(":", 1) for part in text.split(","))
+    return dict(part.split(":", 1) for part in str(dist.get_backend_config(group)).split(","))
 
 
 def is_device_bound() -> bool:
@@ -22,9 +22,37 @@ def is_device_bound() -> bool:
     return dist.group.WORLD is not None and getattr(dist.group.WORLD, "bound_device_id", None) is not None
 
 
+_CAN_FILTER = "backend" in inspect.signature(dist.split_group).parameters
+
+
 def can_split() -> bool:
-    """Whether `split_group` works on the default group: NCCL for cuda, gloo for cpu, bound to a device."""
-    return is_device_bound() and backends().get("cuda") == "nccl" and backends().get("cpu") == "gloo"
+    """Whether NCCL groups can be split off the default group: it is bound to a device, and only NCCL would be split.
+
+    Beside gloo that needs a torch whose `split_group` can leave gloo out; gloo's groups are made one by one, always.
+    """
+    if not is_device_bound() or backends().get("cuda") != "nccl" or not (_CAN_FILTER or set(backends()) == {"cuda"}):
+        return False
+    world: Any = dist.group.WORLD
+    return bool(getattr(world._get_backend(torch.device("cuda")), "supports_splitting", True))
+
+
+@contextmanager
+def _unbound() -> Iterator[None]:
+    """While inside, `new_group` makes its groups from scratch.
+
+    With a bound default group it would have the *other* ranks take part in splitting NCCL's communicator, also for gloo
+    groups and for groups that nobody else is asked to make: they, or this rank, would wait for ever.
+    """
+    world: Any = dist.group.WORLD
+    bound = getattr(world, "bound_device_id", None)
+    if bound is None:
+        yield
+        return
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
 
 
 def make_subgroup(group_ranks: Sequence[Sequence[int]], rank: int, backend: str, timeout: timedelta | None, name: str) -> Any:
@@ -32,20 +60,20 @@ def make_subgroup(group_ranks: Sequence[Sequence[int]], rank: int, backend: str,
 
     Collective over the default group: every rank calls with the same lists, also ranks in none (they get None).
     """
-    if can_split():
-        # Makes all of the groups in one exchange. new_group would wait for NCCL's split on non-members only, and hang.
-        child = dist.split_group(split_ranks=[list(ranks) for ranks in group_ranks], timeout=timeout, group_desc=name)
-        return child if any(rank in ranks for ranks in group_ranks) else None
+    if backend == "nccl" and can_split():
+        only_nccl: dict[str, Any] = {"backend": "cuda:nccl"} if _CAN_FILTER else {}
+        lists = [list(ranks) for ranks in group_ranks]
+        return dist.split_group(split_ranks=lists, timeout=timeout, group_desc=name, **only_nccl)
     mine = None
-    for ranks in group_ranks:
-        group = dist.new_group(list(ranks), timeout=timeout, backend=backend, group_desc=name)
-        if rank in ranks:
-            mine = group
+    with _unbound():
+        for ranks in group_ranks:
+            group = dist.new_group(list(ranks), timeout=timeout, backend=backend, group_desc=name)
+            if rank in ranks:
+                mine = group
     return mine
 
 
 def make_lonely_group(rank: int, backend: str) -> Any:
     """A torch group of this rank alone, made without the others' help."""
-    if can_split():
+    with _unbound():
         return dist.new_group([rank], backend=backend, use_local_synchronization=True)
-    return dist.new_group([rank], backend=backend, use_local_synchronization=True)

@@ -179,7 +179,8 @@ def barrier(c: Communicator, rank: int, size: int) -> None:
 CHECKS: dict[str, Callable[[Communicator, int, int], None]] = {
     f.__name__: f
     for f in (
-        all_reduce, all_gather, all_gatherv, reduce_scatter, reduce_scatterv, gather, broadcast, all_to_all, all_to_allv, send_recv, barrier,
+        all_reduce, all_gather, all_gatherv, reduce_scatter, reduce_scatterv, gather,
+        broadcast, all_to_all, all_to_allv, send_recv, barrier,
     )
 }  # fmt: skip
 

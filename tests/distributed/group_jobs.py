@@ -423,3 +423,55 @@ def captured(rank: int, world_size: int) -> None:
     tp = tp_group(world_size)
     with tp.graph_capture() as context, tp.graph_capture(context) as same:
         assert same is context and tp.all_reduce(torch.ones(1)).item() == world_size
+
+
+def queues(rank: int, world_size: int) -> None:
+    """The broadcast queue carries `broadcast_object` from its writer; other sources go the ordinary way."""
+    from lockstep.distributed.message_queue import MessageQueue, MessageReader
+
+    ps.initialize_model_parallel(world_size)
+    group = ps.init_model_parallel_group([list(range(world_size))], rank, "gloo", use_message_queue_broadcaster=True, group_name="plan")
+    assert group.mq_broadcaster is not None and group.mq_broadcaster.writer_rank == 0
+    assert isinstance(group.mq_broadcaster.end, MessageQueue if rank == 0 else MessageReader)
+    sent: list[int] = []
+    broadcast = group.cpu_communicator.broadcast_
+
+    def count(x: torch.Tensor, src: int) -> None:
+        sent.append(src)
+        broadcast(x, src)
+
+    group.cpu_communicator.broadcast_ = count  # type: ignore[method-assign]
+    big = {"step": (1, 2), "payload": b"x" * (6 << 20)}
+    for turn in range(20):
+        assert group.broadcast_object((turn, "plan") if rank == 0 else None) == (turn, "plan")
+    assert group.broadcast_object(big if rank == 0 else None) == big
+    assert sent == []
+    assert group.broadcast_object(rank, 1) == 1
+    assert sent == [1, 1]
+    mq = group.mq_broadcaster
+    late = group.create_mq_broadcaster(writer_rank=1)
+    assert late is not None and late.broadcast_object([rank] if rank == 1 else None, 20) == [1]
+    late.close()
+    late.close()
+    ends = group.create_single_reader_mq_broadcasters(1)
+    if rank == 1:
+        assert ends[1] is None
+        assert [end.dequeue(20) for end in ends if end is not None] == [b"from %d" % r for r in range(world_size) if r != 1]
+    else:
+        ends[rank].enqueue(b"from %d" % rank, 20)
+        assert [end is not None for end in ends] == [r == rank for r in range(world_size)]
+    if rank == 0:
+        queue = MessageQueue.create(1)
+        outside = group.create_mq_broadcaster(external_writer_handle=queue.handle(0).duplicate())
+        from lockstep.distributed import codec
+
+        queue.enqueue(codec.encode({"from": "outside"}))
+        assert outside is not None and outside.broadcast_object(timeout=20) == {"from": "outside"}
+        outside.close()
+        queue.close()
+    group.barrier()
+    for end in ends:
+        if end is not None:
+            end.close()
+    group.destroy()
+    assert group.mq_broadcaster is None and mq is not None

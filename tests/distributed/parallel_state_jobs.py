@@ -260,3 +260,53 @@ def layout_checked(rank: int, world_size: int, sizes: dict[str, int]) -> None:
 
 def nodes_checked(rank: int, world_size: int) -> None:
     assert nodes(rank, world_size) == [[True] * world_size] * world_size
+
+
+def split(rank: int, world_size: int) -> None:
+    """Where NCCL can be split, all device groups of an axis come from one call; CPU groups are made one by one."""
+    from lockstep.distributed import process_groups
+
+    calls: list[Any] = []
+
+    def split_group(split_ranks: Any, timeout: Any, group_desc: str, backend: str = "") -> Any:
+        """In place of NCCL, which this machine has not: gloo's groups, in the order of the lists."""
+        calls.append((split_ranks, backend))
+        made = [dist.new_group(ranks, backend="gloo") for ranks in split_ranks]
+        return next(group for group, ranks in zip(made, split_ranks, strict=True) if rank in ranks)
+
+    before = dist.split_group, process_groups.can_split
+    dist.split_group, process_groups.can_split = split_group, lambda: True  # type: ignore[assignment]
+    try:
+        found = process_groups.make_subgroup([[0, 2], [1, 3]], rank, "nccl", None, "x")
+        assert dist.get_process_group_ranks(found) == [rank % 2, rank % 2 + 2]
+        assert calls == [([[0, 2], [1, 3]], "cuda:nccl" if process_groups._CAN_FILTER else "")]
+        process_groups.make_subgroup([[0, 1], [2, 3]], rank, "gloo", None, "y")
+        assert len(calls) == 1
+    finally:
+        dist.split_group, process_groups.can_split = before  # type: ignore[assignment]
+
+
+def bound(rank: int, world_size: int) -> None:
+    """A default group bound to a device that cannot be split: groups are made one by one, with the binding aside."""
+    from lockstep.distributed import process_groups
+
+    world: Any = dist.group.WORLD
+    world.bound_device_id = torch.device("cuda", rank)
+    assert process_groups.is_device_bound() and not process_groups.can_split()
+    seen: list[Any] = []
+    new_group = dist.new_group
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(world.bound_device_id)
+        return new_group(*args, **kwargs)
+
+    dist.new_group = spy
+    try:
+        ps.initialize_model_parallel(2, enable_expert_parallel=False)
+        assert ps.get_pp_group().cpu_group is not None
+    finally:
+        dist.new_group = new_group
+    assert seen and set(seen) == {None}
+    assert world.bound_device_id == torch.device("cuda", rank)
+    world.bound_device_id = None
+    assert ps.get_tp_group().all_reduce(torch.ones(1)).item() == 2

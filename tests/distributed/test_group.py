@@ -30,6 +30,11 @@ def test_two_ranks(job):
     run_ranks(f"{JOBS}:{job}", 2)
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_message_queues_of_a_group(world_size):
+    run_ranks(f"{JOBS}:queues", world_size)
+
+
 def test_broadcast_object_list_honours_its_group():
     run_ranks(f"{JOBS}:object_list_group", 4)
 

@@ -43,6 +43,8 @@ NOTICED_BY = {
     "cpu_group": "torch_groups",
     "device_group": "torch_groups",
     "device_communicator": "properties",
+    "create_mq_broadcaster": "queues",
+    "create_single_reader_mq_broadcasters": "queues",
     "destroy": "destroyed",
     "graph_capture": "captured",
     "first_rank": "properties",

@@ -62,7 +62,7 @@ def test_a_late_rank_is_named_with_its_last_act(store):
     timeout_s = 0.5
     outcomes = run_ranks(f"{JOBS}:skip", 3, store, timeout_s)
     assert [kind for kind, _, _ in outcomes] == ["CollectiveTimeoutError"] * 3
-    kind, text, took = outcomes[0]
+    _, text, took = outcomes[0]
     assert "rank 1 is missing" in text
     assert "the last thing it entered was all_gather(float32 [3], dim=0)" in text
     assert "entered all_reduce(float32 [5])" in text

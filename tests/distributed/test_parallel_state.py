@@ -61,6 +61,14 @@ def test_a_default_group_that_cannot_serve_is_refused_with_the_call_to_make():
     run_ranks(f"{JOBS}:unusable", 1, init=False)
 
 
+def test_device_groups_are_split_off_a_default_group_that_can_be_split():
+    run_ranks(f"{JOBS}:split", 4)
+
+
+def test_groups_are_made_one_by_one_where_it_cannot_be():
+    run_ranks(f"{JOBS}:bound", 2)
+
+
 def test_nodes():
     assert run_ranks(f"{JOBS}:nodes", 3) == [[[True] * 3] * 3] * 3
 
@@ -89,7 +97,8 @@ def test_torchrun_is_enough(tmp_path):
     script.write_text(
         "import torch\nfrom lockstep.distributed import parallel_state as ps\n"
         "ps.init_distributed_environment(backend='gloo', timeout=60)\nps.initialize_model_parallel(2)\n"
-        "t = ps.get_tp_group()\nprint('sum', t.all_reduce(torch.ones(1)).item(), flush=True)\nt.barrier()\nps.cleanup_dist_env_and_memory()\n"
+        "t = ps.get_tp_group()\nprint('sum', t.all_reduce(torch.ones(1)).item(), flush=True)\n"
+        "t.barrier()\nps.cleanup_dist_env_and_memory()\n"
     )
     command = [
         sys.executable,

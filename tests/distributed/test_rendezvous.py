@@ -57,7 +57,7 @@ def test_a_listener_holds_its_port_and_hands_it_on():
     """Eight at once get eight ports; a child serves on the inherited socket while the parent forgets it."""
     listeners = [Listener() for _ in range(8)]
     assert len({listener.port for listener in listeners}) == 8
-    with pytest.raises(OSError, match="cannot listen on 127.0.0.1"):
+    with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1"):
         Listener(port=listeners[0].port)
     for listener in listeners[1:]:
         listener.close()
