@@ -1,7 +1,8 @@
-"""Objects between the ranks of a group: msgpack over the CPU group, the length first."""
+"""Objects between the ranks of a group: msgpack over the CPU group."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,13 +16,32 @@ from lockstep.distributed.handles import Handle
 _CPU = torch.device("cpu")
 
 
-def _tensor(data: bytes) -> Tensor:
-    # bytearray: torch wants writable memory. Empty buffers are refused by frombuffer.
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+# The first message of an object: its length, then as much of it as fits. Most objects need no second one.
+_FRAME, _HEAD = 4096, 8
 
 
-def _length(data: bytes) -> Tensor:
-    return torch.tensor([len(data)], dtype=torch.int64)
+def _messages(data: bytes) -> list[Tensor]:
+    """The one or two messages of an object, as byte tensors (a bytearray, because torch wants writable memory)."""
+    first = bytearray(_FRAME)
+    first[:_HEAD] = len(data).to_bytes(_HEAD, "little")
+    first[_HEAD : _HEAD + len(data)] = data[: _FRAME - _HEAD]
+    messages = [torch.frombuffer(first[:_FRAME], dtype=torch.uint8)]
+    if len(data) > _FRAME - _HEAD:
+        messages.append(torch.frombuffer(bytearray(data[_FRAME - _HEAD :]), dtype=torch.uint8))
+    return messages
+
+
+def _receive(receive: Callable[[Tensor], object]) -> Any:
+    """The object whose messages `receive` fills in."""
+    first = torch.empty(_FRAME, dtype=torch.uint8)
+    receive(first)
+    raw = memoryview(first.numpy())
+    length = int.from_bytes(raw[:_HEAD], "little")
+    if length <= _FRAME - _HEAD:
+        return codec.decode(raw[_HEAD : _HEAD + length])
+    rest = torch.empty(length - (_FRAME - _HEAD), dtype=torch.uint8)
+    receive(rest)
+    return codec.decode(bytes(raw[_HEAD:]) + bytes(rest.numpy()))
 
 
 def broadcast(comm: Communicator, obj: Any, src: int) -> Any:
@@ -29,30 +49,20 @@ def broadcast(comm: Communicator, obj: Any, src: int) -> Any:
     if comm.world_size == 1:
         return obj
     if comm.rank == src:
-        data = codec.encode(obj)
-        comm.broadcast_(_length(data), src)
-        comm.broadcast_(_tensor(data), src)
+        for message in _messages(codec.encode(obj)):
+            comm.broadcast_(message, src)
         return obj
-    length = torch.empty(1, dtype=torch.int64)
-    comm.broadcast_(length, src)
-    payload = torch.empty(int(length), dtype=torch.uint8)
-    comm.broadcast_(payload, src)
-    return codec.decode(memoryview(payload.numpy()))
+    return _receive(lambda message: comm.broadcast_(message, src))
 
 
 def isend(comm: Communicator, obj: Any, dst: int) -> list[Handle]:
     """Start sending `obj`; nothing is sent when it cannot be encoded (TypeError)."""
-    data = codec.encode(obj)
-    return [comm.isend(_length(data), dst), comm.isend(_tensor(data), dst)]
+    return [comm.isend(message, dst) for message in _messages(codec.encode(obj))]
 
 
 def recv(comm: Communicator, src: int) -> Any:
     """The next object that rank `src` sends to this one."""
-    length = torch.empty(1, dtype=torch.int64)
-    comm.recv_(length, src)
-    payload = torch.empty(int(length), dtype=torch.uint8)
-    comm.recv_(payload, src)
-    return codec.decode(memoryview(payload.numpy()))
+    return _receive(lambda message: comm.recv_(message, src))
 
 
 def communicator_of(group: Any) -> Communicator:
