@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2] / "lockstep"
 FLOORS = {
     "version": 0, "utils": 0, "protocol": 1, "config": 1, "observability": 2, "kernels": 3, "distributed": 4,
-    "attention": 5, "planner": 5, "layers": 6, "weights": 7, "models": 8, "worker": 9, "executor": 10, "engine": 11, "simulation": 11, "cluster": 12, "frontend": 13,
+    "attention": 5, "planner": 5, "layers": 6, "weights": 7, "models": 8, "worker": 9, "executor": 10,
+    "engine": 11, "simulation": 11, "cluster": 12, "frontend": 13,
     "server": 14, "llm": 14, "cli": 15,
 }  # fmt: skip
 # protocol and config share a floor, and stay apart all the same; attention and planner likewise
@@ -19,7 +20,8 @@ SIBLINGS = {("config", "protocol"), ("protocol", "config"), ("attention", "plann
 EXECUTOR_DOOR = {"lockstep.executor.contract", "lockstep.executor.factory", "lockstep.executor.affinity"}
 TORCH_FREE = [
     "lockstep", "lockstep.engine.core", "lockstep.protocol", "lockstep.config.validate", "lockstep.config.hf", "lockstep.llm",
-    "lockstep.distributed.topology", "lockstep.distributed.partition", "lockstep.distributed.progress", "lockstep.distributed.message_queue",
+    "lockstep.distributed.topology", "lockstep.distributed.partition", "lockstep.distributed.progress",
+    "lockstep.distributed.message_queue",
     "lockstep.executor.contract", "lockstep.executor.factory", "lockstep.executor.multiproc", "lockstep.frontend.inputs",
     "lockstep.frontend.tokenizer", "lockstep.cli.main", "lockstep.cli.flags", "lockstep.utils.net", "lockstep.observability.logging",
 ]  # fmt: skip
