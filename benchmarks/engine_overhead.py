@@ -13,7 +13,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lockstep.cli.bench import machine
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from lockstep.engine.core import EngineCore
@@ -92,16 +92,19 @@ def measure(running: int, steps: int, depth: int) -> dict[str, Any]:
         result = core.executor.execute_model(step.plan).result()
         update.run(lambda step=step, result=result: (core.scheduler.update(step, result), core.scheduler.take_outputs()))
     return {
-        "benchmark": "engine_overhead",
+        "engine": "lockstep",
+        "metric": f"step_overhead_{running}_running",
+        "value": whole.summary()["median"],
+        "unit": "ms",
+        "all": [],
+        "command": f"python benchmarks/engine_overhead.py --running {running} --steps {steps} --depth {depth}",
         "running": running,
         "steps": steps,
         "depth": depth,
         "step_ms": whole.summary(),
         "schedule_ms": plan.summary(),
         "update_ms": update.summary(),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        "machine": machine.describe(),
         "load_1m": round(os.getloadavg()[0], 1),
     }
 

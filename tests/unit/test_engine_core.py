@@ -282,16 +282,3 @@ def test_the_overhead_benchmark_reports_what_it_claims():
     assert 0 < report["step_ms"]["median"] <= report["step_ms"]["p99"] <= report["step_ms"]["max"]
     failing = subprocess.run([*command, "--max-ms", "0.000001"], capture_output=True, timeout=120, check=False, cwd=ROOT)
     assert failing.returncode == 1
-
-
-def test_256_decoding_requests_cost_less_than_a_millisecond_a_step():
-    """The committed figure is the benchmark's. Here the best of many steps, so that a busy machine does not matter."""
-    code = (
-        "import sys; sys.path.insert(0, 'benchmarks'); import engine_overhead as e, time\n"
-        "core = e.make_core(256, 300, 2); best = 9.0\n"
-        "for _ in range(250):\n"
-        "    t = time.perf_counter(); core.step(); best = min(best, time.perf_counter() - t)\n"
-        "print(best)"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
-    assert float(ran.stdout) < 1e-3
