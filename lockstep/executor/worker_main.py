@@ -39,7 +39,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it may have been ignored where the driver was started
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    affinity.bind(launch.cores)
     board = ProgressBoard.attach(launch.board)
     cell = board.cell(launch.rank)
     cell.set(phase="import")
@@ -66,6 +65,8 @@ def main() -> None:
             groups = join(launch, cell)
         elif launch.listen_fd >= 0:
             os.close(launch.listen_fd)  # nobody will serve on it: do not hold the port
+        # Now, not earlier: threads inherit it, and those of the groups must run while this one computes on its core.
+        affinity.bind(launch.cores)
         phase = "init"
         cell.set(phase=phase)
         fault.strike(phase)
