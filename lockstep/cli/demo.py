@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from lockstep.executor.contract import RankMemory
 
 PROMPTS = [
-    "def fibonacci(n):\n",
-    'class Stack:\n    """A last-in, first-out container."""\n',
+    "def is_prime(n):\n    if n < 2:",
     "import os\nimport sys\n\ndef main(",
+    "class Parser(object):",
 ]
 
 
@@ -27,7 +27,7 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.tensor_parallel_size < 1 or args.max_tokens < 1:
         parser.error("--tensor-parallel-size and --max-tokens must be at least 1")
-    greedy = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, repetition_penalty=1.15, max_tokens=args.max_tokens)
     print(f"-- {args.tensor_parallel_size} ranks, each with its share of the demo model --", flush=True)
     split, memory = _write(args.tensor_parallel_size, greedy, show=True)
     print("\n-- the same prompts, not split --", flush=True)
