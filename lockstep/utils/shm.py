@@ -64,6 +64,7 @@ class Bell:
     def __init__(self, fds: tuple[int, int]) -> None:
         """`fds`: (read end, write end), the same number twice for an eventfd."""
         self.fds = fds
+        self._lock = threading.Lock()  # a ring that comes while another thread closes must not write to a number used anew
         self._poll = select.poll()
         self._poll.register(fds[0], select.POLLIN)
 
@@ -78,8 +79,10 @@ class Bell:
         return cls((read, write))
 
     def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: it rings already
-            os.write(self.fds[1], b"\1\0\0\0\0\0\0\0")
+        """Wake the one that waits. Nothing on a closed bell: who would have been woken is gone."""
+        with self._lock, contextlib.suppress(BlockingIOError):  # full: it rings already
+            if self.fds[1] >= 0:
+                os.write(self.fds[1], b"\1\0\0\0\0\0\0\0")
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until rung, at most `timeout_s` (rounded up to milliseconds). True when it was rung."""
@@ -90,7 +93,8 @@ class Bell:
         return True
 
     def close(self) -> None:
-        for fd in set(self.fds):
-            if fd >= 0:
-                os.close(fd)
-        self.fds = (-1, -1)
+        with self._lock:
+            for fd in set(self.fds):
+                if fd >= 0:
+                    os.close(fd)
+            self.fds = (-1, -1)

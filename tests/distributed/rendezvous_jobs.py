@@ -114,6 +114,7 @@ def stateless(rank: int, world_size: int, port: int) -> None:
     refused(TypeError, "cannot cross", lambda: group.send_obj(object(), 0))
     if rank == 0:
         refused(TimeoutError, "waited 0.3 s for rank 1", lambda: group._take("send/1/0/99", 1, 0.3))
+    group.barrier(20)  # from here on this rank deletes what it wrote, so everybody must have read it
     group.data_expiration_seconds = 0.0
     group._put("old", 1)
     time.sleep(0.01)

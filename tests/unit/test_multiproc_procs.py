@@ -168,3 +168,13 @@ def test_an_out_of_memory_kill_is_said() -> None:
     assert "rank 0 died in load (61 %): killed by SIGKILL by the out-of-memory killer." in str(error)
     assert "out-of-memory" not in str(failure.died(0, 1, board.read(0), "", [], " by the out-of-memory killer"))
     board.close()
+
+
+def test_a_closed_bell_is_silent():
+    """A ring that races with the close must neither raise nor write to a descriptor that somebody else got since."""
+    bell = Bell.create()
+    bell.ring()
+    assert bell.wait(1.0)
+    bell.close()
+    bell.ring()
+    bell.close()
