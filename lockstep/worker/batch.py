@@ -13,6 +13,7 @@ Every rank applies the same plans and appends the same sampled tokens, so all ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,7 @@ class AlteredRow:
     params: SamplingParams
     tokens: I32  # [length], prompt then output; a view
     num_prompt_tokens: int
+    eos_token_ids: Sequence[int] = ()  # that end this request; none where it ignores them
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class BatchState:
         self.block_tables: I32 = np.zeros((capacity, -(-max_model_len // block_size)), np.int32)
         self.num_blocks: I64 = np.zeros(capacity, np.int64)
         self.sampling: list[SamplingParams] = [SamplingParams()] * capacity
+        self.eos: list[Sequence[int]] = [()] * capacity
         self._greedy: Flags = np.ones(capacity, np.bool_)
         self._altered: Flags = np.zeros(capacity, np.bool_)
         self._temperature: F64 = np.ones(capacity)
@@ -118,7 +121,7 @@ class BatchState:
     def sample_rows(self, slots: I64) -> SampleRows:
         """How the requests in `slots` choose their next token."""
         altered = [
-            AlteredRow(int(row), self.sampling[slot], self.tokens[slot, : self.lengths[slot]], int(self.prompt_lens[slot]))
+            AlteredRow(row, self.sampling[slot], self.tokens[slot, : self.lengths[slot]], int(self.prompt_lens[slot]), self.eos[slot])
             for row, slot in ((int(row), int(slots[row])) for row in np.flatnonzero(self._altered[slots]))
         ]
         return SampleRows(
@@ -145,7 +148,7 @@ class BatchState:
         self.lengths[slot], self.prompt_lens[slot] = count, request.num_prompt_tokens
         self.num_blocks[slot] = 0
         self._extend(slot, request.block_ids)
-        self.sampling[slot] = p
+        self.sampling[slot], self.eos[slot] = p, request.eos_token_ids
         self._greedy[slot], self._altered[slot] = p.greedy, alters_logits(p)
         self._temperature[slot] = p.temperature
         self._top_k[slot], self._top_p[slot], self._min_p[slot] = p.top_k, p.top_p, p.min_p

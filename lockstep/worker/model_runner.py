@@ -46,7 +46,7 @@ class ModelRunner:
     ) -> None:
         self.model, self.spec, self.groups = model, spec, groups
         self.state, self.device, self.progress = state, device, progress
-        self.sampler = Sampler(spec.eos_token_ids)
+        self.sampler = Sampler()
 
     @property
     def is_output_rank(self) -> bool:

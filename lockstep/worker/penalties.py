@@ -17,7 +17,7 @@ from lockstep.worker.batch import I32, AlteredRow
 BANNED = float("-inf")
 
 
-def alter_logits(logits: torch.Tensor, altered: list[AlteredRow], eos_token_ids: Sequence[int]) -> None:
+def alter_logits(logits: torch.Tensor, altered: list[AlteredRow]) -> None:
     """Apply each altered row's parameters to its row of `logits [rows, vocab]` (float32), in place.
 
     The order is the ecosystem's: allowed tokens, bad words, minimum length, bias, repetition, presence and frequency.
@@ -27,7 +27,7 @@ def alter_logits(logits: torch.Tensor, altered: list[AlteredRow], eos_token_ids:
         line = logits[row.row]
         if row.params.allowed_token_ids is not None:
             keep_only(line, row.params.allowed_token_ids)
-        banned = banned_tokens(row.params, row.tokens, row.num_prompt_tokens, eos_token_ids)
+        banned = banned_tokens(row.params, row.tokens, row.num_prompt_tokens, row.eos_token_ids)
         if banned:
             index = _index(sorted(banned), line)
             before = line[index]
@@ -48,8 +48,7 @@ def banned_tokens(params: SamplingParams, tokens: I32, num_prompt_tokens: int, e
             banned.add(word[-1])
     if len(tokens) - num_prompt_tokens < params.min_tokens:
         banned.update(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            banned.update(eos_token_ids)
+        banned.update(eos_token_ids)
     return banned
 
 

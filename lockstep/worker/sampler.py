@@ -32,17 +32,14 @@ class Sampled:
 
 
 class Sampler:
-    """Chooses tokens; holds no state of requests. `eos_token_ids` are what `min_tokens` keeps away."""
-
-    def __init__(self, eos_token_ids: tuple[int, ...] = ()) -> None:
-        self.eos_token_ids = eos_token_ids
+    """Chooses tokens; holds no state of requests."""
 
     def sample(self, logits: torch.Tensor, rows: SampleRows) -> Sampled:
         """One token per row of `logits [rows, vocab]` (float32), which may be changed in place."""
         asked = np.flatnonzero(rows.logprobs >= 0)
         raw = logits[torch.from_numpy(asked).to(logits.device)] if len(asked) else None
         if rows.altered:
-            alter_logits(logits, rows.altered, self.eos_token_ids)
+            alter_logits(logits, rows.altered)
         if rows.greedy.all():
             tokens = argmax(logits)
         else:

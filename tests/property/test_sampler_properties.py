@@ -91,10 +91,10 @@ def test_a_row_alone_equals_the_row_among_others(params: list[SamplingParams], v
     for p in params:
         if vocab == 7 and p.logit_bias:
             assert max(p.logit_bias) < vocab
-    sampler = Sampler(eos_token_ids=(5,))
-    together = sampler.sample(logits.clone(), rows_of(params, prompts, outputs, [seed] * n))
+    sampler = Sampler()
+    together = sampler.sample(logits.clone(), rows_of(params, prompts, outputs, [seed] * n, eos=(5,)))
     row = data.draw(st.integers(0, n - 1))
-    alone = sampler.sample(logits[row : row + 1].clone(), rows_of([params[row]], [prompts[row]], [outputs[row]], [seed]))
+    alone = sampler.sample(logits[row : row + 1].clone(), rows_of([params[row]], [prompts[row]], [outputs[row]], [seed], eos=(5,)))
     assert alone.tokens[0] == together.tokens[row]
     assert (alone.logprobs or [None])[0] == (together.logprobs or [None] * n)[row]
     if params[row].temperature > 0 and not (params[row].min_tokens or params[row].bad_words_token_ids):

@@ -14,7 +14,11 @@ VOCAB = 61
 
 
 def rows_of(
-    params: list[SamplingParams], prompts: list[list[int]], outputs: list[list[int]] | None = None, seeds: list[int] | None = None
+    params: list[SamplingParams],
+    prompts: list[list[int]],
+    outputs: list[list[int]] | None = None,
+    seeds: list[int] | None = None,
+    eos: tuple[int, ...] = (),
 ) -> SampleRows:
     """Sample rows as the batch state would make them."""
     outputs = outputs or [[] for _ in prompts]
@@ -31,7 +35,9 @@ def rows_of(
         positions=np.array(lengths, np.int64),
         logprobs=np.array([-1 if p.logprobs is None else p.logprobs for p in params], np.int64),
         altered=[
-            AlteredRow(i, p, np.array(prompts[i] + outputs[i], np.int32), len(prompts[i])) for i, p in enumerate(params) if alters_logits(p)
+            AlteredRow(i, p, np.array(prompts[i] + outputs[i], np.int32), len(prompts[i]), eos)
+            for i, p in enumerate(params)
+            if alters_logits(p)
         ],
     )
 
@@ -43,8 +49,8 @@ def logits_of(n: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
 def one(
     logits: torch.Tensor, params: SamplingParams, prompt: list[int], output: list[int], eos: tuple[int, ...] = (), seed: int = 0
 ) -> int:
-    rows = rows_of([params], [prompt], [output], [seed])
-    return int(Sampler(eos).sample(logits[None].clone(), rows).tokens[0])
+    rows = rows_of([params], [prompt], [output], [seed], eos=eos)
+    return int(Sampler().sample(logits[None].clone(), rows).tokens[0])
 
 
 def greedy_order(logits: torch.Tensor) -> list[int]:
@@ -87,8 +93,8 @@ def test_min_tokens_keeps_eos_and_stop_tokens_away() -> None:
     params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[order[1]])
     assert one(logits, params, [1], [2], eos=(order[0],)) == order[2]
     assert one(logits, params, [1], [2, 3], eos=(order[0],)) == order[0]
-    ignoring = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[order[1]], ignore_eos=True)
-    assert one(logits, ignoring, [1], [2], eos=(order[0],)) == order[0]
+    # A request that ignores end tokens comes without them, and may choose them at any time.
+    assert one(logits, params, [1], [2], eos=()) == order[0]
 
 
 def test_logit_bias() -> None:

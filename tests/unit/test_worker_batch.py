@@ -98,9 +98,11 @@ def test_a_reused_slot_forgets_its_last_request() -> None:
 
 def test_resumed_request_keeps_its_prompt_length_and_position() -> None:
     state = BatchState(2, 16, BLOCK)
-    state.apply(plan([], new=[new(0, [1, 2, 3, 4, 5], [0, 1], prompt=3, min_tokens=4)]))
+    request = new(0, [1, 2, 3, 4, 5], [0, 1], prompt=3, min_tokens=4)
+    request.eos_token_ids = [7, 9]  # of this request: the model's, the tokenizer's, or none
+    state.apply(plan([], new=[request]))
     rows = state.sample_rows(np.array([0]))
-    assert rows.positions[0] == 5 and rows.altered[0].num_prompt_tokens == 3
+    assert rows.positions[0] == 5 and rows.altered[0].num_prompt_tokens == 3 and rows.altered[0].eos_token_ids == [7, 9]
 
 
 @pytest.mark.parametrize(
