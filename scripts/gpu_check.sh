@@ -9,7 +9,7 @@ mkdir -p "$OUT"
 "$PYTHON" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "no CUDA device is visible")'
 # what the package needs and the machine may lack; torch itself is never touched
 "$PYTHON" -c 'import msgspec, tyro, rich, psutil, transformers, pytest' 2>/dev/null ||
-  "$PYTHON" -m pip install -q --no-deps msgspec tyro rich psutil pytest pytest-timeout hypothesis docstring_parser typeguard || true
+  "$PYTHON" -m pip install -q --no-deps msgspec tyro rich psutil pytest pytest-timeout hypothesis docstring_parser typeguard
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 PYTHONPATH=. "$PYTHON" -m pytest tests -m cuda -q --timeout 300 -p no:cacheprovider 2>&1 | tee "$OUT/gpu_tests.txt"
 model=$(mktemp -d)

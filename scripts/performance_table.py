@@ -27,7 +27,7 @@ def results() -> list[tuple[str, dict[str, Any]]]:
 def row(result: dict[str, Any]) -> str:
     """One result as a table row."""
     spread = f"{min(result['all']):g} - {max(result['all']):g}" if len(result.get("all", [])) > 1 else ""
-    shape = f"{result.get('model', '')} {result.get('dtype', '')} tp={result.get('tp', '')}".strip()
+    shape = " ".join(str(result[k]) if k != "tp" else f"tp={result[k]}" for k in ("model", "dtype", "tp") if k in result)
     return f"| {result['engine']} | {result['metric']} | {result['value']:g} {result['unit']} | {spread} | {shape} |"
 
 

@@ -26,7 +26,7 @@ VERBS = {
 }
 LATER = ("serve", "complete", "plan", "simulate", "top", "trace", "collect-env", "run-batch", "worker")
 
-USAGE = f"""lockstep {__version__}: one model, many devices, the same answer bit for bit.
+USAGE = f"""lockstep {__version__}: one model, many devices, the same answer.
 
 usage: lockstep <command> [MODEL] [options]
 

@@ -42,6 +42,8 @@ UNAVAILABLE: dict[str, str] = {
     **dict.fromkeys(
         ("--cpu-offload-gb", "--swap-space"), f"offloading {_LATER}: raise --tensor-parallel-size to need less memory per rank"
     ),
+    "--served-model-name": _SERVER,
+    "--disable-custom-all-reduce": "the library's all-reduce is the only one in this version: leave it out",
     "--cpu-distributed-timeout-seconds": f"a timeout of its own for CPU groups {_LATER}: use --distributed-timeout-seconds",
     "--max-parallel-loading-workers": "ranks read only their own share of the weights, all at once: leave it out",
     "--enforce-eager": f"CUDA graphs are {_LATER[3:]}, so every step is eager: leave it out",

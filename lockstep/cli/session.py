@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lockstep.config.build import GROUPS
 from lockstep.config.source import DEMO_NAME
 from lockstep.config.tree import EngineConfig
+from lockstep.config.validate import check
 from lockstep.observability import logging
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def running(config: EngineConfig, *, quiet: bool, table: bool = True) -> Iterator[tuple[LLM, float]]:
     """The model, loaded, and the seconds that took; stopped afterwards. Notes go to standard error unless `quiet`."""
     logging.configure(config.runtime.log_level)
+    check(config)  # before a word is said: an impossible setting is answered by its error alone
     name, tp = config.model.model or DEMO_NAME, config.parallel.tensor_parallel_size
     note(f"loading {name} on {tp} rank{'s' if tp > 1 else ''} ...", quiet)
     start_s = time.monotonic()

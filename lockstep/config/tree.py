@@ -31,7 +31,6 @@ class ModelConfig:
     max_model_len: int | None = opt(None, "Most tokens of prompt and output of one request; default: the model's own.")
     load_format: LoadFormat = opt("auto", "auto and safetensors read the checkpoint, dummy fills seeded random weights.")
     seed: int = opt(0, "Seed of everything random that no request seeds itself.")
-    served_model_name: str | None = opt(None, "The name clients see; default: the model as given.")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class ParallelConfig:
     distributed_executor_backend: str | None = opt(
         None, "uni (in this process), mp (worker processes), ray, external_launcher; default: uni for one rank, mp for more."
     )
-    disable_custom_all_reduce: bool = opt(False, "Use the library's all-reduce only.")
     distributed_timeout_seconds: float = opt(300.0, "Longest wait for a collective or for ranks to meet, in seconds.")
     execute_model_timeout_seconds: float = opt(300.0, "Longest time one step may take, in seconds.")
     check_collectives: bool = opt(False, "Debug: compare every rank's sequence of collectives and report the first divergence.")

@@ -20,8 +20,9 @@ from lockstep.config.defaults import default_token_budget
 from lockstep.config.errors import ConfigError
 from lockstep.config.hf import load_spec
 from lockstep.config.model_spec import ModelSpec, read_config_json
-from lockstep.config.source import DEMO_NAME, find_folder
+from lockstep.config.source import find_folder
 from lockstep.config.tree import EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig
+from lockstep.utils import env
 from lockstep.utils.host_memory import host_available_bytes
 
 log = logging.getLogger("lockstep.config")
@@ -60,6 +61,13 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, Path]:
 
     Returns the frozen result, the model's numbers and its folder. Raises ConfigError for the first rule that is broken.
     """
+    device, spec, folder = check(config)
+    warn_of_crowding(config.parallel.tensor_parallel_size, device)
+    return fill(config, spec, device), spec, folder
+
+
+def check(config: EngineConfig) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path]:
+    """The device, the model's numbers and its folder, every rule checked. Raises ConfigError for the first that is broken."""
     check_values(config)
     check_available(config.parallel)
     device = pick_device(config.runtime, config.parallel)
@@ -67,7 +75,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, Path]:
     check_checkpoint(config.model, folder)
     spec = load_spec(folder)
     check_model_fits(config, spec)
-    return fill(config, spec, device), spec, folder
+    return device, spec, folder
 
 
 def settings(config: EngineConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -166,11 +174,14 @@ def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cp
         raise ConfigError(
             f"tensor_parallel_size={tp} is more than the {found} CUDA device(s) visible here: use at most {found}, or device cpu."
         )
-    if device == "cpu" and tp > devices.usable_cores():
-        log.warning(
-            "tensor_parallel_size=%d is more than the %d CPU cores: ranks will take turns, and be slow.", tp, devices.usable_cores()
-        )
     return device
+
+
+def warn_of_crowding(tp: int, device: str) -> None:
+    """More ranks than cores is right but slow: said once everything else holds."""
+    cores = devices.usable_cores()
+    if device == "cpu" and tp > cores:
+        log.warning("tensor_parallel_size=%d is more than the %d CPU cores: ranks will take turns, and be slow.", tp, cores)
 
 
 def check_checkpoint(model: ModelConfig, folder: Path) -> None:
@@ -225,11 +236,11 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
             model,
             dtype=dtype,
             max_model_len=model.max_model_len or spec.max_position_embeddings,
-            served_model_name=model.served_model_name or model.model or DEMO_NAME,
         ),
         parallel=replace(
             parallel,
             distributed_executor_backend=parallel.distributed_executor_backend or ("mp" if tp > 1 else "uni"),
+            check_collectives=parallel.check_collectives or env.check_collectives(),
             threads_per_rank=parallel.threads_per_rank or max(1, devices.usable_cores() // tp),
         ),
         cache=replace(cache, gpu_memory_utilization=share),

@@ -36,6 +36,11 @@ def torchrun_rank() -> tuple[int, int, int] | None:
     return int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0")), int(os.environ["WORLD_SIZE"])
 
 
+def check_collectives() -> bool:
+    """LOCKSTEP_CHECK_COLLECTIVES: whether ranks compare their collectives even where the flag does not say so."""
+    return _text("LOCKSTEP_CHECK_COLLECTIVES") not in ("", "0")
+
+
 def debug_fault() -> str:
     """LOCKSTEP_FAULT: `phase:rank:action`, a fault that tests inject; empty in normal life."""
     return _text("LOCKSTEP_FAULT")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -351,3 +352,10 @@ class _Terminal:
             assert ready, f"{text!r} did not come; seen: {self.seen[-500:]!r}"
             self.seen += os.read(self.fd, 65536).decode(errors="replace")
         self.at = found + len(text)
+
+
+def test_an_impossible_setting_is_answered_by_its_error_alone():
+    argv = [sys.executable, "-m", "lockstep", "generate", "--prompt", "x", "-tp", "9"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"error: --tensor-parallel-size=9 is more than the model's 8 attention heads.*\n", done.stderr), done.stderr

@@ -112,7 +112,6 @@ def test_what_is_automatic_is_filled(model: str) -> None:
     config, spec, folder = resolve(build_config(model=model))
     assert (config.model.dtype, config.runtime.device) == ("float32", "cpu")  # auto on CPU is float32, whatever the checkpoint says
     assert config.model.max_model_len == LIMIT
-    assert config.model.served_model_name == model
     assert config.parallel.distributed_executor_backend == "uni"
     assert config.parallel.threads_per_rank == devices.usable_cores()
     assert config.cache.gpu_memory_utilization == 0.5
@@ -132,7 +131,6 @@ def test_explicit_settings_stay(model: str) -> None:
         "distributed_executor_backend": "mp",
         "threads_per_rank": 1,
         "gpu_memory_utilization": 0.25,
-        "served_model_name": "me",
         "max_num_seqs": 3,
         "block_size": 1,
     }
@@ -198,3 +196,11 @@ def test_the_token_budget_adapts_to_a_small_machine(monkeypatch, tmp_path):
 
     spec = ModelSpec("LlamaForCausalLM", 4096, 2, 32, 8, 128, 14336, 32000, 4096, layer_kinds=("full", "full"))
     assert [budget(gib << 30) for gib in (64, 12, 4, 2)] == [2048, 1024, 512, 512]
+
+
+def test_collectives_are_compared_where_the_flag_or_the_environment_says_so(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCKSTEP_CHECK_COLLECTIVES", raising=False)
+    assert not resolve(build_config(model=model))[0].parallel.check_collectives
+    assert resolve(build_config(model=model, check_collectives=True))[0].parallel.check_collectives
+    monkeypatch.setenv("LOCKSTEP_CHECK_COLLECTIVES", "1")
+    assert resolve(build_config(model=model))[0].parallel.check_collectives

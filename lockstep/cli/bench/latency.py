@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from lockstep.cli.bench import workload
 from lockstep.cli.bench.result import Reporter
-from lockstep.cli.bench.throughput import run_ours, start_llm
+from lockstep.cli.bench.throughput import run_ours
 from lockstep.cli.errors import UsageError
+from lockstep.cli.session import settings
 from lockstep.config.tree import EngineConfig, opt
 from lockstep.llm import LLM
 
@@ -35,7 +36,7 @@ def latency(config: EngineConfig, vocab_size: int, args: LatencyArgs, report: Re
     """Measure prefill alone (one output token) and the whole; the difference is decode."""
     args.check()
     start = time.perf_counter()
-    with start_llm(config) as llm:
+    with LLM(**settings(config)) as llm:
         report.emit("lockstep", "startup", [time.perf_counter() - start], "s")
         seconds = _timer(llm, vocab_size, args)
         seconds(0, 2)

@@ -13,7 +13,7 @@ from lockstep.cli.bench.peer import TransformersPeer
 from lockstep.cli.bench.result import Reporter
 from lockstep.cli.bench.workload import Workload
 from lockstep.cli.errors import UsageError
-from lockstep.config.build import GROUPS
+from lockstep.cli.session import settings
 from lockstep.config.tree import EngineConfig, opt
 from lockstep.llm import LLM
 from lockstep.protocol import SamplingParams
@@ -42,11 +42,6 @@ class ThroughputArgs:
         return workload.fixed(vocab_size, self.num_prompts, self.input_len or 128, self.output_len or 128)
 
 
-def start_llm(config: EngineConfig) -> LLM:
-    """An LLM with every setting of the tree."""
-    return LLM(**{name: value for group in GROUPS for name, value in vars(getattr(config, group)).items()})
-
-
 def run_ours(llm: LLM, work: Workload) -> tuple[float, list[list[int]]]:
     """Seconds to finish the workload, and the tokens of each request."""
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in work.output_lens]
@@ -62,7 +57,7 @@ def throughput(config: EngineConfig, folder: Path, work: Workload, vocab_size: i
     report.note(f"{work.name}: {len(work.prompts)} prompts, {work.input_tokens} tokens in, {work.output_tokens} out")
     start = time.perf_counter()
     ours, peers, alike, noise = [], [], [], []
-    with start_llm(config) as llm:
+    with LLM(**settings(config)) as llm:
         report.emit("lockstep", "startup", [time.perf_counter() - start], "s")
         peer = _peer(config, folder, args, machine_cores=report.machine["cores"])
         try:
