@@ -21,7 +21,7 @@ from lockstep.worker.batch import BatchState
 from lockstep.worker.model_runner import ModelRunner
 
 DEFAULT_SHARE = {"cpu": 0.5, "cuda": 0.9}
-LIBRARY_BYTES = 32 << 20  # what maths libraries allocate for themselves in a first large step
+LIBRARY_BYTES = 64 << 20  # what maths libraries allocate for themselves in a first large step
 SOFTCAP_QUERIES = 128  # queries whose scores the attention backend holds whole when they are capped
 
 

@@ -129,7 +129,7 @@ def test_a_stop_is_noticed_within_two_seconds() -> None:
             pids = [w["pid"] for w in executor.collective_rpc("who")]
             started = time.monotonic()
             os.kill(pids[0], signal.SIGSTOP)
-            with pytest.raises(ExecutorError, match=r"rank 0 was stopped .* in idle"):
+            with pytest.raises(ExecutorError, match=r"rank 0 was stopped .* in (idle|call who)"):
                 executor.execute_model(decode_plan(1)).result(20)
             noticed.append(time.monotonic() - started)
     assert min(noticed) < 2.0, noticed
