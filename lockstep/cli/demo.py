@@ -40,20 +40,17 @@ def run(argv: list[str]) -> int:
 
 
 def _write(tp: int, params: SamplingParams, show: bool) -> tuple[list[list[int]], list[RankMemory]]:
-    """Generate every prompt, the first streamed as it comes; print what it took; return the tokens and the memory."""
+    """Stream every prompt if asked, then generate all at once; print what that took; return the tokens and the memory."""
     from lockstep.llm import LLM
 
     start = time.perf_counter()
     with LLM(tensor_parallel_size=tp, dtype="float32", max_model_len=1024) as llm:
         ready_s = time.perf_counter() - start
-        if show:
-            _stream(llm, PROMPTS[0], params)
+        for prompt in PROMPTS if show else ():
+            _stream(llm, prompt, params)
         begin = time.perf_counter()
         outputs = llm.generate(PROMPTS, params, use_tqdm=False)
         took_s = time.perf_counter() - begin
-        for prompt, output in zip(PROMPTS[1:], outputs[1:], strict=True):
-            if show:
-                print(f"\n{prompt}{output.outputs[0].text}\n{'-' * 40}")
         tokens = [list(o.outputs[0].token_ids) for o in outputs]
         print(f"TP={tp}: ready in {ready_s:.1f} s, {sum(map(len, tokens)) / took_s:.0f} tokens/s over {len(PROMPTS)} prompts together")
         return tokens, llm.memory()
