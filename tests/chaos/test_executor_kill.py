@@ -113,7 +113,7 @@ def test_a_kill_is_noticed_within_milliseconds_and_takes_the_others_along() -> N
             time.sleep(0.1)
             started = time.monotonic()
             os.kill(pids[1], signal.SIGKILL)
-            with pytest.raises(ExecutorError, match="rank 1 died in step 1"):
+            with pytest.raises(ExecutorError, match=r"rank 1 died in (step 1|idle)"):
                 future.result(20)
             noticed.append(time.monotonic() - started)
             assert procs.wait_gone(pids, 5) == []
