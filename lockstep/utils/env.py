@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def _text(name: str, default: str = "") -> str:
@@ -91,3 +92,21 @@ def unbind_collectives(names: list[str]) -> None:
 def no_color() -> bool:
     """NO_COLOR: whether the user asked programs for plain text (https://no-color.org)."""
     return bool(_text("NO_COLOR"))
+
+
+def kernels() -> str:
+    """LOCKSTEP_KERNELS: the variant of the CPU kernels to run, or torch for none of them; empty means the best one."""
+    return _text("LOCKSTEP_KERNELS").lower()
+
+
+def cxx() -> str:
+    """CXX: the C++ compiler's command; empty means find one."""
+    return _text("CXX")
+
+
+def cache_folder() -> Path:
+    """LOCKSTEP_CACHE, else the user's cache folder (https://specifications.freedesktop.org/basedir-spec) + "lockstep"."""
+    chosen = _text("LOCKSTEP_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(_text("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"

@@ -1,0 +1,28 @@
+// Shared memory of the ranks of one group on one host, and how they wait for each other.
+//
+// Each rank owns a slot of `slot_bytes`, twice: collectives alternate between the two halves (the epoch's parity). In an
+// epoch a rank writes its own slot, calls sync, and may then read everybody's. No second meeting is needed before the
+// slot is written again: that happens two epochs later, when everybody has passed the sync between.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace lockstep {
+
+class Group {
+ public:
+  virtual ~Group() = default;
+  int rank = 0, world = 1;
+  size_t slot_bytes = 0;
+  // Rank r's slot of the epoch that the next sync ends (before it), or that the last sync ended (`after`).
+  virtual char* slot(int r) = 0;
+  virtual char* slot_after(int r) = 0;
+  // Publishes what this rank wrote and waits until every rank called it too. `tag` names the operation and its size:
+  // ranks that meet with different tags are told so. Throws std::runtime_error naming the rank that died, is late, or differs.
+  virtual void sync(uint64_t tag) = 0;
+};
+
+Group* group_of(void* handle);  // from the handle that Python holds
+
+}  // namespace lockstep

@@ -1,0 +1,22 @@
+// The Python module: every file's table of functions, joined.
+#include "bind.h"
+
+namespace lockstep {
+extern const std::vector<PyMethodDef> program_methods, linear_methods, attention_methods, rowwise_methods, sampling_methods, comm_methods, row_methods;
+}
+
+static const char* variant() { return LOCKSTEP_VARIANT; }
+
+PyMODINIT_FUNC PyInit__lockstep_kernels() {
+  using namespace lockstep;
+  static std::vector<PyMethodDef> methods;  // Python keeps pointers into it
+  if (methods.empty()) {
+    for (auto* table : {&program_methods, &linear_methods, &attention_methods, &rowwise_methods, &sampling_methods, &comm_methods, &row_methods})
+      methods.insert(methods.end(), table->begin(), table->end());
+    methods.push_back(BIND(variant));
+    methods.push_back({nullptr, nullptr, 0, nullptr});
+  }
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_lockstep_kernels", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  module.m_methods = methods.data();
+  return PyModule_Create(&module);
+}

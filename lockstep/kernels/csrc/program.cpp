@@ -1,0 +1,69 @@
+#include "program.h"
+
+#include "bind.h"
+
+namespace lockstep {
+
+int64_t Program::run(const Step& step, int64_t first) {
+  int64_t stop = -1, last = int64_t(ops.size());
+  for (int64_t i = first; i < last; i++)
+    if (ops[size_t(i)].op->stops()) {
+      stop = last = i;
+      break;
+    }
+  if (timed) began.resize(ops.size()), ended.resize(ops.size());
+  team().run([&](Lane& lane) {
+    for (int64_t i = first; i < last; i++) {
+      if (timed && lane.id == 0) began[size_t(i)] = now_s();
+      ops[size_t(i)].op->run(step, lane);
+      lane.barrier();
+      if (timed && lane.id == 0) ended[size_t(i)] = now_s();
+    }
+  });
+  return stop;
+}
+
+namespace {
+
+struct Stop : Op {
+  void run(const Step&, Lane&) override {}
+  bool stops() const override { return true; }
+};
+
+Program* program_new() { return new Program(); }
+void program_free(Program* p) { delete p; }
+int64_t program_add(Program* p, Op* op, const char* name) {
+  p->ops.push_back({std::unique_ptr<Op>(op), name});
+  return int64_t(p->ops.size()) - 1;
+}
+int64_t program_size(Program* p) { return int64_t(p->ops.size()); }
+int64_t program_run(Program* p, Step* step, int64_t first) { return p->run(*step, first); }
+void program_timed(Program* p, int64_t on) { p->timed = on != 0; }
+// began, ended: [size] doubles
+void program_times(Program* p, double* began, double* ended) {
+  for (size_t i = 0; i < p->ops.size() && i < p->began.size(); i++) began[i] = p->began[i], ended[i] = p->ended[i];
+}
+Op* op_stop() { return new Stop(); }
+
+Step* step_new() { return new Step(); }
+void step_free(Step* s) { delete s; }
+void step_set(Step* s, int64_t tokens, const int64_t* ids, const int64_t* positions, const int64_t* slots, int64_t rows,
+              const int64_t* query_start, const int64_t* seq_lens, const int32_t* tables, int64_t table_stride) {
+  *s = Step{tokens, ids, positions, slots, rows, query_start, seq_lens, tables, table_stride};
+}
+
+void team_set(int64_t threads, const int* cores, int64_t n_cores) { set_team(threads, cores, n_cores); }
+int64_t team_size() { return team().size(); }
+void set_spin_ns(int64_t ns) { spin_ns = ns; }
+double clock_s() { return now_s(); }
+
+}  // namespace
+
+extern const std::vector<PyMethodDef> program_methods;
+const std::vector<PyMethodDef> program_methods = {
+    BIND(program_new),  BIND(program_free), BIND(program_add), BIND(program_size), BIND(program_run), BIND(program_timed),
+    BIND(program_times), BIND(op_stop),     BIND(step_new),    BIND(step_free),    BIND(step_set),    BIND(team_set),
+    BIND(team_size),    BIND(set_spin_ns),  BIND(clock_s),
+};
+
+}  // namespace lockstep

@@ -1,0 +1,69 @@
+// The compute threads of one rank, and the waits that all of this library uses.
+//
+// A team runs one function on all its threads at once (thread 0 is the caller). Waits spin for a while and then sleep in
+// the kernel: two threads on two cores meet in about 100 ns, eight ranks on two cores do not burn each other's time.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace lockstep {
+
+double now_s();  // a monotonic clock
+void relax();    // tells the CPU that this thread spins
+// How long a wait spins before it sleeps. Where cores are shared with other ranks, 0 is right.
+extern std::atomic<int64_t> spin_ns;
+
+// Sleeps while *word == seen, at most timeout_s. `shared`: the word lives in memory of several processes.
+void futex_wait(std::atomic<uint32_t>* word, uint32_t seen, double timeout_s, bool shared);
+void futex_wake_all(std::atomic<uint32_t>* word, bool shared);
+
+struct Aborted : std::exception {  // another thread of the team failed; only that one's error is reported
+  const char* what() const noexcept override { return "another thread of the team failed"; }
+};
+
+class Team;
+struct Lane {  // one thread's place in its team
+  int id, size;
+  Team* team;
+  void barrier();  // throws Aborted when a thread of the team failed
+  // This thread's run of n items cut evenly: [first, last)
+  int64_t first(int64_t n) const { return n * id / size; }
+  int64_t last(int64_t n) const { return n * (id + 1) / size; }
+};
+
+class Team {
+ public:
+  // cores: where to bind each thread ([0] is not bound: it is the caller's); empty binds nobody.
+  Team(int threads, const std::vector<int>& cores);
+  ~Team();
+  int size() const { return size_; }
+  // Runs f on every thread; throws the first error that a thread threw. Not reentrant.
+  void run(const std::function<void(Lane&)>& f);
+
+ private:
+  friend struct Lane;
+  void work(int id, int core);
+  void lane(int id);
+  void barrier();
+  int size_;
+  const std::function<void(Lane&)>* job_ = nullptr;
+  std::vector<std::thread> threads_;
+  alignas(64) std::atomic<uint32_t> turn_{0};  // counts jobs
+  alignas(64) std::atomic<uint32_t> done_{0};  // threads that finished this one, the caller not counted
+  alignas(64) std::atomic<uint32_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  alignas(64) std::atomic<uint32_t> sleepers_{0}, idle_{0}, waiting_{0};  // who sleeps: at a barrier, without a job, for the end
+  std::atomic<bool> failed_{false}, stop_{false};
+  std::exception_ptr error_;
+  std::mutex error_lock_;
+};
+
+Team& team();                                             // this process's team; of one thread until set_team
+void set_team(int64_t threads, const int* cores, int64_t n_cores);  // replaces it. Not while it runs
+
+}  // namespace lockstep

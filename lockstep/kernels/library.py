@@ -1,0 +1,67 @@
+"""The C++ kernels as a Python module, or the reason why there are none.
+
+`library()` is what callers use. Its functions take addresses (`tensor.data_ptr()`), numbers and handles; they are listed
+at the end of each file in csrc/. Every operation has a plain-torch reference in `kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lockstep.kernels import build
+from lockstep.kernels.variants import EMULATED, VARIANTS, Variant, usable
+from lockstep.observability.logging import get_logger
+from lockstep.utils import env
+
+DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}  # simd.h: DType
+
+_log = get_logger(__name__)
+
+
+def choose() -> Variant | None:
+    """The variant to run: `LOCKSTEP_KERNELS`, else the best that this CPU has; None for "torch".
+
+    Raises ValueError for a name that is not known or that this CPU cannot run.
+    """
+    wanted = env.kernels()
+    if wanted == "torch":
+        return None
+    fitting = usable()
+    if not wanted:
+        return fitting[0]
+    for variant in (*VARIANTS, EMULATED):
+        if variant.name == wanted:
+            if variant in fitting or (variant is EMULATED and EMULATED.needs <= fitting[0].needs):
+                return variant
+            raise ValueError(f"LOCKSTEP_KERNELS={wanted}: this CPU cannot run it. It runs {', '.join(v.name for v in fitting)} and torch.")
+    raise ValueError(f"LOCKSTEP_KERNELS={wanted} is not known: use one of {', '.join(v.name for v in VARIANTS)}, torch.")
+
+
+@lru_cache(maxsize=1)
+def library() -> Any | None:
+    """The kernel module of this process, built on first use; None where there is none, which is said once in the log."""
+    variant = choose()
+    if variant is None:
+        return None
+    try:
+        return load(build.build(variant))
+    except (build.BuildError, OSError, ImportError) as error:
+        _log.warning(
+            "CPU kernels are not available (%s). Plain torch operations run instead: slower, and not bit for bit the same across splits.",
+            error,
+        )
+        return None
+
+
+def load(path: Path) -> Any:
+    """The module in the library at `path`."""
+    loader = importlib.machinery.ExtensionFileLoader("_lockstep_kernels", str(path))
+    spec = importlib.util.spec_from_file_location("_lockstep_kernels", str(path), loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
