@@ -124,6 +124,10 @@ class LLM:
         """Each rank's `RankMemory`: weights, KV cache and peak, in bytes, by rank."""
         return self._core.executor.memory()
 
+    def collective_rpc(self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
+        """Call a method of `Worker` by name on every rank; the results by rank. Arguments and results are plain data."""
+        return self._core.executor.collective_rpc(method, args, kwargs)
+
     def shutdown(self) -> None:
         """Stop the ranks and free everything. May be called twice; also done at exit and when the object is dropped."""
         self._core.shutdown()

@@ -21,6 +21,7 @@ VERBS = {
     "generate": ("lockstep.cli.generate", "complete prompts, as text or as JSON lines"),
     "chat": ("lockstep.cli.chat", "talk with the model in the terminal"),
     "demo": ("lockstep.cli.demo", "the embedded model on two ranks, and proof that the split changes nothing"),
+    "verify": ("lockstep.cli.verify", "run a model under several splits and compare every bit"),
     "bench": ("lockstep.cli.bench.main", "measure: latency, throughput"),
     "doctor": ("lockstep.cli.doctor", "what this machine has, and whether ranks can talk"),
 }

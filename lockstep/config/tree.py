@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Policy = Literal["fcfs", "priority"]
@@ -27,7 +28,8 @@ class ModelConfig:
     model: str = opt("", "A local folder or a hub id with a Hugging Face checkpoint; empty means the embedded demo model.")
     tokenizer: str | None = opt(None, "Folder or hub id of the tokenizer, when it is not the model's own.")
     revision: str | None = opt(None, "Branch, tag or commit of the model on the hub.")
-    dtype: DType = opt("auto", "Type of weights and activations; auto is float32 on CPU and the checkpoint's own on CUDA.")
+    dtype: DType = opt("auto", "Type of weights and activations; auto is the checkpoint's own.")
+    quantization: Quantization | None = opt(None, "int8 keeps the layers' matrices in 8 bits, one scale per output (CPU).")
     max_model_len: int | None = opt(None, "Most tokens of prompt and output of one request; default: the model's own.")
     load_format: LoadFormat = opt("auto", "auto and safetensors read the checkpoint, dummy fills seeded random weights.")
     seed: int = opt(0, "Seed of everything random that no request seeds itself.")

@@ -229,7 +229,7 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
     parallel, model, cache = config.parallel, config.model, config.cache
     tp = parallel.tensor_parallel_size
     share = cache.gpu_memory_utilization or (0.9 if device == "cuda" else 0.5)
-    dtype: Any = model.dtype if model.dtype != "auto" else "float32" if device == "cpu" else spec.dtype
+    dtype: Any = model.dtype if model.dtype != "auto" else spec.dtype
     config = replace(
         config,
         model=replace(

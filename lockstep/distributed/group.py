@@ -27,6 +27,8 @@ from lockstep.distributed.group_objects import ObjectTransfer
 from lockstep.distributed.group_sharing import DeviceSharing
 from lockstep.distributed.group_tensors import TensorTransfer
 
+DEFAULT_TIMEOUT_S = 300.0
+
 _numbers: dict[str, Iterator[int]] = {}
 
 
@@ -96,7 +98,8 @@ class GroupCoordinator(ObjectTransfer, TensorTransfer, DeviceSharing):
         self.communicator: Communicator = LoopbackCommunicator(self.device)
         if self.world_size > 1:
             self.cpu_communicator = GlooCommunicator(self._cpu_group, torch.device("cpu"))
-            self.communicator = make_communicator(self._device_group, self.backend, self.device)
+            timeout_s = timeout.total_seconds() if timeout is not None else DEFAULT_TIMEOUT_S
+            self.communicator = make_communicator(self._device_group, self.backend, self.device, timeout_s)
         self.use_device_communicator = use_device_communicator and self.world_size > 1
         custom_ops.register(self.unique_name, weakref.ref(self))
         if use_message_queue_broadcaster and self.world_size > 1:

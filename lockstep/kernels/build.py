@@ -27,7 +27,7 @@ SOURCES = Path(__file__).parent / "csrc"
 SHIPPED = Path(__file__).parent / "lib"
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra",
-    "-Wno-psabi", "-DPy_LIMITED_API=0x030B0000",
+    "-Wno-psabi", "-Wno-maybe-uninitialized", "-DPy_LIMITED_API=0x030B0000",
 )  # fmt: skip
 TIMEOUT_S = 600.0
 

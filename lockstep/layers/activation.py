@@ -41,3 +41,11 @@ def gated_activation(name: str) -> Callable[[Tensor], Tensor]:
         return _BY_NAME[name]
     except KeyError:
         raise ValueError(f"hidden_act={name!r} is not supported: use one of {', '.join(sorted(_BY_NAME))}.") from None
+
+
+_CODES = {silu_and_mul: 0, gelu_tanh_and_mul: 1, gelu_and_mul: 2}  # csrc/activate.h
+
+
+def activation_code(name: str) -> int:
+    """The kernels' number for a checkpoint's `hidden_act`. Raises ValueError as `gated_activation` does."""
+    return _CODES[gated_activation(name)]

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockstep.distributed.partition import VOCAB_PADDING, Shard, vocab_shard
+from lockstep.kernels.packed import PackedLinear
+from lockstep.kernels.product import Product
 from lockstep.layers.base import Piece, Place, ShardId, TensorParallelModule
 
 
@@ -28,6 +30,8 @@ class VocabParallelEmbedding(TensorParallelModule):
         self.num_embeddings_padded = self.shard.padded_size
         self.weight = self._empty(self.shard.size, embedding_dim)
         self._zero_padding(self.weight)
+        self.packed: PackedLinear | None = None
+        self._product: Product | None = None
 
     def _zero_padding(self, param: Tensor) -> None:
         param[self.shard.filled.size :].zero_()
@@ -37,6 +41,22 @@ class VocabParallelEmbedding(TensorParallelModule):
         rows = self.shard.filled
         shape = (self.num_embeddings,) if param == "bias" else (self.num_embeddings, self.embedding_dim)
         return Piece(0, 0, rows.start, rows.stop, shape)
+
+    def pack(self) -> None:
+        """Put the weight into the order in which the CPU kernels read it, for `local_logits`, and let go of the plain one."""
+        self.packed = PackedLinear(self.weight.data)
+        self._product = Product(self.packed)
+        self.weight.data = self.weight.data.new_empty(0)
+
+    def local_logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`hidden [rows, embedding_dim]` times this rank's rows: `[rows, rows of this rank]`.
+
+        From packed weights the result is float32, and overwritten by the next call.
+        """
+        if self._product is None:
+            return F.linear(hidden, self.weight, bias)
+        logits = self._product(hidden)
+        return logits if bias is None else logits + bias
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.tp_size == 1:

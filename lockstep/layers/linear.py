@@ -11,12 +11,15 @@ forward returns `(out, bias or None)`: with `skip_bias_add` the bias is handed b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Unpack
 
 from torch import Tensor, cat, split
 from torch.nn import functional as F
 
-from lockstep.distributed.partition import Shard, shards
+from lockstep.distributed.partition import Shard, atom_bounds, shards
+from lockstep.distributed.reduction_tree import ReductionTree
+from lockstep.kernels.packed import PackedLinear
 from lockstep.layers.base import Piece, Place, ShardId, TensorParallelModule, gather_shards
 
 
@@ -40,6 +43,24 @@ class LinearBase(TensorParallelModule):
         self.has_bias = bias
         self.skip_bias_add = skip_bias_add
         self.return_bias = return_bias
+        self.packed: PackedLinear | None = None
+
+    def pack(self, quantization: str | None = None) -> None:
+        """Put the weight into the order in which the CPU kernels read it, and let go of the plain one.
+
+        From then on `models.native` computes with `packed`; `forward` cannot. quantization: None or "int8" (one scale per
+        output). Every rank must call it: scales of a layer whose input is cut are agreed on.
+        """
+        scale = self._int8_scale() if quantization == "int8" else None
+        self.packed = self._packed(scale)
+        self.weight.data = self.weight.data.new_empty(0)
+
+    def _packed(self, scale: Tensor | None) -> PackedLinear:
+        return PackedLinear(self.weight.data, scale=scale)
+
+    def _int8_scale(self) -> Tensor:
+        """Per output `[out]` float32: the largest weight becomes 127."""
+        return self.weight.data.abs().amax(dim=1).float() / 127
 
     def _allocate(self, rows: int, columns: int) -> None:
         """Make the local weight `[rows, columns]` and, if there is one, the bias `[rows]`."""
@@ -58,7 +79,7 @@ class LinearBase(TensorParallelModule):
         return out, (self.bias if self.skip_bias_add else None)
 
     def extra_repr(self) -> str:
-        rows, columns = self.weight.shape
+        rows, columns = self.weight.shape if self.packed is None else self.packed.shape
         split = f"here {columns} -> {rows}, rank {self.tp_rank} of {self.tp_size}" if self.tp_size > 1 else "whole"
         return f"{self.input_size} -> {self.output_size}, bias={self.has_bias}, {split}"
 
@@ -164,6 +185,10 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         rows = self.parts[shard_id][self.tp_rank]
         return self._rows(param, sum(self.part_sizes[:shard_id]), rows, self.output_sizes[shard_id])
 
+    def _packed(self, scale: Tensor | None) -> PackedLinear:
+        """Two outputs are packed side by side, so that one operation can compute `act(gate) * up`."""
+        return PackedLinear(self.weight.data, gated=len(self.output_sizes) == 2, scale=scale)
+
     def _gather(self, out: Tensor) -> Tensor:
         columns = split(out, list(self.part_sizes), dim=-1)
         return cat([gather_shards(self.tp, part.contiguous(), cuts) for part, cuts in zip(columns, self.parts, strict=True)], dim=-1)
@@ -200,7 +225,28 @@ class RowParallelLinear(LinearBase):
         self.reduce_results = reduce_results
         self.cuts = cut_columns(input_size, units, self.tp_size, self.prefix)
         self.shard = self.cuts[self.tp_rank]
+        self.units = input_size if units is None else units
         self._allocate(output_size, self.shard.size)
+
+    @cached_property
+    def _atoms(self) -> tuple[int, ...]:
+        """The borders of the atoms in which the input dim is summed, in columns of the whole layer."""
+        return tuple(bound * (self.input_size // self.units) for bound in atom_bounds(self.units, self.tp_size))
+
+    @cached_property
+    def tree(self) -> ReductionTree:
+        """How the ranks' partial sums are combined."""
+        runs = [(self._atoms.index(cut.start), self._atoms.index(cut.stop)) for cut in self.cuts]
+        return ReductionTree.of(len(self._atoms) - 1, runs)
+
+    def _packed(self, scale: Tensor | None) -> PackedLinear:
+        first, stop = self._atoms.index(self.shard.start), self._atoms.index(self.shard.stop)
+        bounds = [bound - self.shard.start for bound in self._atoms[first : stop + 1]]
+        return PackedLinear(self.weight.data, bounds=bounds, first=first, total=len(self._atoms) - 1, scale=scale)
+
+    def _int8_scale(self) -> Tensor:
+        scale = super()._int8_scale()
+        return scale if self.tp_size == 1 else self.tp.all_gather(scale.unsqueeze(0), dim=0).amax(dim=0)
 
     def pieces(self, param: str, shard_id: ShardId = None) -> Piece:
         if param == "bias":

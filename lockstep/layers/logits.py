@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lockstep.layers.base import pad_last, trim_shards
 from lockstep.layers.embedding import ParallelLMHead, VocabParallelEmbedding
@@ -67,7 +66,7 @@ class LogitsProcessor(nn.Module):
     def _local(self, lm_head: VocabParallelEmbedding, hidden: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and isinstance(lm_head, ParallelLMHead):
             bias = lm_head.bias
-        return F.linear(hidden, lm_head.weight, bias)
+        return lm_head.local_logits(hidden, bias)
 
     def _finish(self, logits: Tensor) -> Tensor:
         logits = logits.float()

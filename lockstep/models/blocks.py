@@ -148,6 +148,11 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(build, f"{prefix}.mlp")
         self.input_layernorm, self.post_attention_layernorm = build.norm(), build.norm()
 
+    def pack(self, quantization: str | None = None) -> None:
+        """Pack the weights of the four products for the CPU kernels."""
+        for linear in (self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj):
+            linear.pack(quantization)
+
     def enter(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The layer's normed input and the residual stream; the first layer begins the stream."""
         return (self.input_layernorm(hidden), hidden) if residual is None else self.input_layernorm(hidden, residual)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,7 +21,9 @@ from lockstep.weights.name_map import WeightRule, elsewhere, ignore, linear, per
 
 if TYPE_CHECKING:
     from lockstep.distributed.groups import ParallelGroups
+    from lockstep.models.native import NativeDecoder
 
+LayerWatcher = Callable[[int, Tensor], None]  # (layer, residual stream [tokens, hidden] after it)
 Intermediate = dict[str, Tensor]  # "hidden_states" and "residual", each [tokens, hidden]: what one stage hands the next
 
 
@@ -41,14 +43,16 @@ class DecoderModel(nn.Module):
         assert len(spec.layer_kinds) == spec.num_layers, "layer_kinds names each layer's kind"
         self.spec, self.groups, self.dtype, self.device = spec, groups, dtype, torch.device(device)
         build = Build(spec, groups.tp, dtype, self.device, make_backend(backend))
+        self.native: NativeDecoder | None = None
+        self.watcher: LayerWatcher | None = None
         stage, stages = groups.pp.rank_in_group, groups.pp.world_size
         self.is_first, self.is_last = stage == 0, stage == stages - 1
         owned = layer_partition(spec.num_layers, stages)[stage]
         self.start, self.end = owned.start, owned.stop
         if self.is_first or (self.is_last and spec.tie_word_embeddings):
             self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, **build.place("embed_tokens"))
-        self._stack = [self.layer_class(build, i, f"layers.{i}") for i in range(self.start, self.end)]
-        self.layers = nn.ModuleDict({str(self.start + i): layer for i, layer in enumerate(self._stack)})
+        self.stack = [self.layer_class(build, i, f"layers.{i}") for i in range(self.start, self.end)]
+        self.layers = nn.ModuleDict({str(self.start + i): layer for i, layer in enumerate(self.stack)})
         if self.is_last:
             self.norm = build.norm()
             self.logits = LogitsProcessor(spec.vocab_size, tp=groups.tp, soft_cap=spec.logits_softcap)
@@ -57,7 +61,7 @@ class DecoderModel(nn.Module):
         self.rope = RotaryEmbedding(spec.head_dim, spec.rope, device=self.device)
         self.rope_local = None if spec.rope_local is None else RotaryEmbedding(spec.head_dim, spec.rope_local, device=self.device)
         # The scale as the model's own dtype holds it: Gemma was trained with the rounded number.
-        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
+        self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
 
     @torch.inference_mode()
     def forward(
@@ -68,23 +72,47 @@ class DecoderModel(nn.Module):
         `intermediate` is the previous stage's result (None on the first, which alone reads input_ids). Keys and values of
         the tokens are in the cache afterwards.
         """
+        if self.native is not None:
+            return self.native.forward(input_ids, batch, intermediate)
         residual: Tensor | None = None
         if intermediate is None:
             assert self.is_first, "a later pipeline stage needs the result of the one before"
             hidden = self.embed_tokens(input_ids)
-            if self._embedding_scale != 1.0:
-                hidden = hidden * self._embedding_scale
+            if self.embedding_scale != 1.0:
+                hidden = hidden * self.embedding_scale
         else:
             hidden, residual = intermediate["hidden_states"], intermediate["residual"]
         full = self.rope.cos_sin(positions)
         step = Step(batch, full, full if self.rope_local is None else self.rope_local.cos_sin(positions))
-        for layer in self._stack:
+        for index, layer in enumerate(self.stack, self.start):
             hidden, residual = layer(hidden, residual, step)
+            if self.watcher is not None:
+                self.watcher(index, hidden + residual)
         assert residual is not None
         if not self.is_last:
             return {"hidden_states": hidden, "residual": residual}
         normed: Tensor = self.norm(hidden, residual)[0]
         return normed
+
+    def pack(self, max_tokens: int, quantization: str | None = None) -> None:
+        """Turn the loaded weights into the CPU kernels' form; steps of at most `max_tokens` tokens run on them from now on.
+
+        Ask `models.native.why_not` first. Every rank of the TP group must call it.
+        """
+        from lockstep.models.native import NativeDecoder
+
+        self.native = NativeDecoder(self, max_tokens, quantization)
+
+    def watch_layers(self, watcher: LayerWatcher | None) -> None:
+        """Call `watcher` after each layer of later steps; None: nobody. For debugging: it costs time."""
+        self.watcher = watcher
+        if self.native is not None:
+            self.native.rebuild()
+
+    def pack_ends(self) -> None:
+        """Pack the head; an embedding tied to it is read from the packed form."""
+        if self.is_last:
+            self.head.pack()
 
     @property
     def head(self) -> VocabParallelEmbedding:
@@ -107,12 +135,14 @@ class DecoderModel(nn.Module):
 
     def kv_layers(self) -> list[KVLayerSpec]:
         """What each of this stage's layers keeps per token, in layer order."""
-        return [KVLayerSpec(layer.self_attn.attention.num_kv, self.spec.head_dim) for layer in self._stack]
+        return [KVLayerSpec(layer.self_attn.attention.num_kv, self.spec.head_dim) for layer in self.stack]
 
     def bind_kv(self, caches: Sequence[Tensor]) -> None:
         """Give each layer its cache `[2, num_blocks, block_size, num_kv_heads, head_dim]`, in the order of kv_layers."""
-        assert len(caches) == len(self._stack), f"{len(caches)} caches for {len(self._stack)} layers"
-        for layer, kv in zip(self._stack, caches, strict=True):
+        assert len(caches) == len(self.stack), f"{len(caches)} caches for {len(self.stack)} layers"
+        if self.native is not None:
+            self.native.bind_kv(caches)
+        for layer, kv in zip(self.stack, caches, strict=True):
             layer.self_attn.attention.bind_kv(kv)
 
     def layer_rules(self) -> list[WeightRule]:

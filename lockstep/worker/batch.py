@@ -95,7 +95,7 @@ class BatchState:
         self._top_k: I64 = np.zeros(capacity, np.int64)
         self._top_p: F64 = np.ones(capacity)
         self._min_p: F64 = np.zeros(capacity)
-        self._seeds: I64 = np.zeros(capacity, np.int64)
+        self.seeds: I64 = np.zeros(capacity, np.int64)
         self._choices: I64 = np.zeros(capacity, np.int64)
         self._logprobs: I64 = np.full(capacity, -1, np.int64)
         self.prompt_logprobs: I64 = np.full(capacity, -1, np.int64)
@@ -130,7 +130,7 @@ class BatchState:
             top_k=self._top_k[slots],
             top_p=self._top_p[slots],
             min_p=self._min_p[slots],
-            seeds=self._seeds[slots],
+            seeds=self.seeds[slots],
             choices=self._choices[slots],
             positions=self.lengths[slots],
             logprobs=self._logprobs[slots],
@@ -152,7 +152,7 @@ class BatchState:
         self._greedy[slot], self._altered[slot] = p.greedy, alters_logits(p)
         self._temperature[slot] = p.temperature
         self._top_k[slot], self._top_p[slot], self._min_p[slot] = p.top_k, p.top_p, p.min_p
-        self._seeds[slot], self._choices[slot] = request.seed, request.choice
+        self.seeds[slot], self._choices[slot] = request.seed, request.choice
         self._logprobs[slot] = -1 if p.logprobs is None else p.logprobs
         self.prompt_logprobs[slot] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
 

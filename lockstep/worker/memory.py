@@ -22,8 +22,9 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters, one that two modules share counted once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of all parameters, packed ones included, one that two modules share counted once."""
+    packed = sum(module.packed.nbytes for module in model.modules() if getattr(module, "packed", None) is not None)
+    return packed + sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 class PeakMeter:

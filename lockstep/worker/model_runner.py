@@ -22,6 +22,7 @@ from lockstep.protocol import StepPlan, StepResult, TokenLogprobs
 from lockstep.worker import hop
 from lockstep.worker.batch import I64, BatchState, SampleRows
 from lockstep.worker.inputs import StepInputs, build_inputs, rehearsal_inputs
+from lockstep.worker.recorder import Recorder
 from lockstep.worker.logprobs import chunk_rows, token_logprobs
 from lockstep.worker.sampler import Sampled, Sampler, argmax
 
@@ -47,6 +48,7 @@ class ModelRunner:
         self.model, self.spec, self.groups = model, spec, groups
         self.state, self.device, self.progress = state, device, progress
         self.sampler = Sampler()
+        self.recorder: Recorder | None = None
 
     @property
     def is_output_rank(self) -> bool:
@@ -62,6 +64,8 @@ class ModelRunner:
             return StepResult(step=plan.step, tokens=[]) if self.is_output_rank else None
         inputs = build_inputs(self.state, plan)
         self._mark(plan)
+        if self.recorder is not None:
+            self.recorder.begin(inputs, self.state)
         hidden = self.forward(inputs)
         prompt_logprobs = [] if hidden is None else self._prompt_logprobs(hidden, inputs)
         sampled = self._sample(hidden, inputs)
@@ -121,11 +125,20 @@ class ModelRunner:
 
     def _choose(self, hidden: torch.Tensor, rows: SampleRows) -> Sampled | None:
         """Tokens for `hidden [rows, hidden]` on the output rank. Every rank takes part, and takes the same way."""
-        if rows.plain_greedy:  # whole logits need not be gathered
+        if rows.plain_greedy and self.recorder is None:  # whole logits need not be gathered
             top = self.model.compute_top_tokens(hidden)
             return None if top is None else Sampled(top.cpu().numpy(), None)
         logits = self.model.compute_logits(hidden)
-        return None if logits is None else self.sampler.sample(logits, rows)
+        if logits is None:
+            return None
+        if self.recorder is not None:
+            self.recorder.logits(logits)
+        return self.sampler.sample(logits, rows)
+
+    def record(self, recorder: Recorder | None) -> None:
+        """Tell `recorder` what later steps compute; None: nobody any more. Every rank must do it at the same step."""
+        self.recorder = recorder
+        self.model.watch_layers(None if recorder is None else recorder.layer)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, inputs: StepInputs) -> PromptLogprobs:
         """For each row that asked: the prompt tokens that this step's positions predict. Filled on the output rank only.

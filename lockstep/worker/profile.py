@@ -56,6 +56,8 @@ def largest_step_bytes(model: DecoderModel, spec: ModelSpec, config: EngineConfi
     extra = sampling_bytes(step, spec) if groups.tp.rank_in_group == 0 else 0
     if device.type == "cuda":
         return measured_bytes(model, spec, config, groups, device) + extra
+    if model.native is not None:
+        return model.native.nbytes + LIBRARY_BYTES + extra
     return forward_bytes(step, spec, groups.tp.world_size, groups.tp.rank_in_group, model.dtype.itemsize) + extra
 
 

@@ -13,20 +13,26 @@ from typing import TYPE_CHECKING
 import torch
 
 from lockstep.config.defaults import default_token_budget, most_num_seqs
+from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.distributed.groups import ParallelGroups
+from lockstep.models import native
 from lockstep.models.decoder import DecoderModel
 from lockstep.models.registry import build_model
+from lockstep.observability.logging import get_logger
 from lockstep.protocol import RankMemory, StepPlan, StepResult
 from lockstep.weights.dummy import fill_dummy
 from lockstep.weights.loader import load_weights
 from lockstep.worker import kv, memory, profile
 from lockstep.worker.batch import BatchState
 from lockstep.worker.model_runner import ModelRunner
+from lockstep.worker.recorder import Recorder
 
 if TYPE_CHECKING:
     from lockstep.distributed.progress import ProgressCell
+
+_log = get_logger(__name__)
 
 
 class Worker:
@@ -91,7 +97,20 @@ class Worker:
             fill_dummy(self._model, self.config.model.seed, progress=self._loaded)
         else:
             load_weights(self._model, self.folder, progress=self._loaded)
+        self._pack(self._model)
         self._mark("loaded")
+
+    def _pack(self, model: DecoderModel) -> None:
+        """On CPU, hand the weights to the kernels; where that cannot be, say why and go on with torch's operations."""
+        quantization = self.config.model.quantization
+        reason = native.why_not(self.device, self.config.cache.block_size)
+        if not reason:
+            self._mark("pack")
+            model.pack(profile.LargestStep.of(self.config, self.spec).tokens, quantization)
+        elif quantization:
+            raise ConfigError(f"quantization={quantization!r} needs the CPU kernels, but {reason}.")
+        elif self.device.type == "cpu":
+            _log.warning("plain torch operations run, slower and not bit for bit the same across splits: %s", reason)
 
     def memory(self) -> RankMemory:
         """This rank's memory. `free_bytes` is found once, before the KV cache is allocated."""
@@ -130,6 +149,16 @@ class Worker:
         """Run one step. Its result on the rank that samples, None on the others."""
         return self.runner.execute(plan)
 
+    def record(self, path: str) -> None:
+        """Record what the next steps compute; `path` ends it and saves there, a file for each rank. "": begin anew."""
+        recorder = self.runner.recorder
+        if path:
+            assert recorder is not None, "record: nothing was begun"
+            recorder.save(Path(f"{path}-rank{self.rank}.npz"))
+            self.runner.record(None)
+        else:
+            self.runner.record(Recorder())
+
     def ping(self) -> int:
         """This rank's number: a sign that it answers."""
         return self.rank
@@ -150,6 +179,9 @@ class Worker:
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
             digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        for name, module in self.model.named_modules():
+            if (packed := getattr(module, "packed", None)) is not None:
+                digest.update(f"{name}{packed.shape}".encode() + packed.tobytes())
         return digest.hexdigest()
 
     def _loaded(self, done: int, total: int, tensor: str) -> None:

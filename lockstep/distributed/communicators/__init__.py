@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from lockstep.distributed.communicators.base import Communicator
 
 
-def make_communicator(group: Any, backend: str, device: torch.device) -> Communicator:
-    """The communicator for tensors on `device` over torch group `group` of `backend` ("gloo" or "nccl")."""
+def make_communicator(group: Any, backend: str, device: torch.device, timeout_s: float = 300.0) -> Communicator:
+    """The communicator for tensors on `device` over torch group `group` of `backend` ("gloo" or "nccl"). Collective."""
     import torch
 
     if "nccl" in backend and device.type == "cuda":
@@ -22,7 +22,10 @@ def make_communicator(group: Any, backend: str, device: torch.device) -> Communi
 
     host = GlooCommunicator(group, torch.device("cpu"))
     if device.type == "cpu":
-        return host
+        from lockstep.distributed.communicators.shm import ShmCommunicator, attach
+
+        handle, _ = attach(host, timeout_s)
+        return ShmCommunicator(handle, host) if handle else host
     from lockstep.distributed.communicators.staged import StagedCommunicator
 
     return StagedCommunicator(host, device)

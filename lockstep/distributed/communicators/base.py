@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lockstep.distributed.handles import Handle
+from lockstep.distributed.reduction_tree import ADD, ReductionTree
 
 
 class Communicator(ABC):
@@ -32,6 +33,21 @@ class Communicator(ABC):
     @abstractmethod
     def all_reduce_(self, x: Tensor) -> None:
         """Sum over ranks, into `x`. Every rank ends with the same bits."""
+
+    def combine(self, partials: Tensor, tree: ReductionTree) -> Tensor:
+        """The sum over ranks in the order of `tree`: `partials [tree.counts[rank], rows, n]` float32 -> `[rows, n]` float32.
+
+        Unlike all_reduce_, the result does not depend on how the atoms were dealt out to ranks.
+        """
+        leaves = self.all_gatherv(partials, tree.counts, 0)
+        stack: list[Tensor] = []
+        for leaf in tree.code:
+            if leaf == ADD:
+                upper = stack.pop()
+                stack[-1] = stack[-1] + upper
+            else:
+                stack.append(leaves[leaf])
+        return stack[0]
 
     @abstractmethod
     def all_gather(self, x: Tensor, dim: int) -> Tensor:

@@ -54,7 +54,7 @@ class TorchCommunicator(Communicator):
         parts = x.new_empty((self.world_size, *x.shape))
         if x.numel():
             self.group._allgather_base(as_bytes(parts), as_bytes(x)).wait()
-        return _merge_front(parts, dim)
+        return merge_front(parts, dim)
 
     def all_gatherv(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         if len(set(sizes)) == 1:
@@ -88,7 +88,7 @@ class TorchCommunicator(Communicator):
             options.rootRank = dst
             outputs = [[as_bytes(part) for part in parts]] if parts is not None else []
             self.group.gather(outputs, [as_bytes(x)], options).wait()
-        return None if parts is None else _merge_front(parts, dim)
+        return None if parts is None else merge_front(parts, dim)
 
     def broadcast_(self, x: Tensor, src: int) -> None:
         if x.numel() == 0:
@@ -122,7 +122,7 @@ class TorchCommunicator(Communicator):
         self.group.barrier().wait()
 
 
-def _merge_front(parts: Tensor, dim: int) -> Tensor:
+def merge_front(parts: Tensor, dim: int) -> Tensor:
     """[ranks, ...] -> [...] with dim `dim` ranks times as long, in rank order."""
     if dim == 0:
         return parts.flatten(0, 1)

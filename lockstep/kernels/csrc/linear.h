@@ -21,4 +21,7 @@ const float* packed_scale(const Packed&);
 // ldo. All threads of the team call it; contains no barrier and needs one after it. Scales are not applied.
 void gemm_partials(const Packed& w, const void* a, DType at, int64_t lda, int64_t m, float* out, int64_t ldo, int64_t out_subtree_stride, Lane& lane);
 
+// Row `row` of the weight as it was before packing, [k].
+void packed_row(const Packed& w, int64_t row, DType out_type, void* out);
+
 }  // namespace lockstep

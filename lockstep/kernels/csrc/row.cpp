@@ -1,6 +1,311 @@
+// The way from a row-parallel product back to the residual stream: partial sums, their combination over ranks, bias and
+// scale, norms. One operation, so that partial sums are added while they are still in cache.
+#include <algorithm>
+#include <memory>
+
 #include "bind.h"
+#include "comm.h"
+#include "linear.h"
+#include "program.h"
+#include "rowwise.h"
 
 namespace lockstep {
+namespace {
+
+// A group of one rank: its slot is private memory and there is nobody to wait for.
+struct LocalGroup : Group {
+  std::unique_ptr<char[]> memory;
+  explicit LocalGroup(size_t bytes) : memory(new char[bytes]) { slot_bytes = bytes; }
+  char* slot(int) override { return memory.get(); }
+  char* slot_after(int) override { return memory.get(); }
+  void sync(uint64_t) override {}
+};
+
+// How a finished sum goes back into the residual stream:
+//   h = round(sum * scale + bias); h = norm(h) if post; residual = round(h + residual); out = norm(residual) if weight
+struct Finish {
+  const float* scale;  // [n], int8 weights only
+  const void* bias;    // [n]
+  const void* post;    // [n] weight of the norm on the way out (Gemma)
+  void* residual;      // [tokens, n]
+  const void* weight;  // [n] weight of the next norm; null: nobody norms (a pipeline stage ends here)
+  void* out;           // [tokens, n]
+  int64_t n;
+  float eps;
+  bool plus_one;
+
+  // `h` [n] holds the rounded sum of row `row`.
+  template <class T>
+  void stream(T* h, int64_t row) const {
+    T* r = static_cast<T*>(residual) + row * n;
+    if (post) rms_norm_row<T>(h, static_cast<const T*>(post), h, n, eps, plus_one);
+    add_row<T>(h, r, n);
+    if (weight) rms_norm_row<T>(r, static_cast<const T*>(weight), static_cast<T*>(out) + row * n, n, eps, plus_one);
+  }
+};
+
+// The order in which partial sums are added, as a stack machine: i >= 0 pushes leaf i, -1 adds the two on top.
+struct Tree {
+  std::vector<int32_t> code;
+  std::vector<int32_t> rank, place;  // of each leaf
+
+  Tree(const int32_t* c, int64_t n_code, const int32_t* counts, int world) : code(c, c + n_code) {
+    for (int r = 0; r < world; r++)
+      for (int32_t i = 0; i < counts[r]; i++) rank.push_back(r), place.push_back(i);
+    int depth = 0, deepest = 0;
+    for (int32_t x : code) {
+      if (x >= int32_t(rank.size())) throw std::invalid_argument("the tree names a partial sum that nobody has");
+      depth += x < 0 ? -1 : 1;
+      deepest = std::max(deepest, depth);
+    }
+    if (depth != 1 || deepest > DEPTH) throw std::invalid_argument("the tree's code is not one sum");
+  }
+  static constexpr int DEPTH = 8;
+
+  // 16 elements of the sum; leaf(i) gives the address of leaf i's.
+  template <class Leaf>
+  LS_INLINE f32x16 at(const Leaf& leaf, int64_t count) const {
+    if (code.size() == 1) return load_n(leaf(0), count);
+    f32x16 stack[DEPTH];
+    int top = 0;
+    for (int32_t x : code) {
+      if (x >= 0) {
+        stack[top++] = load_n(leaf(x), count);
+      } else {
+        stack[top - 2] = stack[top - 2] + stack[top - 1];
+        top--;
+      }
+    }
+    return stack[0];
+  }
+};
+
+// src [tokens, k of this rank] times the packed weight, combined over the group, into the residual stream.
+struct Row : Op {
+  const Packed& w;
+  const void* src;
+  int64_t lds;
+  DType type;
+  Group& group;
+  Tree tree;
+  Finish finish;
+  uint64_t tag;
+  int64_t most_leaves = 1, rows_fit;
+
+  // Below this many rows each rank adds up all of them; above, each its part, and they exchange the results.
+  static constexpr int64_t ONE_SHOT_BYTES = 128 << 10;
+
+  Row(const Packed& w, const void* src, int64_t lds, DType type, Group& group, Tree tree, Finish finish, uint64_t tag, const int32_t* counts)
+      : w(w), src(src), lds(lds), type(type), group(group), tree(std::move(tree)), finish(finish), tag(tag) {
+    for (int r = 0; r < group.world; r++) most_leaves = std::max<int64_t>(most_leaves, counts[r]);
+    if (packed_n(w) != finish.n) throw std::invalid_argument("the weight's outputs are not the stream's width");
+    if (packed_subtrees(w) != counts[group.rank]) throw std::invalid_argument("the weight's partial sums are not those announced");
+    rows_fit = int64_t(group.slot_bytes) / (most_leaves * finish.n * 4);
+    if (rows_fit < 1) throw std::invalid_argument("a slot of " + std::to_string(group.slot_bytes) + " bytes does not hold one row of partial sums");
+    finish.scale = packed_scaled(w) ? packed_scale(w) : nullptr;
+    this->finish.scale = finish.scale;
+  }
+
+  void run(const Step& step, Lane& lane) override {
+    for (int64_t at = 0; at < step.tokens; at += rows_fit) chunk(at, std::min(rows_fit, step.tokens - at), lane);
+  }
+
+  void meet(Lane& lane, uint64_t detail) {
+    lane.barrier();
+    if (group.world > 1) {
+      if (lane.id == 0) group.sync(tag << 32 | detail);
+      lane.barrier();
+    }
+  }
+
+  void chunk(int64_t at, int64_t rows, Lane& lane) {
+    const int64_t n = finish.n;
+    const char* a = static_cast<const char*>(src) + at * lds * itemsize(type);
+    gemm_partials(w, a, type, lds, rows, reinterpret_cast<float*>(group.slot(group.rank)), n, rows * n, lane);
+    meet(lane, uint64_t(rows));
+    dispatch(type, [&](auto t) {
+      using T = decltype(t);
+      if (group.world == 1 || rows * n * 4 <= ONE_SHOT_BYTES) {
+        std::vector<T> h(static_cast<size_t>(n));
+        for (int64_t i = lane.first(rows); i < lane.last(rows); i++) {
+          sum_row<T>(i, rows, h.data());
+          finish.stream<T>(h.data(), at + i);
+        }
+      } else {
+        two_shot<T>(at, rows, lane);
+      }
+    });
+    // Alone, the next chunk writes what this one reads; in a group it writes the other half of the slot.
+    if (group.world == 1 && at + rows_fit <= at + rows) lane.barrier();
+  }
+
+  // Row i of `rows`: the tree's sum, scaled, biased and rounded.
+  template <class T>
+  void sum_row(int64_t i, int64_t rows, T* h) {
+    const int64_t n = finish.n;
+    const float* base[64];
+    const size_t leaves = tree.rank.size();
+    for (size_t x = 0; x < leaves; x++)
+      base[x] = reinterpret_cast<const float*>(group.slot_after(tree.rank[x])) + (tree.place[x] * rows + i) * n;
+    for (int64_t j = 0; j < n; j += W) {
+      const int64_t count = std::min<int64_t>(W, n - j);
+      f32x16 v = tree.at([&](int32_t x) { return base[x] + j; }, count);
+      if (finish.scale) v = v * load_n(finish.scale + j, count);
+      if (finish.bias) v = v + load_n(static_cast<const T*>(finish.bias) + j, count);
+      store_n(h + j, v, count);
+    }
+  }
+
+  template <class T>
+  void two_shot(int64_t at, int64_t rows, Lane& lane) {
+    const int64_t n = finish.n, world = group.world;
+    auto part = [&](int64_t r) { return rows * r / world; };
+    const int64_t begin = part(group.rank), mine = part(group.rank + 1) - begin;
+    T* results = reinterpret_cast<T*>(group.slot(group.rank));
+    for (int64_t i = lane.first(mine); i < lane.last(mine); i++) sum_row<T>(begin + i, rows, results + i * n);
+    meet(lane, uint64_t(rows) | 1u << 31);
+    std::vector<T> h(static_cast<size_t>(n));
+    for (int64_t r = 0; r < world; r++) {
+      const T* theirs = reinterpret_cast<const T*>(group.slot_after(int(r)));
+      const int64_t count = part(r + 1) - part(r);
+      for (int64_t i = lane.first(count); i < lane.last(count); i++) {
+        memcpy(h.data(), theirs + i * n, size_t(n) * sizeof(T));
+        finish.stream<T>(h.data(), at + part(r) + i);
+      }
+    }
+  }
+};
+
+// For groups without shared memory: partial sums [subtrees, tokens, n] of this rank, for Python to combine ...
+struct Partials : Op {
+  const Packed& w;
+  const void* src;
+  int64_t lds;
+  DType type;
+  float* out;
+  Partials(const Packed& w, const void* src, int64_t lds, DType type, float* out) : w(w), src(src), lds(lds), type(type), out(out) {}
+  void run(const Step& step, Lane& lane) override {
+    gemm_partials(w, src, type, lds, step.tokens, out, packed_n(w), step.tokens * packed_n(w), lane);
+  }
+};
+
+// ... and what happens to the sum [tokens, n] that Python got.
+struct Finished : Op {
+  const float* sum;
+  DType type;
+  Finish finish;
+  Finished(const float* sum, DType type, Finish finish) : sum(sum), type(type), finish(finish) {}
+  void run(const Step& step, Lane& lane) override {
+    dispatch(type, [&](auto t) {
+      using T = decltype(t);
+      const int64_t n = finish.n;
+      std::vector<T> h(static_cast<size_t>(n));
+      for (int64_t i = lane.first(step.tokens); i < lane.last(step.tokens); i++) {
+        for (int64_t j = 0; j < n; j += W) {
+          const int64_t count = std::min<int64_t>(W, n - j);
+          f32x16 v = load_n(sum + i * n + j, count);
+          if (finish.scale) v = v * load_n(finish.scale + j, count);
+          if (finish.bias) v = v + load_n(static_cast<const T*>(finish.bias) + j, count);
+          store_n(h.data() + j, v, count);
+        }
+        finish.stream<T>(h.data(), i);
+      }
+    });
+  }
+};
+
+// Rows of the vocabulary-parallel embedding. bounds [world + 1]: rank r holds ids [bounds[r], bounds[r + 1]).
+struct Embed : Op {
+  const void* table;      // [rows of this rank, width], or null and ...
+  const Packed* packed;   // ... the head's packed weight, which a tied model shares
+  std::vector<int64_t> bounds;
+  int64_t width;
+  void* out;
+  DType type;
+  float scale;
+  Group* group;  // null: ids of other ranks give zeros
+  int rank;
+  uint64_t tag;
+
+  template <class T>
+  void fetch(int64_t id, T* to) const {
+    const int64_t row = id - bounds[size_t(rank)];
+    if (packed) packed_row(*packed, row, type, to);
+    else memcpy(to, static_cast<const T*>(table) + row * width, size_t(width) * sizeof(T));
+  }
+  // Times scale, rounded. Adding zero makes -0 the 0 that a sum over ranks gives.
+  template <class T>
+  void place(const T* from, T* to) const {
+    for (int64_t j = 0; j < width; j += W) {
+      const int64_t count = std::min<int64_t>(W, width - j);
+      f32x16 v = load_n(from + j, count) + 0.f;
+      if (scale != 1.f) v = v * splat(scale);
+      store_n(to + j, v, count);
+    }
+  }
+  int owner(int64_t id) const { return int(std::upper_bound(bounds.begin(), bounds.end(), id) - bounds.begin()) - 1; }
+
+  template <class T>
+  void alone(const Step& step, Lane& lane) {
+    std::vector<T> row(static_cast<size_t>(width));
+    for (int64_t i = lane.first(step.tokens); i < lane.last(step.tokens); i++) {
+      if (owner(step.ids[i]) == rank) fetch<T>(step.ids[i], row.data());
+      else std::fill(row.begin(), row.end(), T{});
+      place<T>(row.data(), static_cast<T*>(out) + i * width);
+    }
+  }
+  template <class T>
+  void shared(const Step& step, Lane& lane) {
+    const int64_t fit = int64_t(group->slot_bytes) / (width * int64_t(sizeof(T)));
+    for (int64_t at = 0; at < step.tokens; at += fit) {
+      const int64_t rows = std::min(fit, step.tokens - at);
+      T* mine = reinterpret_cast<T*>(group->slot(rank));
+      for (int64_t i = lane.first(rows); i < lane.last(rows); i++)
+        if (owner(step.ids[at + i]) == rank) fetch<T>(step.ids[at + i], mine + i * width);
+      lane.barrier();
+      if (lane.id == 0) group->sync(tag << 32 | uint64_t(rows));
+      lane.barrier();
+      for (int64_t i = lane.first(rows); i < lane.last(rows); i++)
+        place<T>(reinterpret_cast<const T*>(group->slot_after(owner(step.ids[at + i]))) + i * width, static_cast<T*>(out) + (at + i) * width);
+    }
+  }
+  void run(const Step& step, Lane& lane) override {
+    dispatch(type, [&](auto t) {
+      using T = decltype(t);
+      if (group && group->world > 1) shared<T>(step, lane);
+      else alone<T>(step, lane);
+    });
+  }
+};
+
+Group* local_group_new(int64_t bytes) { return new LocalGroup(size_t(bytes)); }
+void local_group_free(Group* g) { delete g; }
+Group* shm_group_of(void* handle) { return group_of(handle); }
+
+Finish* finish_new(const float* scale, const void* bias, const void* post, void* residual, const void* weight, void* out, int64_t n, double eps, bool plus_one) {
+  return new Finish{scale, bias, post, residual, weight, out, n, float(eps), plus_one};
+}
+void finish_free(Finish* f) { delete f; }
+
+Op* op_row(Packed* w, const void* src, int64_t lds, int64_t dtype, Group* group, const int32_t* code, int64_t n_code, const int32_t* counts, Finish* finish, int64_t tag) {
+  return new Row(*w, src, lds, DType(dtype), *group, Tree(code, n_code, counts, group->world), *finish, uint64_t(tag), counts);
+}
+Op* op_partials(Packed* w, const void* src, int64_t lds, int64_t dtype, float* out) { return new Partials(*w, src, lds, DType(dtype), out); }
+Op* op_finish(const float* sum, int64_t dtype, Finish* finish) { return new Finished(sum, DType(dtype), *finish); }
+
+Op* op_embed(const void* table, Packed* packed, const int64_t* bounds, int64_t world, int64_t rank, int64_t width, void* out, int64_t dtype, double scale, Group* group, int64_t tag) {
+  auto op = std::make_unique<Embed>();
+  op->table = table, op->packed = packed, op->bounds.assign(bounds, bounds + world + 1), op->width = width, op->out = out;
+  op->type = DType(dtype), op->scale = float(scale), op->group = group, op->rank = int(rank), op->tag = uint64_t(tag);
+  return op.release();
+}
+
+}  // namespace
+
 extern const std::vector<PyMethodDef> row_methods;
-const std::vector<PyMethodDef> row_methods = {};
+const std::vector<PyMethodDef> row_methods = {
+    BIND(local_group_new), BIND(local_group_free), BIND(shm_group_of), BIND(finish_new), BIND(finish_free),
+    BIND(op_row),          BIND(op_partials),      BIND(op_finish),    BIND(op_embed),
+};
+
 }  // namespace lockstep

@@ -77,11 +77,15 @@ LS_INLINE f32x16 widen_bits(u16x16 x) { return as<f32x16>(__builtin_convertvecto
 
 // Round to nearest, ties to even; a NaN stays one.
 LS_INLINE u16x16 round_bf16(f32x16 x) {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  return (u16x16)_mm512_cvtneps_pbh((__m512)x);  // subnormal numbers become zero
+#else
   u32x16 b = as<u32x16>(x);
   u32x16 r = b + 0x7fffu + ((b >> 16) & 1u);
   u32x16 nan = (b >> 16) | 0x40u;
   i32x16 is_nan = (x != x);
   return __builtin_convertvector((is_nan ? nan : r) >> 16, u16x16);
+#endif
 }
 
 LS_INLINE f32x16 widen_f16(u16x16 x) {

@@ -1,0 +1,118 @@
+"""Two recorded runs, bit against bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lockstep.config.tree import EngineConfig
+
+Key = tuple[int, int]  # (request, position)
+
+
+@dataclass
+class Run:
+    """What one engine computed for all requests. layers: per rank, its layers' numbers and each position's digests."""
+
+    tp: int
+    threads: int
+    chunk: int
+    batch: int
+    cached: bool
+    seconds: float
+    logits: dict[Key, Any] = field(default_factory=dict)
+    layers: list[tuple[tuple[int, ...], dict[Key, Any]]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, config: EngineConfig, path: Path, batch: int, cached: bool, seconds: float) -> Run:
+        """Read what the ranks saved at `path`."""
+        import numpy as np
+        import torch
+
+        run = cls(
+            tp=config.parallel.tensor_parallel_size,
+            threads=config.parallel.threads_per_rank or 1,
+            chunk=config.scheduler.max_num_batched_tokens or 0,
+            batch=batch,
+            cached=cached,
+            seconds=seconds,
+        )
+        for file in sorted(path.parent.glob(f"{path.name}-rank*.npz")):
+            with np.load(file) as saved:
+                for key, row in zip(saved["logit_keys"].tolist(), saved["logits"], strict=True):
+                    run.logits[tuple(key)] = torch.from_numpy(row)
+                digests = dict(zip(map(tuple, saved["layer_keys"].tolist()), saved["digests"], strict=True))
+                run.layers.append((tuple(saved["layer_numbers"].tolist()), digests))
+            file.unlink()
+        assert run.logits and run.layers, f"no rank saved anything at {path}"
+        return run
+
+    @property
+    def name(self) -> str:
+        together = f"{self.batch} requests together" if self.batch > 1 else "requests alone"
+        return f"TP={self.tp}, {self.threads} thread(s), {self.chunk} tokens a step, {together}{', prompts cached' if self.cached else ''}"
+
+    def row(self) -> str:
+        """The run's line of the table, but for the verdict."""
+        positions = len(self.layers[0][1])
+        how = "together" if self.batch > 1 else "alone"
+        return (
+            f"{self.tp:>3} {self.threads:>7} {self.chunk:>6} {how:>9} {'hits' if self.cached else '-':>6}"
+            f" {positions:>10} {len(self.logits):>7} {self.seconds:>8.1f}"
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two runs part. layer: the first whose output differs there, None: only the logits do."""
+
+    request: int
+    position: int
+    layer: int | None
+    rank: int
+    detail: str
+
+    def __str__(self) -> str:
+        where = "the logits" if self.layer is None else f"layer {self.layer} on rank {self.rank}"
+        return f"request {self.request}, position {self.position}, first in {where}{self.detail}"
+
+
+def compare(reference: Run, other: Run) -> Difference | None:
+    """The first difference in position order, None when every bit agrees. Asserts that both hold the same positions' logits."""
+    assert reference.logits.keys() == other.logits.keys() or _parted(reference, other), "the runs sampled different positions"
+    found = [*_in_layers(reference, other), *_in_logits(reference, other)]
+    return min(found, key=lambda d: (d.position, d.layer if d.layer is not None else 1 << 30), default=None)
+
+
+def _parted(reference: Run, other: Run) -> bool:
+    """Whether the runs have different numbers of positions because they already differ: then the comparison tells."""
+    return bool(_in_layers(reference, other) or _in_logits(reference, other))
+
+
+def _in_layers(reference: Run, other: Run) -> list[Difference]:
+    """For each rank of `other`, its first differing position and layer. Positions that a cache hit left out are not compared."""
+    known: dict[Key, dict[int, int]] = {}
+    for numbers, digests in reference.layers:
+        for key, row in digests.items():
+            known.setdefault(key, {}).update(zip(numbers, row.tolist(), strict=True))
+    found = []
+    for rank, (numbers, digests) in enumerate(other.layers):
+        for key in sorted(digests.keys() & known.keys(), key=lambda k: k[1]):
+            differing = [n for n, d in zip(numbers, digests[key].tolist(), strict=True) if known[key].get(n) != d]
+            if differing:
+                found.append(Difference(*key, differing[0], rank, ""))
+                break
+    return found
+
+
+def _in_logits(reference: Run, other: Run) -> list[Difference]:
+    import torch
+
+    for key in sorted(reference.logits.keys() & other.logits.keys(), key=lambda k: k[1]):
+        ours, theirs = reference.logits[key], other.logits[key]
+        if not torch.equal(ours, theirs):
+            gap = (ours - theirs).abs()
+            count = int((ours != theirs).sum())
+            return [Difference(*key, None, 0, f": {count} of {ours.numel()} logits, by up to {gap.max().item():.3g}")]
+    return []

@@ -1,0 +1,97 @@
+"""A model step as one list of C++ operations: build it once, run it with one call per step (csrc/program.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+I64 = npt.NDArray[np.int64]
+I32 = npt.NDArray[np.int32]
+
+
+class StepArgs:
+    """What a program reads anew in each step. Keeps the arrays of the last `set` alive."""
+
+    def __init__(self, lib: Any) -> None:
+        self._lib = lib
+        self.handle: int = lib.step_new()
+        self.tokens = 0
+        self._kept: tuple[Any, ...] = ()
+
+    def set_rows(self, tokens: int, ids: Tensor | None = None) -> None:
+        """`tokens` rows of activations, and nothing about requests: for programs without attention."""
+        self.tokens, self._kept = tokens, (ids,)
+        self._lib.step_set(self.handle, tokens, None if ids is None else ids.data_ptr(), None, None, 0, None, None, None, 0)
+
+    def set(
+        self, *, ids: Tensor | None, positions: Tensor, slots: Tensor, query_start: I64, seq_lens: I64, block_tables: npt.NDArray[Any]
+    ) -> None:
+        """ids, positions, slots `[tokens]` int64; query_start `[rows + 1]`, seq_lens `[rows]`, block_tables `[rows, blocks]`."""
+        tables = np.ascontiguousarray(block_tables, np.int32)
+        query_start, seq_lens = np.ascontiguousarray(query_start), np.ascontiguousarray(seq_lens)
+        self.tokens = positions.shape[0]
+        self._kept = (ids, positions, slots, query_start, seq_lens, tables)
+        self._lib.step_set(
+            self.handle,
+            self.tokens,
+            None if ids is None else ids.data_ptr(),
+            positions.data_ptr(),
+            slots.data_ptr(),
+            len(seq_lens),
+            query_start.ctypes.data,
+            seq_lens.ctypes.data,
+            tables.ctypes.data,
+            tables.shape[1],
+        )
+
+    def __del__(self) -> None:
+        self._lib.step_free(self.handle)
+
+
+class Program:
+    """Operations in order, with names. `keep` holds whatever their pointers point to."""
+
+    def __init__(self, lib: Any) -> None:
+        self._lib = lib
+        self._handle: int = lib.program_new()
+        self._kept: list[Any] = []
+        self._stops: dict[int, Callable[[int], None]] = {}
+        self.names: list[str] = []
+
+    def add(self, name: str, op: int) -> None:
+        """Append an operation that one of the library's `op_*` functions made; the program owns it from now on."""
+        self._lib.program_add(self._handle, op, name)
+        self.names.append(name)
+
+    def add_stop(self, name: str, do: Callable[[int], None]) -> None:
+        """Append a place where Python acts: `do(tokens)` is called between the operations before and after."""
+        self._stops[len(self.names)] = do
+        self.add(name, self._lib.op_stop())
+
+    def keep(self, *things: Any) -> None:
+        """Hold `things` as long as the program lives."""
+        self._kept += things
+
+    def run(self, step: StepArgs) -> None:
+        """Run all operations. Raises RuntimeError when a peer died or is late in a collective."""
+        at = self._lib.program_run(self._handle, step.handle, 0)
+        while at >= 0:
+            self._stops[at](step.tokens)
+            at = self._lib.program_run(self._handle, step.handle, at + 1)
+
+    def timed(self, on: bool) -> None:
+        """Record when each operation of the next runs begins and ends."""
+        self._lib.program_timed(self._handle, int(on))
+
+    def times(self) -> list[tuple[str, float, float]]:
+        """(name, began, ended) of each operation in the last timed run, seconds of time.monotonic()."""
+        began, ended = np.zeros(len(self.names)), np.zeros(len(self.names))
+        self._lib.program_times(self._handle, began.ctypes.data, ended.ctypes.data)
+        return [(n, b, e) for n, b, e in zip(self.names, began.tolist(), ended.tolist(), strict=True) if e > 0]
+
+    def __del__(self) -> None:
+        self._lib.program_free(self._handle)
