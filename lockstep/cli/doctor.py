@@ -11,12 +11,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 
 import psutil
 
+from lockstep.config.tree import ParallelConfig
+from lockstep.executor.affinity import plan_here
+from lockstep.kernels.variants import cpu_flags
+from lockstep.utils.cores import quota, usable_cores
 from lockstep.version import __version__
 
 Check = tuple[str, str, str]  # (ok | warn | fail, subject, what was found)
@@ -78,6 +83,7 @@ def checks(world: int) -> Iterator[Check]:
     yield from _packages()
     for subject, check in (("cores", _cpu), ("memory", _memory), ("shared memory", _shared_memory), ("gpu", _devices)):
         yield from _guarded(subject, check)
+    yield from _guarded("threads", lambda: _threads(world))
     yield from _guarded("c++ compiler", _compiler)
     yield from _guarded("demo model", _demo_model)
     yield from _guarded("ranks", lambda: _ranks(world))
@@ -106,27 +112,35 @@ def _packages() -> Iterator[Check]:
 
 
 def _cpu() -> Iterator[Check]:
-    from lockstep.executor.affinity import plan_cores, usable_cores
-
-    cores = usable_cores() or list(range(os.cpu_count() or 1))
-    info = Path("/proc/cpuinfo")
-    flags = (
-        set(next((x.split(":")[1].split() for x in info.read_text().splitlines() if x.startswith("flags")), [])) if info.exists() else set()
-    )
-    features = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-    yield "ok", "cores", f"{len(cores)} usable ({_ranges(cores)}); {', '.join(features) or 'no vector extensions that matter here'}"
-    for world in (2, 4):
-        plan = plan_cores(cores, world)
-        bound = "; ".join(f"rank {r}: {_ranges(c.cores) if c.cores else 'any core'}, {c.threads} thread(s)" for r, c in enumerate(plan))
-        yield "ok", f"cores, tp={world}", bound
+    cores, limit = usable_cores(), quota()
+    cpus = sorted(chain(*cores))
+    features = sorted(cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
+    found = f"{len(cores)} with {len(cpus)} CPUs ({_ranges(cpus)})" + (f", {limit:g} CPUs' worth of time" if limit else "")
+    yield "ok", "cores", f"{found}; {', '.join(features) or 'no vector extensions that matter here'}"
     load = os.getloadavg()[0]
-    if load > len(cores):
-        yield "warn", "load", f"{load:.1f} on {len(cores)} cores: other work is running, figures will be noisy"
+    if load > len(cpus):
+        yield "warn", "load", f"{load:.1f} on {len(cpus)} CPUs: other work is running, figures will be noisy"
 
 
-def _ranges(cores: Sequence[int]) -> str:
-    whole = len(cores) > 2 and list(cores) == list(range(cores[0], cores[-1] + 1))
-    return f"{cores[0]}-{cores[-1]}" if whole else ",".join(map(str, cores))
+def _threads(world: int) -> Iterator[Check]:
+    """The plan of cores and threads, as ranks will follow it: a line each."""
+    plan = plan_here(world, ParallelConfig())
+    rows = [(f"rank {rank}", f"{share.threads} thread{'s' if share.threads > 1 else ''}", share) for rank, share in enumerate(plan)]
+    wide = max(len(threads) for _, threads, _ in rows)
+    for rank, threads, share in rows:
+        place = f"on CPUs {_ranges(share.lanes)} of {_ranges(share.cores)}" if share.cores else f"not bound: {share.why}"
+        yield "ok", f"{rank} of {world}", f"{threads:<{wide}}  {place}" + ("; waits sleep at once" if share.crowded else "")
+
+
+def _ranges(cpus: Iterable[int]) -> str:
+    """ "0-3,8,10-11": how the system itself writes such lists."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][-1] + 1:
+            runs[-1].append(cpu)
+        else:
+            runs.append([cpu])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _memory() -> Iterator[Check]:

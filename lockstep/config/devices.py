@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from pathlib import Path
 
@@ -31,8 +30,3 @@ def torch_has_cuda() -> bool:
     text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
     built = re.search(r"^cuda\s*(?::[^=\n]+)?=\s*(.+)$", text, re.MULTILINE)
     return built is not None and built.group(1).strip() != "None"
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -51,8 +51,12 @@ class ParallelConfig:
     distributed_timeout_seconds: float = opt(300.0, "Longest wait for a collective or for ranks to meet, in seconds.")
     execute_model_timeout_seconds: float = opt(300.0, "Longest time one step may take, in seconds.")
     check_collectives: bool = opt(False, "Debug: compare every rank's sequence of collectives and report the first divergence.")
-    threads_per_rank: int | None = opt(None, "Compute threads of each rank; default: this host's cores shared out evenly.")
-    cpu_binding: bool = opt(True, "Bind each rank to its own cores.")
+    threads_per_rank: int | None = opt(
+        None, "Compute threads of each rank; default: this host's cores shared out evenly, one thread on each."
+    )
+    cpu_binding: bool = opt(
+        True, "Keep each rank on its own cores (one rank in this process: while it computes); `lockstep doctor` shows the plan."
+    )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lockstep.config.model_spec import ModelSpec, read_config_json
 from lockstep.config.source import find_folder
 from lockstep.config.tree import EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig
 from lockstep.utils import env
+from lockstep.utils.cores import usable_cpus
 from lockstep.utils.host_memory import host_available_bytes
 
 log = logging.getLogger("lockstep.config")
@@ -179,7 +180,7 @@ def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cp
 
 def warn_of_crowding(tp: int, device: str) -> None:
     """More ranks than cores is right but slow: said once everything else holds."""
-    cores = devices.usable_cores()
+    cores = usable_cpus()
     if device == "cpu" and tp > cores:
         log.warning("tensor_parallel_size=%d is more than the %d CPU cores: ranks will take turns, and be slow.", tp, cores)
 
@@ -241,7 +242,6 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
             parallel,
             distributed_executor_backend=parallel.distributed_executor_backend or ("mp" if tp > 1 else "uni"),
             check_collectives=parallel.check_collectives or env.check_collectives(),
-            threads_per_rank=parallel.threads_per_rank or max(1, devices.usable_cores() // tp),
         ),
         cache=replace(cache, gpu_memory_utilization=share),
         runtime=replace(config.runtime, device=device),

@@ -1,70 +1,61 @@
-"""Which cores each rank computes on. The plan is pure; the two functions that look at the machine are below it."""
+"""Which cores each rank computes on, and with how many threads: one plan for all ranks of this host."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import chain, zip_longest
+
+from lockstep.config.tree import ParallelConfig
+from lockstep.utils import cores as machine
+from lockstep.utils.cores import PhysicalCore, RankCores
 
 
-class RankCores(NamedTuple):
-    """cores: to bind to, empty for "do not bind". threads: compute threads, at least 1."""
+def plan_cores(
+    cores: Sequence[PhysicalCore], n_ranks: int, threads_per_rank: int | None = None, bind: bool = True, quota: float | None = None
+) -> list[RankCores]:
+    """Share `cores` (neighbours next to each other, as `usable_cores` gives them) out among ranks, by rank.
 
-    cores: tuple[int, ...]
-    threads: int
-
-
-def plan_cores(cores: Sequence[int], n_ranks: int, threads_per_rank: int | None = None, bind: bool = True) -> list[RankCores]:
-    """Share `cores` (in the order of `topology_order`: neighbours share caches) out among ranks, by rank.
-
-    Runs of consecutive cores, as even as can be, the first ranks getting one more. With fewer cores than ranks nobody
-    is bound and everyone computes on one thread: the kernel shares better than a fixed plan could.
-    `threads_per_rank` overrides the number of threads; a rank asked for more threads than its share is not bound.
+    1. Each rank gets a run of consecutive physical cores, as even as can be, the first ranks one more; and computes on
+       one thread per physical core. (A second thread on a core's sibling shares its arithmetic units and gains nothing.)
+    2. With fewer physical cores than ranks, the runs are of logical CPUs, one thread each; with fewer of those too,
+       nobody is bound and everyone has one thread: the system shares better than a fixed plan could.
+    3. `threads_per_rank` overrides the number of threads. They go to different physical cores first, then to siblings;
+       a rank asked for more threads than its run has CPUs is not bound.
+    4. `quota` (CPUs' worth of time) below the cores: as many threads as it pays for, and nobody is bound: the
+       containers of a host would all take the same first cores.
     """
     if n_ranks < 1:
         raise ValueError(f"n_ranks={n_ranks} must be at least 1.")
-    if len(cores) < n_ranks:
-        return [RankCores((), threads_per_rank or 1)] * n_ranks
-    base, more = divmod(len(cores), n_ranks)
+    cpus = sum(map(len, cores))
+    limited = quota is not None and quota < len(cores)
+    parts: Sequence[PhysicalCore] = cores if n_ranks <= len(cores) else [(cpu,) for cpu in chain(*cores)]
+    base, more = divmod(max(int(quota or 0), 1) if limited else len(parts), n_ranks)
+    sizes = [base + (rank < more) for rank in range(n_ranks)]
+    # Where a run is of siblings (step 2) one thread is all it is good for.
+    threads = [threads_per_rank or (max(size, 1) if n_ranks <= len(cores) else 1) for size in sizes]
+    crowded = sum(threads) > (min(cpus, quota) if quota is not None else cpus)
     plan, start = [], 0
-    for rank in range(n_ranks):
-        stop = start + base + (rank < more)
-        threads = threads_per_rank or stop - start
-        fits = threads <= stop - start
-        plan.append(RankCores(tuple(cores[start:stop]) if bind and fits else (), threads))
-        start = stop
+    for count, size in zip(threads, sizes, strict=True):
+        run = parts[start : start + size]
+        start += size
+        lanes = [cpu for turn in zip_longest(*run) for cpu in turn if cpu is not None]  # first of each core, then the siblings
+        why = "" if bind else "cpu_binding is off"
+        if limited:
+            why = why or f"the container may use {quota:g} CPUs of {cpus}, not which"
+        elif not base:
+            why = why or f"{n_ranks} ranks on {cpus} CPUs"
+        elif count > len(lanes):
+            why = why or f"{count} threads on {len(lanes)} CPUs"
+        bound = (tuple(sorted(lanes)), count, tuple(lanes[:count])) if not why else ((), count, ())
+        plan.append(RankCores(*bound, crowded, why))
     return plan
 
 
-def topology_order(cores: Sequence[int]) -> list[int]:
-    """`cores` by package, then physical core, so that consecutive ones are near each other."""
-    return sorted(cores, key=lambda core: (_sysfs(core, "physical_package_id"), _sysfs(core, "core_id"), core))
-
-
-def usable_cores() -> list[int]:
-    """The cores this process may run on, near ones next to each other. Empty where the system does not tell."""
-    if not hasattr(os, "sched_getaffinity"):
-        return []
-    return topology_order(sorted(os.sched_getaffinity(0)))
-
-
-def bind(cores: Sequence[int]) -> None:
-    """Keep this process and the threads it will start on `cores`; nothing when empty or not allowed."""
-    if cores and hasattr(os, "sched_setaffinity"):
-        try:
-            os.sched_setaffinity(0, cores)
-        except OSError:  # a container's limits changed meanwhile: unbound is slower, not wrong
-            return
+def plan_here(n_ranks: int, parallel: ParallelConfig) -> list[RankCores]:
+    """The plan for `n_ranks` on this host, for what this process may use."""
+    return plan_cores(machine.usable_cores(), n_ranks, parallel.threads_per_rank, parallel.cpu_binding, machine.quota())
 
 
 def thread_environment(threads: int) -> dict[str, str]:
     """The variables that size the maths libraries' thread pools; they are read once, when those are loaded."""
     return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
-
-
-def _sysfs(core: int, name: str) -> int:
-    try:
-        with open(f"/sys/devices/system/cpu/cpu{core}/topology/{name}", encoding="ascii") as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return 0

@@ -29,12 +29,13 @@ import msgspec
 
 from lockstep.distributed.message_queue import MessageQueue, QueueClosed
 from lockstep.distributed.progress import ProgressBoard, rank_list
-from lockstep.executor import affinity, failure, wire
+from lockstep.executor import failure, wire
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.operations import Operation, Operations
 from lockstep.executor.spawn import Plan, WorkerProcess, exit_codes, kill_all, spawn
 from lockstep.observability.logging import get_logger
 from lockstep.utils import procs
+from lockstep.utils.cores import RankCores
 from lockstep.utils.net import Listener
 from lockstep.utils.shm import Bell
 
@@ -52,7 +53,7 @@ _log = get_logger(__name__)
 class Fleet:
     """Start with `start()`; talk through `queue` and `operations`; end with `stop()`. Nothing here refers to the Executor."""
 
-    def __init__(self, plan: Plan, cores: list[affinity.RankCores]) -> None:
+    def __init__(self, plan: Plan, cores: list[RankCores]) -> None:
         config = plan.config
         self.plan, self.cores = plan, cores
         self.operations = Operations()

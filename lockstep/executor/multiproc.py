@@ -32,7 +32,7 @@ class MultiprocExecutor(Executor):
         parallel = config.parallel
         stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
         world = stage * parallel.pipeline_parallel_size
-        cores = affinity.plan_cores(affinity.usable_cores(), world, parallel.threads_per_rank, parallel.cpu_binding)
+        cores = affinity.plan_here(world, parallel)
         self.max_concurrent_batches = 2 if config.scheduler.async_scheduling else 1
         self._step_limit_s = parallel.execute_model_timeout_seconds
         self._fleet = Fleet(Plan(config, spec, Path(folder), worker_cls, world, output_rank=world - stage), cores)

@@ -21,6 +21,7 @@ from lockstep.distributed.progress import ProgressBoard
 from lockstep.executor import affinity, wire
 from lockstep.executor.failure import LogTail
 from lockstep.utils import env, procs
+from lockstep.utils.cores import RankCores
 from lockstep.utils.net import Listener
 from lockstep.utils.shm import SharedBytes
 
@@ -65,7 +66,7 @@ class Plan:
 
 
 def spawn(
-    plan: Plan, rank: int, cores: affinity.RankCores, queue: MessageQueue, board: ProgressBoard, death_fd: int, listener: Listener
+    plan: Plan, rank: int, share: RankCores, queue: MessageQueue, board: ProgressBoard, death_fd: int, listener: Listener
 ) -> WorkerProcess:
     """Start one rank: a fresh interpreter that is told everything through inherited descriptors.
 
@@ -85,8 +86,7 @@ def spawn(
         reply_fd=theirs.fileno(),
         queue=handle,
         board=board.handle,
-        cores=list(cores.cores),
-        threads=cores.threads,
+        share=share,
         worker_cls=plan.worker_cls,
         sys_path=[path or os.getcwd() for path in sys.path],
         rendezvous_port=listener.port,
@@ -108,7 +108,7 @@ def spawn(
             stderr=log_write,
             pass_fds=passed,
             start_new_session=True,
-            env=_environment(cores.threads),
+            env=_environment(share.threads),
         )
     except BaseException:
         ours.close()

@@ -12,6 +12,7 @@ import msgspec
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.executor import failure, wire
+from lockstep.executor.affinity import plan_here
 from lockstep.executor.contract import Executor, ExecutorError, RankMemory, StepFuture
 from lockstep.executor.worker_loop import call_worker, raised_answer, worker_class
 from lockstep.protocol import StepPlan, StepResult
@@ -34,7 +35,10 @@ class _Finished:
 
 
 class UniprocExecutor(Executor):
-    """See `Executor`. Steps and calls run on the caller's thread; their timeouts do not interrupt them."""
+    """See `Executor`. Steps and calls run on the caller's thread; their timeouts do not interrupt them.
+
+    The process is the user's: it is not bound to cores. The kernels' own threads are, and the caller while a step runs.
+    """
 
     max_concurrent_batches = 1
 
@@ -42,16 +46,20 @@ class UniprocExecutor(Executor):
         self._error: ExecutorError | None = None
         self._callbacks: list[Callable[[ExecutorError], None]] = []
         self._worker: Any = None
+        self._seat: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         with self._ending("init"):
             cls = worker_class(worker_cls)
+            (share,) = plan_here(1, config.parallel)
             groups = None
             if getattr(cls, "needs_distributed", True):
                 from lockstep.distributed.groups import ParallelGroups
+                from lockstep.kernels.threads import Seat
 
                 groups = ParallelGroups.solo()
-                _set_threads(config.parallel.threads_per_rank)
+                if config.runtime.device == "cpu":
+                    self._seat = Seat(share)
             self._worker = cls(config, spec, Path(folder), 0, 0, groups, None)
-            self._worker.init_device()
+            self._worker.init_device(share)
         with self._ending("load"):
             self._worker.load_model()
 
@@ -64,7 +72,7 @@ class UniprocExecutor(Executor):
     def execute_model(self, plan: StepPlan) -> StepFuture:
         self.check_health()
         try:
-            with self._ending(f"step {plan.step}"):
+            with self._ending(f"step {plan.step}"), self._seat:
                 return _Finished(self._worker.execute_model(plan), None)
         except ExecutorError as e:
             return _Finished(None, e)
@@ -115,10 +123,3 @@ class UniprocExecutor(Executor):
                 with contextlib.suppress(Exception):
                     callback(error)
             raise error from e
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)

@@ -18,6 +18,7 @@ from lockstep.config.tree import EngineConfig
 from lockstep.distributed.message_queue import QueueHandle
 from lockstep.distributed.progress import BoardHandle
 from lockstep.protocol import StepPlan, StepResult
+from lockstep.utils.cores import RankCores
 
 
 class Step(msgspec.Struct, tag="step", array_like=True, gc=False):
@@ -87,8 +88,7 @@ class Launch(msgspec.Struct, kw_only=True):
     reply_fd: int
     queue: QueueHandle
     board: BoardHandle
-    cores: list[int]  # to bind to; empty: do not bind
-    threads: int
+    share: RankCores
     worker_cls: str  # "module:Class"
     sys_path: list[str]
     rendezvous_port: int

@@ -22,11 +22,12 @@ import msgspec
 
 from lockstep.distributed.message_queue import MessageQueue, QueueClosed
 from lockstep.distributed.progress import ProgressBoard, ProgressCell
-from lockstep.executor import affinity, wire
+from lockstep.executor import wire
 from lockstep.executor.fault import Fault
 from lockstep.executor.worker_loop import WorkerLoop, raised_answer, worker_class
 from lockstep.observability import logging
 from lockstep.utils import procs
+from lockstep.utils.cores import keep_on
 
 BEAT_S = 0.2
 LAST_WORDS_S = 10.0  # after an exception: how long to wait for the driver to end this process
@@ -66,12 +67,12 @@ def main() -> None:
         elif launch.listen_fd >= 0:
             os.close(launch.listen_fd)  # nobody will serve on it: do not hold the port
         # Now, not earlier: threads inherit it, and those of the groups must run while this one computes on its core.
-        affinity.bind(launch.cores)
+        keep_on(launch.share.cores)
         phase = "init"
         cell.set(phase=phase)
         fault.strike(phase)
         worker = cls(launch.config, launch.spec, Path(launch.folder), launch.rank, launch.local_rank, groups, cell)
-        worker.init_device()
+        worker.init_device(launch.share, own_process=True)
         phase = "load"
         cell.set(phase=phase)
         fault.strike(phase)

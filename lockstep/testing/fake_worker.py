@@ -14,6 +14,7 @@ from lockstep.config.tree import EngineConfig
 from lockstep.distributed.progress import ProgressCell
 from lockstep.executor.contract import RankMemory
 from lockstep.protocol import StepPlan, StepResult
+from lockstep.utils.cores import RankCores
 
 
 class FakeWorker:
@@ -32,7 +33,7 @@ class FakeWorker:
         self.steps: list[int] = []
         self.step_fault = ""
 
-    def init_device(self) -> None:
+    def init_device(self, share: RankCores | None = None, own_process: bool = False) -> None:
         pass
 
     def load_model(self) -> None:

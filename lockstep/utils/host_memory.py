@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from lockstep.utils import cgroups
 
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
 
@@ -19,7 +20,8 @@ def host_available_bytes() -> int:
 def _cgroup_room() -> list[int]:
     """What each memory control group above this process leaves free. Page cache that can be dropped counts as free."""
     room = []
-    for folder, limit, usage in _cgroups():
+    for folder, second in cgroups.folders("memory"):
+        limit, usage = ("memory.max", "memory.current") if second else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         try:
             most = int((folder / limit).read_text())
             used = int((folder / usage).read_text())
@@ -28,25 +30,6 @@ def _cgroup_room() -> list[int]:
         if most < _UNLIMITED:
             room.append(most - used + _droppable(folder / "memory.stat"))
     return room
-
-
-def _cgroups() -> Iterator[tuple[Path, str, str]]:
-    """(folder, limit file, usage file) of every memory control group from this process's own up to the root."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            top, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        parts = Path(path.lstrip("/")).parts
-        for depth in range(len(parts), -1, -1):
-            yield (top.joinpath(*parts[:depth]), *names)
 
 
 def _droppable(stat: Path) -> int:

@@ -22,8 +22,8 @@ from lockstep.protocol import StepPlan, StepResult, TokenLogprobs
 from lockstep.worker import hop
 from lockstep.worker.batch import I64, BatchState, SampleRows
 from lockstep.worker.inputs import StepInputs, build_inputs, rehearsal_inputs
-from lockstep.worker.recorder import Recorder
 from lockstep.worker.logprobs import chunk_rows, token_logprobs
+from lockstep.worker.recorder import Recorder
 from lockstep.worker.sampler import Sampled, Sampler, argmax
 
 if TYPE_CHECKING:

@@ -17,11 +17,13 @@ from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.distributed.groups import ParallelGroups
+from lockstep.kernels import threads
 from lockstep.models import native
 from lockstep.models.decoder import DecoderModel
 from lockstep.models.registry import build_model
 from lockstep.observability.logging import get_logger
 from lockstep.protocol import RankMemory, StepPlan, StepResult
+from lockstep.utils.cores import RankCores
 from lockstep.weights.dummy import fill_dummy
 from lockstep.weights.loader import load_weights
 from lockstep.worker import kv, memory, profile
@@ -80,14 +82,17 @@ class Worker:
         assert self._runner is not None, "initialize_kv_cache comes first"
         return self._runner
 
-    def init_device(self) -> None:
-        """Take the device: on CUDA the GPU numbered local_rank, on CPU this rank's share of threads."""
+    def init_device(self, share: RankCores | None = None, own_process: bool = False) -> None:
+        """Take the device: on CUDA the GPU numbered local_rank, on CPU this rank's share of the cores.
+
+        share: None for as many threads as torch has now, not bound. own_process: this process has nothing else to do.
+        """
         self._mark("init")
         if self.config.runtime.device == "cuda":
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
-        elif self.config.parallel.threads_per_rank:
-            torch.set_num_threads(self.config.parallel.threads_per_rank)
+        else:
+            threads.take(share or RankCores((), self.config.parallel.threads_per_rank or torch.get_num_threads()), own_process)
 
     def load_model(self) -> None:
         """Build the model and fill this rank's share of its weights. Raises WeightError for a checkpoint that does not fit."""

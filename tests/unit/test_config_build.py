@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -116,11 +115,3 @@ def test_torch_build_is_read_from_its_files() -> None:
     import torch
 
     assert devices.torch_has_cuda() == (torch.version.cuda is not None)
-
-
-def test_cores_are_those_of_this_process() -> None:
-    assert devices.usable_cores() >= 1
-    if sys.platform == "linux":
-        import os
-
-        assert devices.usable_cores() == len(os.sched_getaffinity(0))

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lockstep.utils import host_memory
+from lockstep.utils import cgroups, host_memory
 
 GIB = 1 << 30
 
@@ -25,8 +25,8 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             (folder / names[0]).write_text(f"{limit}\n")
             (folder / names[1]).write_text(f"{usage}\n")
             (folder / "memory.stat").write_text(f"anon 5\n{'total_inactive_file' if v1 else 'inactive_file'} {cache}\n")
-            found.append((folder, *names))
-        monkeypatch.setattr(host_memory, "_cgroups", lambda: iter(found))
+            found.append((folder, not v1))
+        monkeypatch.setattr(cgroups, "folders", lambda controller: iter(found))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: type("VM", (), {"available": 8 * GIB}))
 
     return make
@@ -56,7 +56,7 @@ def test_a_full_group_leaves_nothing(groups) -> None:
 def test_own_groups_are_walked_up_to_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "5:cpu:/x\n4:memory:/a/b\n0::/c\n"
     monkeypatch.setattr(host_memory.Path, "read_text", lambda self: lines)
-    assert [str(folder) for folder, *_ in host_memory._cgroups()] == [
+    assert [str(folder) for folder, *_ in cgroups.folders("memory")] == [
         "/sys/fs/cgroup/memory/a/b",
         "/sys/fs/cgroup/memory/a",
         "/sys/fs/cgroup/memory",

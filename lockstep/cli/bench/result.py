@@ -9,6 +9,7 @@ from typing import Any
 
 from lockstep.cli.bench import machine
 from lockstep.config.tree import EngineConfig
+from lockstep.executor.affinity import plan_here
 
 
 class Reporter:
@@ -18,7 +19,9 @@ class Reporter:
     """
 
     def __init__(self, config: EngineConfig, model: str, command: str, as_json: bool) -> None:
-        self.as_json, self.threads = as_json, config.parallel.threads_per_rank
+        parallel = config.parallel
+        ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.prefill_context_parallel_size
+        self.as_json, self.threads = as_json, [share.threads for share in plan_here(ranks, parallel)]
         self.base: dict[str, Any] = {
             "model": model,
             "dtype": config.model.dtype,
@@ -26,7 +29,7 @@ class Reporter:
             "tp": config.parallel.tensor_parallel_size,
             "pp": config.parallel.pipeline_parallel_size,
             "dp": config.parallel.data_parallel_size,
-            "threads_per_rank": self.threads,
+            "threads_per_rank": self.threads[0] if len(set(self.threads)) == 1 else self.threads,
         }
         self.machine = machine.describe()
         self.command = command

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lockstep.distributed.communicators.base import Communicator
-from lockstep.distributed.communicators.torch_pg import TorchCommunicator, as_bytes, merge_front
+from lockstep.distributed.communicators.torch_pg import TorchCommunicator, merge_front
 from lockstep.distributed.handles import Handle
 from lockstep.kernels.library import library
 
