@@ -1,0 +1,179 @@
+// The two products of attention over cached chunks: scores (lanes are keys) and weighted values (lanes are dims).
+//
+// Each output element is one chain of multiply-adds in a fixed order, from zero: a score over the dims, a value over the
+// keys. How many queries, chunks and dims one call computes side by side changes no element's chain.
+#pragma once
+#include <type_traits>
+
+#include "kv.h"
+
+namespace lockstep {
+
+constexpr int64_t SPAN = 256;  // keys of one softmax: see attention.h
+constexpr int64_t SPAN_CHUNKS = SPAN / CHUNK;
+
+// How a cached vector (PACK<T> elements a lane) is multiplied. `Value` is what queries and probabilities are kept as:
+// PER of them make up PACK<T> elements.
+template <class T>
+struct Dot {  // float32, float16: widened
+  using Value = float;
+  static constexpr int64_t PER = 1;
+  struct Cached { f32x16 x; };
+  struct Other { f32x16 x; };
+  static LS_INLINE Cached cached(const T* p) { return {load(p)}; }
+  static LS_INLINE Other other(const float* p) { return {splat(*p)}; }
+  static LS_INLINE f32x16 add(f32x16 acc, const Cached& a, const Other& b) { return fma(a.x, b.x, acc); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<bf16> {
+  using Value = uint32_t;  // two bfloat16, as they lie in memory
+  static constexpr int64_t PER = 1;
+  struct Cached { __m512i x; };
+  struct Other { __m512i x; };
+  static LS_INLINE Cached cached(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+  static LS_INLINE Other other(const uint32_t* p) { return {_mm512_set1_epi32(int(*p))}; }
+  static LS_INLINE f32x16 add(f32x16 acc, const Cached& a, const Other& b) {
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a.x, (__m512bh)b.x);
+  }
+};
+#else
+template <>
+struct Dot<bf16> {
+  using Value = float;
+  static constexpr int64_t PER = 2;
+  struct Cached { f32x16 x, y; };
+  struct Other { f32x16 x, y; };
+  static LS_INLINE Cached cached(const bf16* p) {
+    u32x16 both = load_raw<u32x16>(p);
+    return {as<f32x16>(both << 16), as<f32x16>(both & 0xffff0000u)};
+  }
+  static LS_INLINE Other other(const float* p) { return {splat(p[0]), splat(p[1])}; }
+  static LS_INLINE f32x16 add(f32x16 acc, const Cached& a, const Other& b) { return fma(a.y, b.y, fma(a.x, b.x, acc)); }
+};
+#endif
+
+template <class T>
+using Value = typename Dot<T>::Value;
+template <class T>
+constexpr int64_t VALUES_PER_CHUNK = CHUNK / PACK<T> * Dot<T>::PER;  // probabilities of one chunk
+
+// A query head [n] as `Value`s.
+template <class T>
+inline void put_query(const T* q, int64_t n, Value<T>* out) {
+  if constexpr (std::is_same_v<Value<T>, float>) {
+    for (int64_t j = 0; j < n; j += W) store_n(out + j, load_n(q + j, n - j), n - j);
+  } else {
+    memcpy(out, q, size_t(n) * sizeof(T));
+  }
+}
+
+// 16 probabilities as `Value`s; returns what they are worth there, for the sum.
+template <class T>
+LS_INLINE f32x16 put_weights(f32x16 p, Value<T>* out) {
+#if defined(__AVX512BF16__)
+  if constexpr (PACK<T> == 2) {
+    __m256i narrow = (__m256i)_mm512_cvtneps_pbh((__m512)p);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow);
+    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+  } else
+#endif
+  {
+    store_raw(out, p);
+    return p;
+  }
+}
+
+// scores[q * SPAN + c * 16 + lane] = query q times key `lane` of chunk c. queries: row stride ldq.
+template <class T, int NQ, int NC>
+void score_tile(const T* const* keys, const Value<T>* queries, int64_t ldq, int64_t head_dim, float* scores) {
+  using D = Dot<T>;
+  f32x16 acc[NQ][NC] = {};
+  const T* k[NC];
+  for (int c = 0; c < NC; c++) k[c] = keys[c];
+  for (int64_t d = 0; d < head_dim; d += PACK<T>, queries += D::PER) {
+    typename D::Cached key[NC];
+#pragma GCC unroll 16
+    for (int c = 0; c < NC; c++) key[c] = D::cached(k[c] + d * CHUNK);
+#pragma GCC unroll 16
+    for (int q = 0; q < NQ; q++) {
+      auto query = D::other(queries + q * ldq);
+#pragma GCC unroll 16
+      for (int c = 0; c < NC; c++) acc[q][c] = D::add(acc[q][c], key[c], query);
+    }
+  }
+  for (int q = 0; q < NQ; q++)
+    for (int c = 0; c < NC; c++) store(scores + q * SPAN + c * CHUNK, acc[q][c]);
+}
+
+// The first n dims of one vector of cached values, without reading past them.
+template <class T>
+LS_INLINE typename Dot<T>::Cached cached_n(const T* p, int64_t n) {
+  if (n >= W) return Dot<T>::cached(p);
+  T part[W * PACK<T>] = {};
+  memcpy(part, p, size_t(n * PACK<T>) * sizeof(T));
+  return Dot<T>::cached(part);
+}
+
+// out[q * ldo + d] = sum over the keys of `chunks` chunks of weight times value, for NV vectors of dims from `first` on,
+// of which the last may be cut short by head_dim (TAIL).
+template <class T, int NQ, int NV, bool TAIL>
+void value_tile(const T* const* values, int64_t chunks, const Value<T>* weights, int64_t ldw, int64_t first, int64_t head_dim, float* out, int64_t ldo) {
+  using D = Dot<T>;
+  f32x16 acc[NQ][NV] = {};
+  for (int64_t c = 0; c < chunks; c++) {
+    const T* v = values[c] + first * PACK<T>;
+    for (int64_t t = 0; t < CHUNK / PACK<T>; t++, v += head_dim * PACK<T>, weights += D::PER) {
+      typename D::Cached value[NV];
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; j++) value[j] = TAIL ? cached_n(v + j * W * PACK<T>, head_dim - first - j * W) : D::cached(v + j * W * PACK<T>);
+#pragma GCC unroll 16
+      for (int q = 0; q < NQ; q++) {
+        auto weight = D::other(weights + q * ldw);
+#pragma GCC unroll 16
+        for (int j = 0; j < NV; j++) acc[q][j] = D::add(acc[q][j], value[j], weight);
+      }
+    }
+  }
+  for (int q = 0; q < NQ; q++)
+    for (int j = 0; j < NV; j++) store(out + q * ldo + first + j * W, acc[q][j]);  // rows of `out` are whole vectors
+}
+
+// How much is computed side by side: what the registers hold.
+#if defined(__AVX512F__)
+constexpr int QUERIES = 4, CHUNKS = 4, FEW_QUERIES_CHUNKS = 8, VECTORS = 4;
+#else
+constexpr int QUERIES = 2, CHUNKS = 2, FEW_QUERIES_CHUNKS = 2, VECTORS = 2;
+#endif
+
+template <class T, int NQ>
+void score_rows(const T* const* keys, int64_t chunks, const Value<T>* queries, int64_t ldq, int64_t head_dim, float* scores) {
+  constexpr int WIDE = 2 * NQ <= QUERIES ? FEW_QUERIES_CHUNKS : CHUNKS;
+  int64_t c = 0;
+  for (; c + WIDE <= chunks; c += WIDE) score_tile<T, NQ, WIDE>(keys + c, queries, ldq, head_dim, scores + c * CHUNK);
+  for (; c + 2 <= chunks; c += 2) score_tile<T, NQ, 2>(keys + c, queries, ldq, head_dim, scores + c * CHUNK);
+  for (; c < chunks; c++) score_tile<T, NQ, 1>(keys + c, queries, ldq, head_dim, scores + c * CHUNK);
+}
+
+template <class T, int NQ>
+void value_rows(const T* const* values, int64_t chunks, const Value<T>* weights, int64_t ldw, int64_t head_dim, float* out, int64_t ldo) {
+  int64_t d = 0;
+  for (; d + VECTORS * W <= head_dim; d += VECTORS * W) value_tile<T, NQ, VECTORS, false>(values, chunks, weights, ldw, d, head_dim, out, ldo);
+  for (; d + W <= head_dim; d += W) value_tile<T, NQ, 1, false>(values, chunks, weights, ldw, d, head_dim, out, ldo);
+  if (d < head_dim) value_tile<T, NQ, 1, true>(values, chunks, weights, ldw, d, head_dim, out, ldo);
+}
+
+// Calls f with the number of queries of each group, as a constant: f(std::integral_constant<int, n>, first).
+template <class F>
+LS_INLINE void by_queries(int64_t queries, F&& f) {
+  int64_t q = 0;
+  for (; q + QUERIES <= queries; q += QUERIES) f(std::integral_constant<int, QUERIES>(), q);
+  if constexpr (QUERIES > 2) {
+    if (queries - q == 3) f(std::integral_constant<int, 3>(), q);
+    if (queries - q == 2) f(std::integral_constant<int, 2>(), q);
+  }
+  if (queries - q == 1) f(std::integral_constant<int, 1>(), q);
+}
+
+}  // namespace lockstep
