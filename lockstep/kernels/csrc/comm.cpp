@@ -140,7 +140,8 @@ void shm_all_reduce(Group* g, char* x, int64_t count, int64_t size, int64_t dtyp
 }
 
 // Every rank's `bytes` at src to dst [world][bytes]; dst null: this rank only gives.
-void shm_gather(Group* g, const char* src, int64_t bytes, char* dst) {
+void shm_gather(Group* g, const void* from, int64_t bytes, char* dst) {
+  const char* src = static_cast<const char*>(from);
   for (int64_t at = 0; at < bytes; at += chunk_bytes(*g)) {
     const int64_t some = std::min(chunk_bytes(*g), bytes - at);
     memcpy(g->slot(g->rank), src + at, size_t(some));
