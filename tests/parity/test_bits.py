@@ -99,7 +99,7 @@ def test_the_command(folders: dict[str, Path], capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["-tp", "1,x"], "1,x"), (["-tp", "0"], "tensor_parallel_size=0"), (["--max-tokens", "0"], "at least 1")]
+    ("arguments", "message"), [(["-tp", "1,x"], "1,x"), (["-tp", "0"], "--tensor-parallel-size=0"), (["--max-tokens", "0"], "at least 1")]
 )
 def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", *arguments]) == 2
