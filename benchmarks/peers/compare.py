@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -44,7 +43,7 @@ class Comparison:
         self.vocab = int(json.loads((Path(run.model) / "config.json").read_text())["vocab_size"])
         self.bandwidth = Bandwidth(run.cores)
         self.patience = Patience(args.quiet_cores, args.wait, args.reps)
-        self.report = Report(args.out, run, shlex.join(["python", *sys.argv]))
+        self.report = Report(args.out, run)
         self.children: list[Child] = []
 
     def measure(self) -> None:

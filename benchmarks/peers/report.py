@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,11 +16,16 @@ from lockstep.cli.bench import machine
 TORCH_LIMIT = "limit"  # the engine name of what no engine can beat
 
 
+def command_line() -> str:
+    """What the user typed, the home folder as ~: results are for others to repeat."""
+    return shlex.join(["python", *sys.argv]).replace(f"{Path.home()}/", "~/")
+
+
 class Report:
     """Knows what is the same on every line. `limit`: the bandwidth measured last, in GB/s by threads and pages."""
 
-    def __init__(self, out: Path | None, run: Run, command: str) -> None:
-        self.out, self.run, self.command = out, run, command
+    def __init__(self, out: Path | None, run: Run) -> None:
+        self.out, self.run, self.command = out, run, command_line()
         self.machine = machine.describe()
         self.limit: dict[str, float] = {}
         self.versions: dict[str, str] = {}
@@ -42,7 +49,7 @@ class Report:
 
     def other(self, name: str, metric: str, values: list[float], unit: str, **more: Any) -> None:
         """A figure that is not an engine's: a limit, or a ratio of two of them."""
-        about = {"engine": name, "label": name, "version": self.machine["torch"], "dtype": self.run.dtype, "tp": 1, "pp": 1, "dp": 1}
+        about = {"engine": name, "label": name, "version": f"torch {self.machine['torch']}", "dtype": self.run.dtype}
         self._line({**about, "threads": len(self.run.cores)}, metric, values, unit, more)
         if unit == "x":
             self.table.setdefault(metric, {})[name] = values
