@@ -33,6 +33,7 @@ from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.progress import Progress
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer, tokenizer_folder
 from lockstep.observability import logging
+from lockstep.observability.trace import Profile
 from lockstep.protocol import RequestOutputKind, SamplingParams
 
 log = logging.get_logger(__name__)
@@ -128,6 +129,14 @@ class LLM:
         """Call a method of `Worker` by name on every rank; the results by rank. Arguments and results are plain data."""
         return self._core.executor.collective_rpc(method, args, kwargs)
 
+    def start_profile(self) -> None:
+        """Record what the engine and every rank do, from now on and until `stop_profile`. Costs a few per cent of speed."""
+        self._core.executor.start_timelines()
+
+    def stop_profile(self) -> Profile:
+        """What was recorded since `start_profile`: `write(folder)` it as a Chrome trace, or print its `summary()`."""
+        return self._core.executor.take_timelines()
+
     def shutdown(self) -> None:
         """Stop the ranks and free everything. May be called twice; also done at exit and when the object is dropped."""
         self._core.shutdown()
@@ -154,7 +163,8 @@ class LLM:
                 news = self._core.step()
                 if self._core.failure is not None:
                     raise self._core.failure
-                outputs, ended = self._collector.take(news)
+                with self._core.executor.timeline.span("detokenize", "engine"):
+                    outputs, ended = self._collector.take(news)
                 self._core.abort(ended)
                 left -= {o.request_id for o in news if o.finish_reason is not None}
                 left.difference_update(ended)

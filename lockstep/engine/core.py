@@ -76,11 +76,19 @@ class EngineCore:
 
     def _advance(self) -> None:
         """Steps are issued before the oldest is waited for: the ranks run one while the next is planned."""
-        while len(self._in_flight) < self.depth and (step := self.scheduler.schedule()):
-            self._in_flight.append((step, self.executor.execute_model(step.plan)))
+        timeline = self.executor.timeline
+        while len(self._in_flight) < self.depth:
+            with timeline.span("schedule", "engine"):
+                planned = self.scheduler.schedule()
+            if not planned:
+                break
+            self._in_flight.append((planned, self.executor.execute_model(planned.plan)))
         if self._in_flight:
             step, future = self._in_flight.popleft()
-            self.scheduler.update(step, self._wait(step, future))
+            with timeline.span("wait for the ranks", "idle", step.plan.step):
+                result = self._wait(step, future)
+            with timeline.span("update", "engine", step.plan.step):
+                self.scheduler.update(step, result)
 
     def _wait(self, step: ScheduledStep, future: StepFuture) -> StepResult:
         """The result of a step. Raises ExecutorError, also for a step that does not end in time."""

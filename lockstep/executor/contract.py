@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from lockstep.observability.timeline import Timeline
+from lockstep.observability.trace import Profile, Track
 from lockstep.protocol import RankMemory, StepPlan, StepResult
 
 __all__ = ["Executor", "ExecutorError", "RankMemory", "StepFuture"]
@@ -54,6 +56,7 @@ class Executor(ABC):
     """
 
     max_concurrent_batches: int = 1  # steps that may be in flight at once
+    timeline = Timeline()  # of this process; each executor that can be recorded makes its own, this one never starts
 
     @abstractmethod
     def memory(self) -> list[RankMemory]:
@@ -77,6 +80,17 @@ class Executor(ABC):
         ExecutorError kind "raised" when any rank raised (the executor lives on: the exception was answered by all),
         TimeoutError after `timeout` seconds (a late reply is dropped, never taken for another call's).
         """
+
+    def start_timelines(self) -> None:
+        """Record what this process and every rank do from now on."""
+        self.collective_rpc("start_timeline")
+        self.timeline.start()
+
+    def take_timelines(self) -> Profile:
+        """Stop; what was recorded since the start."""
+        engine = Track("engine", self.timeline.take(), self.timeline.left_out)
+        answers = enumerate(self.collective_rpc("take_timeline"))
+        return Profile([engine, *(Track(f"rank {rank}", rows, left_out) for rank, (rows, left_out) in answers)])
 
     @abstractmethod
     def check_health(self) -> None:

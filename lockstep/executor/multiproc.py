@@ -21,6 +21,8 @@ from lockstep.executor.contract import Executor, ExecutorError, RankMemory, Step
 from lockstep.executor.fleet import Fleet
 from lockstep.executor.operations import Operation, StepOperation
 from lockstep.executor.spawn import Plan
+from lockstep.observability.timeline import Timeline
+from lockstep.observability.trace import BROADCAST
 from lockstep.protocol import StepPlan
 
 
@@ -29,6 +31,7 @@ class MultiprocExecutor(Executor):
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str) -> None:
         """Starts all ranks; returns when their models are loaded. Raises ExecutorError when one does not get there."""
+        self.timeline = Timeline()
         parallel = config.parallel
         stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
         world = stage * parallel.pipeline_parallel_size
@@ -51,7 +54,8 @@ class MultiprocExecutor(Executor):
 
     def execute_model(self, plan: StepPlan) -> StepFuture:
         operation = self._open(StepOperation, f"step {plan.step}", [self._fleet.plan.output_rank], self._step_limit_s)
-        self._give(operation, wire.Step(operation.id, plan), self._step_limit_s)
+        with self.timeline.span(BROADCAST, "engine", plan.step):
+            self._give(operation, wire.Step(operation.id, plan), self._step_limit_s)
         return cast(StepOperation, operation)
 
     def collective_rpc(

@@ -14,7 +14,8 @@ from lockstep.config.tree import EngineConfig
 from lockstep.executor import failure, wire
 from lockstep.executor.affinity import plan_here
 from lockstep.executor.contract import Executor, ExecutorError, RankMemory, StepFuture
-from lockstep.executor.worker_loop import call_worker, raised_answer, worker_class
+from lockstep.executor.worker_loop import call_worker, leave, raised_answer, worker_class
+from lockstep.observability.timeline import Timeline
 from lockstep.protocol import StepPlan, StepResult
 
 
@@ -43,6 +44,7 @@ class UniprocExecutor(Executor):
     max_concurrent_batches = 1
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str) -> None:
+        self.timeline = Timeline()
         self._error: ExecutorError | None = None
         self._callbacks: list[Callable[[ExecutorError], None]] = []
         self._worker: Any = None
@@ -72,8 +74,12 @@ class UniprocExecutor(Executor):
     def execute_model(self, plan: StepPlan) -> StepFuture:
         self.check_health()
         try:
-            with self._ending(f"step {plan.step}"), self._seat:
-                return _Finished(self._worker.execute_model(plan), None)
+            with self._ending(f"step {plan.step}"), self._seat, self.timeline.span("run step", "engine", plan.step):
+                timeline: Timeline = self._worker.timeline
+                timeline.enter(plan.step)
+                result = self._worker.execute_model(plan)
+                leave(timeline, plan, "result")
+                return _Finished(result, None)
         except ExecutorError as e:
             return _Finished(None, e)
 

@@ -13,6 +13,8 @@ from lockstep.distributed.message_queue import MessageReader
 from lockstep.distributed.progress import ProgressCell
 from lockstep.executor import wire
 from lockstep.executor.fault import Fault
+from lockstep.observability.timeline import Timeline, now_s
+from lockstep.protocol import StepPlan
 
 TRACEBACK_CHARS = 16_000
 _PHASE_OF_CALL = {"initialize_kv_cache": "warm-up"}
@@ -44,6 +46,13 @@ def call_worker(worker: Any, call: wire.Call) -> wire.CallDone | wire.Raised:
         return raised_answer(call.id, phase, e, fatal=False)
 
 
+def leave(timeline: Timeline, plan: StepPlan, last: str) -> None:
+    """The step of `plan` has ended, and `last` was its last part."""
+    if timeline.on:
+        timeline.lap(last)
+        timeline.leave(requests=len(plan.slots), tokens=sum(plan.num_tokens))
+
+
 class WorkerLoop:
     """Takes orders until told to stop."""
 
@@ -55,11 +64,15 @@ class WorkerLoop:
 
     def run(self) -> None:
         """Raises QueueClosed when the driver goes away. An exception in a step is answered, then raised again."""
+        timeline: Timeline = self._worker.timeline
         while True:
             self._cell.set(phase="idle")
-            order = wire.decode_order(self._queue.dequeue())
+            with timeline.span("wait for the engine", "idle"):
+                message = self._queue.dequeue()
+            received_s = now_s()
+            order = wire.decode_order(message)
             if isinstance(order, wire.Step):
-                self._step(order)
+                self._step(order, received_s)
             elif isinstance(order, wire.Call):
                 self._cell.set(phase=_PHASE_OF_CALL.get(order.method, f"call {order.method}"))
                 self._fault.strike("call")
@@ -67,15 +80,18 @@ class WorkerLoop:
             else:
                 return
 
-    def _step(self, order: wire.Step) -> None:
-        plan = order.plan
+    def _step(self, order: wire.Step, received_s: float) -> None:
+        plan, timeline = order.plan, self._worker.timeline
+        timeline.enter(plan.step, received_s)
         self._cell.set(phase="step", step=plan.step)
         try:
             self._fault.strike_step(plan)
+            timeline.lap("receive")
             result = self._worker.execute_model(plan)
             if self._reports:
                 assert result is not None, "the output rank's execute_model returned nothing"
                 self._reply(wire.StepDone(order.id, result))
+            leave(timeline, plan, "reply")
         except Exception as e:
             self._reply(raised_answer(order.id, f"step {plan.step}", e, fatal=True))
             raise

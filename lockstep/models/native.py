@@ -126,6 +126,16 @@ class NativeDecoder:
         """Build the program anew, after something that it depends on has changed."""
         self.program = Builder(self, self._caches).build()
 
+    def time_operations(self, on: bool) -> None:
+        """Note, from the next step on, when each operation begins and ends."""
+        assert self.program is not None, "bind_kv comes first"
+        self.program.timed(on)
+
+    def operation_times(self) -> list[tuple[str, float, float]]:
+        """(name, began, ended) of each operation of the last step, seconds of time.monotonic()."""
+        assert self.program is not None, "bind_kv comes first"
+        return self.program.times()
+
     def forward(self, input_ids: Tensor, batch: AttentionBatch, intermediate: Intermediate | None) -> Tensor | Intermediate:
         """As DecoderModel.forward. The result is a view that the next step overwrites."""
         assert self.program is not None, "bind_kv comes first"

@@ -13,11 +13,12 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.distributed.progress import ProgressCell
 from lockstep.executor.contract import RankMemory
+from lockstep.observability.timeline import Recorded
 from lockstep.protocol import StepPlan, StepResult
 from lockstep.utils.cores import RankCores
 
 
-class FakeWorker:
+class FakeWorker(Recorded):
     """Answers what it is asked. Its tokens are `step * 1000 + slot`."""
 
     needs_distributed = False
@@ -25,6 +26,7 @@ class FakeWorker:
     def __init__(
         self, config: EngineConfig, spec: ModelSpec, folder: Path, rank: int, local_rank: int, groups: Any, progress: ProgressCell | None
     ) -> None:
+        super().__init__()
         self.rank, self.progress = rank, progress
         parallel = config.parallel
         stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size

@@ -18,6 +18,7 @@ from lockstep.attention.batch import AttentionBatch
 from lockstep.config.model_spec import ModelSpec
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.models.decoder import DecoderModel
+from lockstep.observability.timeline import Timeline
 from lockstep.protocol import StepPlan, StepResult, TokenLogprobs
 from lockstep.worker import hop
 from lockstep.worker.batch import I64, BatchState, SampleRows
@@ -25,6 +26,7 @@ from lockstep.worker.inputs import StepInputs, build_inputs, rehearsal_inputs
 from lockstep.worker.logprobs import chunk_rows, token_logprobs
 from lockstep.worker.recorder import Recorder
 from lockstep.worker.sampler import Sampled, Sampler, argmax
+from lockstep.worker.tracing import add_operations
 
 if TYPE_CHECKING:
     from lockstep.distributed.progress import ProgressCell
@@ -44,9 +46,11 @@ class ModelRunner:
         state: BatchState,
         device: torch.device,
         progress: ProgressCell | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self.model, self.spec, self.groups = model, spec, groups
         self.state, self.device, self.progress = state, device, progress
+        self.timeline = timeline or Timeline()
         self.sampler = Sampler()
         self.recorder: Recorder | None = None
 
@@ -60,15 +64,20 @@ class ModelRunner:
         """Run one step. Returns its result on the output rank, None on the others."""
         began = time.perf_counter()
         self.state.apply(plan)
+        self.timeline.lap("apply")
         if not plan.slots:  # a plan that only gives slots back
             return StepResult(step=plan.step, tokens=[]) if self.is_output_rank else None
         inputs = build_inputs(self.state, plan)
         self._mark(plan)
         if self.recorder is not None:
             self.recorder.begin(inputs, self.state)
+        self.timeline.lap("inputs")
         hidden = self.forward(inputs)
+        add_operations(self.model, self.timeline)
+        self.timeline.lap("forward")
         prompt_logprobs = [] if hidden is None else self._prompt_logprobs(hidden, inputs)
         sampled = self._sample(hidden, inputs)
+        self.timeline.lap("sample")
         self.state.append(inputs.sampled_slots, sampled.tokens)
         if not self.is_output_rank:
             return None

@@ -7,6 +7,7 @@ by name through the executor; all ranks get the same calls in the same order.
 from __future__ import annotations
 
 import hashlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,12 @@ from lockstep.models import native
 from lockstep.models.decoder import DecoderModel
 from lockstep.models.registry import build_model
 from lockstep.observability.logging import get_logger
+from lockstep.observability.timeline import Recorded, Row
 from lockstep.protocol import RankMemory, StepPlan, StepResult
 from lockstep.utils.cores import RankCores
 from lockstep.weights.dummy import fill_dummy
 from lockstep.weights.loader import load_weights
-from lockstep.worker import kv, memory, profile
+from lockstep.worker import kv, memory, profile, tracing
 from lockstep.worker.batch import BatchState
 from lockstep.worker.model_runner import ModelRunner
 from lockstep.worker.recorder import Recorder
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 
-class Worker:
+class Worker(Recorded):
     """One rank of an engine.
 
     config: resolved (device, dtype and max_model_len are set). folder: the checkpoint. local_rank: among the ranks of
@@ -54,6 +56,7 @@ class Worker:
         groups: ParallelGroups,
         progress: ProgressCell | None = None,
     ) -> None:
+        super().__init__()
         self.config, self.spec, self.folder, self.groups, self.progress = config, spec, folder, groups, progress
         self.rank, self.local_rank = rank, local_rank
         self.device = torch.device("cpu")
@@ -62,6 +65,7 @@ class Worker:
         self._free_bytes: int | None = None
         self._activation_bytes = 0
         self._kv_bytes = 0
+        self._watch = ExitStack()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,7 +149,9 @@ class Worker:
         self._kv_bytes = sum(t.numel() * t.element_size() for t in tensors)
         slots = most_num_seqs(self.config, default_token_budget(self.config, self.spec))
         state = BatchState(slots, self.config.model.max_model_len or self.spec.max_position_embeddings, block_size)
-        self._runner = ModelRunner(self.model, self.spec, self.groups, state=state, device=self.device, progress=self.progress)
+        self._runner = ModelRunner(
+            self.model, self.spec, self.groups, state=state, device=self.device, progress=self.progress, timeline=self.timeline
+        )
         self._mark("warm-up")
         self._runner.rehearse([1], [1])
         self._mark("ready")
@@ -163,6 +169,17 @@ class Worker:
             self.runner.record(None)
         else:
             self.runner.record(Recorder())
+
+    def start_timeline(self) -> None:
+        """Record this rank's steps, and what happens inside them, from now on."""
+        self._watch.close()
+        self._watch = tracing.watch(self.model, self.groups, self.timeline)
+        super().start_timeline()
+
+    def take_timeline(self) -> tuple[list[Row], int]:
+        """Stop; the spans since the start, and how many more there was no room for."""
+        self._watch.close()
+        return super().take_timeline()
 
     def ping(self) -> int:
         """This rank's number: a sign that it answers."""

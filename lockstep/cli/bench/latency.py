@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lockstep.cli.bench import workload
+from lockstep.cli.bench.profile import PROFILE_HELP, check_folder, record
 from lockstep.cli.bench.result import Reporter
 from lockstep.cli.bench.throughput import run_ours
 from lockstep.cli.errors import UsageError
@@ -23,6 +24,7 @@ class LatencyArgs:
     input_len: int = opt(128, "Tokens of every prompt.")
     output_len: int = opt(128, "Tokens of every output.")
     repetitions: int = opt(5, "Counted runs; the median is the figure.")
+    profile: str | None = opt(None, PROFILE_HELP)
     json: bool = opt(False, "Print one JSON line per result on standard output.")
 
     def check(self) -> None:
@@ -35,6 +37,7 @@ class LatencyArgs:
 def latency(config: EngineConfig, vocab_size: int, args: LatencyArgs, report: Reporter) -> None:
     """Measure prefill alone (one output token) and the whole; the difference is decode."""
     args.check()
+    check_folder(args.profile)
     start = time.perf_counter()
     with LLM(**settings(config)) as llm:
         report.emit("lockstep", "startup", [time.perf_counter() - start], "s")
@@ -42,6 +45,7 @@ def latency(config: EngineConfig, vocab_size: int, args: LatencyArgs, report: Re
         seconds(0, 2)
         first = [seconds(2 * i + 1, 1) for i in range(args.repetitions)]
         whole = [seconds(2 * i + 2, args.output_len) for i in range(args.repetitions)]
+        record(llm, args.profile, report, lambda: seconds(2 * args.repetitions + 1, args.output_len))
     per_token = [(b - a) / (args.output_len - 1) * 1000 for a, b in zip(first, whole, strict=True)]
     size = {"batch_size": args.batch_size, "input_len": args.input_len, "output_len": args.output_len}
     report.emit("lockstep", "time_to_first_token", [t * 1000 for t in first], "ms", **size)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from lockstep.cli.bench import machine, workload
 from lockstep.cli.bench.peer import TransformersPeer
+from lockstep.cli.bench.profile import PROFILE_HELP, check_folder, record
 from lockstep.cli.bench.result import Reporter
 from lockstep.cli.bench.workload import Workload
 from lockstep.cli.errors import UsageError
@@ -29,6 +30,7 @@ class ThroughputArgs:
     repetitions: int = opt(3, "Counted runs; the median is the figure.")
     compare: Literal["none", "transformers"] = opt("none", "A peer to run in turn with, in the same call.")
     peer_batch_size: int = opt(32, "Batch size of the peer.")
+    profile: str | None = opt(None, PROFILE_HELP)
     json: bool = opt(False, "Print one JSON line per result on standard output.")
 
     def workload(self, vocab_size: int, max_model_len: int) -> Workload:
@@ -54,6 +56,7 @@ def run_ours(llm: LLM, work: Workload) -> tuple[float, list[list[int]]]:
 
 def throughput(config: EngineConfig, folder: Path, work: Workload, vocab_size: int, args: ThroughputArgs, report: Reporter) -> None:
     """Run the workload `repetitions` times, ours and the peer's in turn, and report medians and their ratio."""
+    check_folder(args.profile)
     report.note(f"{work.name}: {len(work.prompts)} prompts, {work.input_tokens} tokens in, {work.output_tokens} out")
     start = time.perf_counter()
     ours, peers, alike, noise = [], [], [], []
@@ -78,6 +81,7 @@ def throughput(config: EngineConfig, folder: Path, work: Workload, vocab_size: i
         ratio_in = (work.input_tokens + work.output_tokens) / work.output_tokens
         more = {"workload": work.name, "input_tokens": work.input_tokens, "output_tokens": work.output_tokens, "other_cores": max(noise)}
         more["peak_rss_mib"] = machine.peak_rss_mib()
+        record(llm, args.profile, report, lambda: run_ours(llm, work))
         report.emit("lockstep", "output_tokens_per_s", ours, "tok/s", total_tokens_per_s=round(median(ours) * ratio_in, 2), **more)
     if peer is not None:
         report.emit("transformers", "output_tokens_per_s", peers, "tok/s", version=peer.version, batch_size=args.peer_batch_size)
