@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lockstep.kernels.rows import row_argmax
 from lockstep.layers.base import pad_last, trim_shards
 from lockstep.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -50,9 +51,9 @@ class LogitsProcessor(nn.Module):
         """
         local = self._finish(self._local(lm_head, hidden, bias)[..., : lm_head.shard.filled.size])
         if lm_head.tp_size == 1:
-            return local.argmax(dim=-1)
+            return row_argmax(local)
         if local.shape[-1]:
-            ids = local.argmax(dim=-1, keepdim=True)
+            ids = row_argmax(local).unsqueeze(-1)
             pair = torch.cat([local.gather(-1, ids).double(), (ids + lm_head.shard.start).double()], dim=-1)
         else:
             pair = torch.full((*local.shape[:-1], 2), -torch.inf, dtype=torch.float64, device=local.device)

@@ -105,7 +105,7 @@ def test_a_row_alone_equals_the_row_among_others(params: list[SamplingParams], v
 @given(seed=st.integers(0, 10_000), top_p=st.floats(1e-6, 0.999999), spread=st.sampled_from([0.0, 0.01, 1.0, 8.0]))
 def test_top_p_never_sorts_away_a_token_it_should_keep(seed: int, top_p: float, spread: float) -> None:
     """The pre-filter before the sort changes nothing: same kept set as the oracle's, up to mass that rounds."""
-    from lockstep.worker.sampler import keep_top_p
+    from lockstep.kernels.reference.sampling import keep_top_p
 
     logits = logits_of(1, seed=seed, vocab=300)[0].numpy() * spread
     weights = np.exp(logits.astype(np.float64) - logits.max())

@@ -1,0 +1,42 @@
+"""Choices from rows of logits: the kernels where they are, torch and numpy elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lockstep.kernels.library import library
+from lockstep.kernels.reference import sampling
+
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+
+
+def row_argmax(logits: Tensor) -> Tensor:
+    """The most likely token of each row of `logits [rows, vocab]`, `[rows]` int64; the lowest id where several are."""
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=-1)
+    lib = library()
+    if lib is None or logits.dtype != torch.float32 or logits.stride(1) != 1:
+        return torch.from_numpy(logits.float().numpy().argmax(axis=1))  # numpy's is vectorised, torch's is not
+    ids = torch.empty(logits.shape[0], dtype=torch.int64)
+    lib.argmax_rows(logits.data_ptr(), logits.shape[0], logits.shape[1], logits.stride(0), ids.data_ptr(), None)
+    return ids
+
+
+def draw(logits: F32, u: F64, *, temperature: F64, min_p: F64, top_k: I64, top_p: F64) -> I64:
+    """One token per row of `logits [rows, vocab]`; the others are `[rows]`. See `reference.sampling.draw`."""
+    lib = library()
+    if lib is None:
+        return sampling.draw(logits, u, temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p)
+    logits = np.ascontiguousarray(logits)
+    ids = np.empty(len(logits), np.int64)
+    columns = [np.ascontiguousarray(a, np.float64) for a in (u, temperature, min_p)]
+    k, p = np.ascontiguousarray(top_k, np.int64), np.ascontiguousarray(top_p, np.float64)
+    lib.draw_rows(
+        logits.ctypes.data, *logits.shape, logits.shape[1], *(a.ctypes.data for a in columns), k.ctypes.data, p.ctypes.data, ids.ctypes.data
+    )
+    return ids
