@@ -13,6 +13,7 @@ from torch import Tensor
 from lockstep.attention.batch import AttentionBatch
 from lockstep.kernels.library import DTYPE_CODES
 from lockstep.kernels.reference import attention as reference
+from lockstep.kernels.reference.rowwise import norm
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Weights:
         s = self.shape
         q, k, v = self.qkv[row].split([s.num_q, s.num_kv, s.num_kv], dim=1)
         if s.qk_norm is not None:
-            q, k = reference.norm(q, self.q_norm, 1e-6, s.qk_norm), reference.norm(k, self.k_norm, 1e-6, s.qk_norm)
+            q, k = norm(q, self.q_norm, 1e-6, s.qk_norm), norm(k, self.k_norm, 1e-6, s.qk_norm)
         cos_sin = reference.angles(torch.arange(len(v)), self.inv_freq)
         return reference.rope(q, cos_sin), reference.rope(k, cos_sin), v
 

@@ -82,7 +82,7 @@ LS_INLINE u16x16 round_bf16(f32x16 x) {
 #else
   u32x16 b = as<u32x16>(x);
   u32x16 r = b + 0x7fffu + ((b >> 16) & 1u);
-  u32x16 nan = (b >> 16) | 0x40u;
+  u32x16 nan = b | 0x400000u;
   i32x16 is_nan = (x != x);
   return __builtin_convertvector((is_nan ? nan : r) >> 16, u16x16);
 #endif

@@ -22,15 +22,6 @@ def rope(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :].float()], dim=-1).to(x.dtype)
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
-    """RMS norm of each head of `x [tokens, heads, head_dim]`, float32 inside; rounded before the weight unless plus_one."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if plus_one:
-        return (wide * (1.0 + weight.float())).to(x.dtype)
-    return wide.to(x.dtype) * weight
-
-
 def attention(
     q: Tensor,
     keys: Tensor,
