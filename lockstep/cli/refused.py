@@ -11,7 +11,7 @@ _EP = f"expert parallelism {_LATER}: leave it out"
 _CP = f"context parallelism {_LATER}: leave it out"
 _LORA = f"LoRA {_LATER}: merge the adapter into the model first"
 _SPEC = f"speculative decoding {_LATER}: leave it out"
-_QUANT = f"quantization {_LATER}: name an unquantized checkpoint"
+_QUANT = f"this kind of quantization {_LATER}: use --quantization int8 for the weights, or leave it out"
 _SERVER = f"the server {_LATER}: use `lockstep generate` or `lockstep chat`"
 
 UNAVAILABLE: dict[str, str] = {
@@ -36,7 +36,7 @@ UNAVAILABLE: dict[str, str] = {
     **dict.fromkeys(("--dcp-comm-backend", "--dcp-kv-cache-interleave-size", "--cp-kv-cache-interleave-size", "--dcp-q-replicate"), _CP),
     **dict.fromkeys(("--enable-lora", "--lora-modules", "--max-loras", "--max-lora-rank"), _LORA),
     **dict.fromkeys(("--speculative-config", "--speculative-model", "--num-speculative-tokens"), _SPEC),
-    **dict.fromkeys(("--quantization", "-q", "--kv-cache-dtype", "--load-in-4bit", "--load-in-8bit"), _QUANT),
+    **dict.fromkeys(("--kv-cache-dtype", "--load-in-4bit", "--load-in-8bit"), _QUANT),
     **dict.fromkeys(("--api-server-count", "-asc", "--host", "--port", "--api-key", "--uvicorn-log-level"), _SERVER),
     **dict.fromkeys(("--numa-bind", "--numa-bind-nodes", "--numa-bind-cpus"), f"binding to NUMA nodes {_LATER}: see --cpu-binding"),
     **dict.fromkeys(

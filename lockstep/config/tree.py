@@ -29,7 +29,7 @@ class ModelConfig:
     tokenizer: str | None = opt(None, "Folder or hub id of the tokenizer, when it is not the model's own.")
     revision: str | None = opt(None, "Branch, tag or commit of the model on the hub.")
     dtype: DType = opt("auto", "Type of weights and activations; auto is the checkpoint's own.")
-    quantization: Quantization | None = opt(None, "int8 keeps the layers' matrices in 8 bits, one scale per output (CPU).")
+    quantization: Quantization | None = opt(None, "int8 keeps the layers' matrices in 8 bits, one scale per output (CPU).", "-q")
     max_model_len: int | None = opt(None, "Most tokens of prompt and output of one request; default: the model's own.")
     load_format: LoadFormat = opt("auto", "auto and safetensors read the checkpoint, dummy fills seeded random weights.")
     seed: int = opt(0, "Seed of everything random that no request seeds itself.")

@@ -26,6 +26,7 @@ from lockstep.distributed.communicators.loopback import LoopbackCommunicator
 from lockstep.distributed.group_objects import ObjectTransfer
 from lockstep.distributed.group_sharing import DeviceSharing
 from lockstep.distributed.group_tensors import TensorTransfer
+from lockstep.distributed.reduction_tree import ReductionTree
 
 DEFAULT_TIMEOUT_S = 300.0
 
@@ -158,6 +159,16 @@ class GroupCoordinator(ObjectTransfer, TensorTransfer, DeviceSharing):
     def prev_rank(self) -> int:
         """Global rank of the previous member, wrapping."""
         return self.ranks[(self.rank_in_group - 1) % self.world_size]
+
+    def announce(self, op: str, *tensors: Tensor, detail: str = "") -> None:
+        """Tell whoever watches that this rank begins `op`, which talks to the group by other means than these methods."""
+        if self.world_size > 1:
+            self._enter(op, *tensors, detail=detail)
+
+    def combine(self, partials: Tensor, tree: ReductionTree) -> Tensor:
+        """Partial sums `[tree.counts[rank_in_group], rows, n]` float32 added in the order of `tree`: `[rows, n]` float32."""
+        self._enter("combine", partials[:0], detail=f"rows={partials.shape[1]}")
+        return self.communicator.combine(partials, tree)
 
     def _enter(self, op: str, *tensors: Tensor, detail: str = "") -> None:
         """Tell whoever watches that this rank enters `op`. Raises CollectiveMismatchError when the ledger is on and ranks diverge."""

@@ -151,6 +151,7 @@ class NativeDecoder:
             seq_lens=batch.seq_lens,
             block_tables=batch.block_tables,
         )
+        self.model.groups.tp.announce("layers", self.buffers.stream[:tokens])
         self.program.run(self.step)
         if self.model.is_last:
             return self.buffers.normed[:tokens]

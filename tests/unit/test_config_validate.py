@@ -110,7 +110,7 @@ def test_broken_rule_is_refused_with_setting_value_rule_and_remedy(model: str, s
 
 def test_what_is_automatic_is_filled(model: str) -> None:
     config, spec, folder = resolve(build_config(model=model))
-    assert (config.model.dtype, config.runtime.device) == ("float32", "cpu")  # auto on CPU is float32, whatever the checkpoint says
+    assert (config.model.dtype, config.runtime.device) == ("bfloat16", "cpu")  # auto is the checkpoint's own type
     assert config.model.max_model_len == LIMIT
     assert config.parallel.distributed_executor_backend == "uni"
     assert config.parallel.threads_per_rank is None  # shared out where the ranks start: shares may differ
