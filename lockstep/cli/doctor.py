@@ -5,27 +5,22 @@ Every check is one line: ok, a warning with what to do, or a failure with the er
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 
 import psutil
 
-from lockstep.config.tree import ParallelConfig
-from lockstep.executor.affinity import plan_here
-from lockstep.kernels.variants import cpu_flags
-from lockstep.utils.cores import quota, usable_cores
+from lockstep.cli import doctor_cpu
+from lockstep.cli.doctor_cpu import Check
 from lockstep.version import __version__
 
-Check = tuple[str, str, str]  # (ok | warn | fail, subject, what was found)
-
+RANK_FLAGS = ("--tensor-parallel-size", "-tp", "--world-size")
 PAIR = """
 import os, sys, time
 import torch
@@ -47,7 +42,9 @@ for _ in range(50):
     times.append(time.perf_counter() - start)
 assert bool((y == want).all()), "wrong sum"
 if rank == 0:
-    print(f"{sorted(times)[25] * 1e6:.0f}", flush=True)
+    used = group.communicator
+    why = getattr(used, "explanation", "")
+    print(f"{sorted(times)[25] * 1e6:.0f} us ({type(used).__name__.removesuffix('Communicator').lower()}{why and ': ' + why})", flush=True)
 group.barrier()
 cleanup_dist_env_and_memory()
 os._exit(0)  # as workers leave: the library's own tear-down can abort a process that has done its work
@@ -55,10 +52,10 @@ os._exit(0)  # as workers leave: the library's own tear-down can abort a process
 
 
 def run(argv: list[str]) -> int:
-    """Print the checks; 0 when none failed. `--world-size N` asks how many ranks to try (default 2)."""
+    """Print the checks; 0 when none failed. `-tp N` asks how many ranks to plan for and to try (default 2)."""
     if "-h" in argv or "--help" in argv:
         print(__doc__)
-        print("usage: lockstep doctor [--world-size N]")
+        print("usage: lockstep doctor [--tensor-parallel-size N]")
         return 0
     world = _world_size(argv)
     failed = False
@@ -71,9 +68,9 @@ def run(argv: list[str]) -> int:
 def _world_size(argv: list[str]) -> int:
     if not argv:
         return 2
-    if len(argv) == 2 and argv[0] == "--world-size" and argv[1].isdigit() and 1 <= int(argv[1]) <= 64:
+    if len(argv) == 2 and argv[0] in RANK_FLAGS and argv[1].isdigit() and 1 <= int(argv[1]) <= 64:
         return int(argv[1])
-    print(f"error: doctor takes only --world-size N with N from 1 to 64, not {' '.join(argv)!r}.", file=sys.stderr)
+    print(f"error: doctor takes only {RANK_FLAGS[0]} N with N from 1 to 64, not {' '.join(argv)!r}.", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -81,12 +78,19 @@ def checks(world: int) -> Iterator[Check]:
     """All checks, in the order they are worth reading."""
     yield from _python()
     yield from _packages()
-    for subject, check in (("cores", _cpu), ("memory", _memory), ("shared memory", _shared_memory), ("gpu", _devices)):
+    parts: dict[str, Callable[[], Iterator[Check]]] = {
+        "cores": doctor_cpu.cores,
+        "threads": lambda: doctor_cpu.threads(world),
+        "kernels": doctor_cpu.kernels,
+        "memory": _memory,
+        "huge pages": doctor_cpu.huge_pages,
+        "shared memory": _shared_memory,
+        "gpu": _devices,
+        "demo model": _demo_model,
+        "ranks": lambda: _ranks(world),
+    }
+    for subject, check in parts.items():
         yield from _guarded(subject, check)
-    yield from _guarded("threads", lambda: _threads(world))
-    yield from _guarded("c++ compiler", _compiler)
-    yield from _guarded("demo model", _demo_model)
-    yield from _guarded("ranks", lambda: _ranks(world))
 
 
 def _guarded(subject: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
@@ -109,38 +113,6 @@ def _packages() -> Iterator[Check]:
             yield "ok", name, version(name)
         except PackageNotFoundError:
             yield "fail", name, f"not installed: pip install {name}"
-
-
-def _cpu() -> Iterator[Check]:
-    cores, limit = usable_cores(), quota()
-    cpus = sorted(chain(*cores))
-    features = sorted(cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
-    found = f"{len(cores)} with {len(cpus)} CPUs ({_ranges(cpus)})" + (f", {limit:g} CPUs' worth of time" if limit else "")
-    yield "ok", "cores", f"{found}; {', '.join(features) or 'no vector extensions that matter here'}"
-    load = os.getloadavg()[0]
-    if load > len(cpus):
-        yield "warn", "load", f"{load:.1f} on {len(cpus)} CPUs: other work is running, figures will be noisy"
-
-
-def _threads(world: int) -> Iterator[Check]:
-    """The plan of cores and threads, as ranks will follow it: a line each."""
-    plan = plan_here(world, ParallelConfig())
-    rows = [(f"rank {rank}", f"{share.threads} thread{'s' if share.threads > 1 else ''}", share) for rank, share in enumerate(plan)]
-    wide = max(len(threads) for _, threads, _ in rows)
-    for rank, threads, share in rows:
-        place = f"on CPUs {_ranges(share.lanes)} of {_ranges(share.cores)}" if share.cores else f"not bound: {share.why}"
-        yield "ok", f"{rank} of {world}", f"{threads:<{wide}}  {place}" + ("; waits sleep at once" if share.crowded else "")
-
-
-def _ranges(cpus: Iterable[int]) -> str:
-    """ "0-3,8,10-11": how the system itself writes such lists."""
-    runs: list[list[int]] = []
-    for cpu in sorted(cpus):
-        if runs and cpu == runs[-1][-1] + 1:
-            runs[-1].append(cpu)
-        else:
-            runs.append([cpu])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _memory() -> Iterator[Check]:
@@ -171,11 +143,6 @@ def _devices() -> Iterator[Check]:
     done = subprocess.run(query, check=False, capture_output=True, text=True, timeout=30)
     for line in done.stdout.strip().splitlines() or [done.stderr.strip() or "nvidia-smi printed nothing"]:
         yield ("ok" if done.returncode == 0 else "fail"), "gpu", line
-
-
-def _compiler() -> Iterator[Check]:
-    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    yield "ok", "c++ compiler", found or "none: not needed, the plain torch operations run"
 
 
 def _demo_model() -> Iterator[Check]:
@@ -215,4 +182,4 @@ def _ranks(world: int) -> Iterator[Check]:
         if p.returncode:
             yield "fail", "ranks", f"rank {rank} of {world} failed: {err.strip().splitlines()[-1] if err.strip() else p.returncode}"
             return
-    yield "ok", "ranks", f"{world} ranks met in {time.monotonic() - start:.1f} s; all-reduce of 8 KiB in {outs[0][0].strip()} us (gloo)"
+    yield "ok", "ranks", f"{world} ranks met in {time.monotonic() - start:.1f} s; all-reduce of 8 KiB in {outs[0][0].strip()}"

@@ -6,6 +6,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from lockstep.kernels import amx
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -49,7 +51,13 @@ def cpu_flags(cpuinfo: str | None = None) -> frozenset[str]:
 
 
 def usable(flags: frozenset[str] | None = None, machine: str | None = None) -> list[Variant]:
-    """The variants that this CPU can run, best first. Never empty."""
+    """The variants that this CPU, or one with `flags`, can run, best first. Never empty.
+
+    For this CPU the permission to use AMX tiles is asked for, and a process that is refused it has no such CPU.
+    """
+    ours = flags is None
     flags = cpu_flags() if flags is None else flags
+    if ours and "amx_tile" in flags and amx.refusal():
+        flags = frozenset(flag for flag in flags if not flag.startswith("amx"))
     machine = machine or platform.machine()
     return [v for v in VARIANTS if v.needs <= flags and v.machine in ("", machine)]
