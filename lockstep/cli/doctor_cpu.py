@@ -82,11 +82,8 @@ def huge_pages() -> Iterator[Check]:
             continue
         setting = text.partition("[")[2].partition("]")[0]
         if name == "enabled" and setting == "never":
-            yield (
-                "warn",
-                "huge pages",
-                f"{what}: never, which costs up to 40 % in reading them; as root: echo madvise > {HUGE_PAGES / name}",
-            )
+            remedy = f"echo madvise > {HUGE_PAGES / name}"
+            yield "warn", "huge pages", f"{what}: never, which costs up to 40 % in reading them; as root: {remedy}"
         else:
             yield "ok", "huge pages", f"{what}: {setting}"
 

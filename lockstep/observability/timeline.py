@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 CAPACITY = 1 << 18  # spans; some 300 steps of 100 layers with 8 operations each
@@ -69,6 +70,19 @@ class Timeline:
         if args:
             self._args[at] = args
         self._count = at + 1
+
+    def add_spans(self, names: Sequence[str], began_s: Sequence[float], ended_s: Sequence[float], category: str = "") -> None:
+        """Record many spans of the current step at once, in the order in which they ended."""
+        if not self.on:
+            return
+        at = self._count
+        found = min(len(names), len(self._names) - at)
+        end = at + found
+        self._names[at:end], self._categories[at:end] = names[:found], [category] * found
+        self._began[at:end], self._ended[at:end] = array("d", began_s[:found]), array("d", ended_s[:found])
+        self._steps[at:end] = array("q", [self._step]) * found
+        self._count = end
+        self.left_out += len(names) - found
 
     def span(self, name: str, category: str = "", step: int | None = None, **args: Any) -> contextlib.AbstractContextManager[None]:
         """`with timeline.span(...)`: record how long the block takes."""

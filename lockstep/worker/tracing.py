@@ -46,8 +46,8 @@ def watch(model: DecoderModel, groups: ParallelGroups, timeline: Timeline) -> Ex
 def add_operations(model: DecoderModel, timeline: Timeline) -> None:
     """Record the operations of the step that the kernels have just run."""
     if timeline.on and model.native is not None:
-        for name, began_s, ended_s in model.native.operation_times():
-            timeline.add_span(name, began_s, ended_s, "layer")
+        names, began_s, ended_s = zip(*model.native.operation_times(), strict=True)
+        timeline.add_spans(names, began_s, ended_s, "layer")
 
 
 def _watch_module(module: nn.Module, name: str, timeline: Timeline, undo: ExitStack) -> None:

@@ -69,6 +69,22 @@ def test_what_finds_no_room_is_counted_and_a_new_start_forgets() -> None:
     assert timeline.left_out == 0 and timeline.take() == []
 
 
+def test_many_spans_at_once_are_as_one_by_one() -> None:
+    one, many = Timeline(), Timeline()
+    for timeline in (one, many):
+        timeline.start(capacity=4)
+        timeline.enter(3)
+        timeline.add_span("first", 0.0, 1.0)
+    names, began, ended = ["a", "b", "c", "d"], [1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]
+    for span in zip(names, began, ended, strict=True):
+        one.add_span(*span, "layer")
+    many.add_spans(tuple(names), tuple(began), tuple(ended), "layer")
+    assert (one.left_out, many.left_out) == (1, 1)
+    assert many.take() == one.take()
+    many.add_spans(names, began, ended)  # off
+    assert many.take() == []
+
+
 def test_recording_gives_the_garbage_collector_nothing_to_do() -> None:
     timeline = Timeline()
     timeline.start(capacity=3000)
