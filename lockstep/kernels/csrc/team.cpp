@@ -14,6 +14,8 @@
 namespace lockstep {
 
 std::atomic<int64_t> spin_ns{50'000};
+// Between two jobs Python plans a step: waiting for that awake, spin_ns times this, is cheaper than being woken.
+constexpr int64_t JOB_PATIENCE = 6;
 
 double now_s() {
   timespec t;
@@ -55,8 +57,8 @@ static void bind(int) {}
 #endif
 
 // Returns when *word != seen: spins, then sleeps. `sleepers` tells wakers that somebody sleeps.
-static void wait_change(std::atomic<uint32_t>& word, uint32_t seen, std::atomic<uint32_t>& sleepers) {
-  if (int64_t budget = spin_ns.load(std::memory_order_relaxed)) {
+static void wait_change(std::atomic<uint32_t>& word, uint32_t seen, std::atomic<uint32_t>& sleepers, int64_t patience = 1) {
+  if (int64_t budget = patience * spin_ns.load(std::memory_order_relaxed)) {
     double until = now_s() + 1e-9 * double(budget);
     do {
       for (int i = 0; i < 64; i++) {
@@ -123,7 +125,7 @@ void Team::work(int id, int core) {
   if (core >= 0) bind(core);
   uint32_t seen = 0;
   for (;;) {
-    wait_change(turn_, seen, idle_);
+    wait_change(turn_, seen, idle_, JOB_PATIENCE);
     seen = turn_.load(std::memory_order_acquire);
     if (stop_) return;
     lane(id);
