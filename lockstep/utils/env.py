@@ -110,3 +110,8 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(_text("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
+
+
+def loose_atoms() -> bool:
+    """LOCKSTEP_LOOSE_ATOMS: sum each rank's columns in one go, which gives up equal bits; for measuring what they cost."""
+    return _text("LOCKSTEP_LOOSE_ATOMS") not in ("", "0")
