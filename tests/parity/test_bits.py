@@ -28,13 +28,13 @@ def agree(configs: list[object], folder: Path, **options: int) -> bool:
 
 
 def cases() -> list[tuple[str, str, int, int, int]]:
-    """Every architecture x type x split x threads x chunk; a seeded sample of it runs by default."""
-    everything = [
-        (arch, dtype, tp, threads, chunk)
-        for arch, dtype, tp, threads, chunk in product(ARCHS, DTYPES, SPLITS, (1, 2), (16, 64, 512))
-        if not (dtype == "float16" and arch.startswith("gemma"))
-    ]
-    return everything
+    """Every architecture x type x split, with numbers of threads and chunks that alternate."""
+    found = []
+    for index, (arch, dtype, tp) in enumerate(product(ARCHS, DTYPES, SPLITS)):
+        if dtype == "float16" and arch.startswith("gemma"):
+            continue  # overflows, and is refused
+        found.append((arch, dtype, tp, 1 + index % 2, (16, 64, 512)[index % 3]))
+    return found
 
 
 def sampled() -> list[object]:
