@@ -181,7 +181,7 @@ def main() -> None:
         if program is not None and len(cores) > 1:
             contestants["lean"] = Lean(program, cores)
         for size in args.sizes:
-            figures, noise = measure_size(contestants, size, args)
+            figures, noise = measure_size(contestants, size, args)  # raises ChildError with the end of that rank's log
             report(figures, noise, size, about, args)
 
 

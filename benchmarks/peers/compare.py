@@ -25,7 +25,7 @@ from pathlib import Path
 import engines as kinds
 import metrics
 from bandwidth import Bandwidth, last_cache_bytes, streamed_bytes
-from children import Child, turn
+from children import Child, ChildError, turn
 from engines import Engine, Run
 from metrics import Metric, Patience
 from report import TORCH_LIMIT, Report
@@ -222,7 +222,12 @@ def main() -> None:
     args, run, engines = _checked(_arguments())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the engines are closed on the way out
     with tempfile.TemporaryDirectory(prefix="compare-") as logs:
-        Comparison(args, run, engines, Path(logs)).measure()
+        try:
+            Comparison(args, run, engines, Path(logs)).measure()
+        except (ChildError, ValueError) as error:  # an engine's fault, told by the end of its own log
+            sys.exit(f"compare: {error}")
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 if __name__ == "__main__":
