@@ -39,8 +39,9 @@ def threads(world: int) -> Iterator[Check]:
     for rank, (count, share) in enumerate(zip(counts, plan, strict=True)):
         place = f"not bound: {share.why}"
         if share.cores:
-            place = f"on CPU{'s' if len(share.lanes) > 1 else ''} {ranges(share.lanes)}"
-            place += f" (kept on {ranges(share.cores)})" if len(share.cores) > len(share.lanes) else ""
+            lanes = share.lanes or share.cores
+            place = f"on CPU{'s' if len(lanes) > 1 else ''} {ranges(lanes)}"
+            place += f" (kept on {ranges(share.cores)})" if len(share.cores) > len(lanes) else ""
         waits = "; waits sleep at once" if share.crowded else ""
         yield "ok", f"rank {rank} of {world}", f"{count:<{max(map(len, counts))}}  {place}{waits}"
 

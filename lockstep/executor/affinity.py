@@ -46,8 +46,11 @@ def plan_cores(
             why = why or f"{n_ranks} ranks on {cpus} CPUs"
         elif count > len(lanes):
             why = why or f"{count} threads on {len(lanes)} CPUs"
-        bound = (tuple(sorted(lanes)), count, tuple(lanes[:count])) if not why else ((), count, ())
-        plan.append(RankCores(*bound, crowded, why))
+        if why:
+            plan.append(RankCores((), count, (), crowded, why))
+            continue
+        alone = count == 1 and len(run) > 1  # it may use any: another engine's single thread would be on the same first one
+        plan.append(RankCores(tuple(sorted(lanes)), count, () if alone else tuple(lanes[:count]), crowded))
     return plan
 
 

@@ -30,7 +30,8 @@ def test_a_plan_keeps_its_promises(cores: list[tuple[int, ...]], n_ranks: int, t
     assert len(plan) == n_ranks
     for rank in plan:
         assert rank.threads == threads or (threads is None and rank.threads >= 1)
-        assert len(rank.lanes) == (rank.threads if rank.cores else 0) == len(set(rank.lanes))
+        assert len(set(rank.lanes)) == len(rank.lanes) and len(rank.lanes) in (0, rank.threads)
+        assert bool(rank.lanes) == bool(rank.cores) or (rank.threads == 1 and len(rank.cores) > 1)
         assert set(rank.lanes) <= set(rank.cores)
         assert bool(rank.cores) != bool(rank.why), "bound, or a reason why not"
     taken = list(chain(*(rank.cores for rank in plan)))
@@ -54,6 +55,10 @@ def test_siblings_are_bound_to_and_not_computed_on() -> None:
 
 def test_threads_that_are_asked_for_fill_cores_before_siblings() -> None:
     assert plan_cores(machine(4, 2), 2, 3)[0] == RankCores((0, 1, 4, 5), 3, (0, 1, 4))
+
+
+def test_one_thread_with_several_cores_may_use_any() -> None:
+    assert plan_cores(machine(4), 2, 1)[1] == RankCores((2, 3), 1, ())
 
 
 def test_more_ranks_than_cores_take_siblings_one_thread_each() -> None:
