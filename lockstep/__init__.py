@@ -1,4 +1,4 @@
-"""lockstep: one model, many devices, the same answer bit for bit."""
+"""lockstep: one model, many devices, the same answer: bit for bit on CPU by default."""
 
 from __future__ import annotations
 

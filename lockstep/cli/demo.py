@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from lockstep.cli.session import memory_table
 from lockstep.protocol import SamplingParams
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def run(argv: list[str]) -> int:
     whole, _ = _write(1, greedy, show=False)
     same = split == whole
     print()
-    _table(memory)
+    print(memory_table(memory, exact=True))
     print(f"TP={args.tensor_parallel_size} output identical to TP=1: {'yes' if same else 'NO'}")
     return 0 if same else 1
 
@@ -66,10 +67,3 @@ def _stream(llm: object, prompt: str, params: SamplingParams) -> None:
         sys.stdout.flush()
         shown = len(text)
     print(f"\n{'-' * 40}")
-
-
-def _table(memory: list[RankMemory]) -> None:
-    """What each rank held, in plain columns."""
-    print(f"{'rank':>4}  {'weight bytes':>14}  {'KV cache bytes':>15}  {'peak memory':>12}")
-    for m in memory:
-        print(f"{m.rank:>4}  {m.weight_bytes:>14,}  {m.kv_bytes:>15,}  {m.peak_bytes / 2**20:>8,.0f} MiB")

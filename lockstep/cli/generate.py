@@ -55,6 +55,10 @@ class Counts:
             show_error(f"prompt {self.prompts}: {output.error}")
         self.prompts += 1
         self.tokens_in += len(output.prompt_token_ids)
+        self.add_tokens(output)
+
+    def add_tokens(self, output: RequestOutput) -> None:
+        """Count the tokens of an output, or of a piece of one."""
         self.tokens_out += sum(len(c.token_ids) for c in output.outputs)
 
 
@@ -131,12 +135,12 @@ def _as_stream(llm: LLM, prompt: Any, sampling: SamplingParams, counts: Counts) 
     """One completion, token by token. On a terminal its prompt stands before it, dimmed."""
     if sys.stdout.isatty() and isinstance(prompt, str):
         sys.stdout.write(f"\033[2m{prompt}\033[0m")
-    for output in llm.stream([prompt], _kind(sampling, RequestOutputKind.DELTA)):
-        counts.tokens_out += sum(len(c.token_ids) for c in output.outputs)
-        if output.finished:
-            counts.tokens_out -= sum(len(c.token_ids) for c in output.outputs)
-            counts.add(output)
-        for completion in output.outputs:
+    for piece in llm.stream([prompt], _kind(sampling, RequestOutputKind.DELTA)):
+        if piece.finished:
+            counts.add(piece)  # the prompt, and the last piece's tokens
+        else:
+            counts.add_tokens(piece)
+        for completion in piece.outputs:
             sys.stdout.write(completion.text)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -49,10 +49,11 @@ def note(text: str, quiet: bool = False) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def memory_table(ranks: list[RankMemory]) -> str:
-    """What each rank holds, one row per rank."""
-    rows = [("rank", "weights", "KV cache", "peak")]
-    rows += [(str(r.rank), size(r.weight_bytes), size(r.kv_bytes), size(r.peak_bytes)) for r in ranks]
+def memory_table(ranks: list[RankMemory], exact: bool = False) -> str:
+    """What each rank holds, one row per rank; `exact`: to the byte, but for the peak, which differs each time."""
+    rows = [("rank", "weight bytes", "KV cache bytes", "peak memory") if exact else ("rank", "weights", "KV cache", "peak")]
+    show = "{:,}".format if exact else size
+    rows += [(str(r.rank), show(r.weight_bytes), show(r.kv_bytes), size(r.peak_bytes)) for r in ranks]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  " + "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
 

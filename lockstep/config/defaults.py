@@ -1,13 +1,16 @@
-"""Automatic numbers of a step, decided before memory is profiled (the ranks profile a step of just this size).
+"""Automatic values, decided before memory is profiled (the ranks profile a step of just this size).
 
 Pure functions of the configuration, the model and, where the caller knows it, the memory one rank may use.
 """
 
 from __future__ import annotations
 
-from lockstep.config.model_spec import ModelSpec
-from lockstep.config.tree import EngineConfig
+from typing import NamedTuple
 
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig, ParallelConfig
+
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.9}  # of free memory on CPU, of the device's memory on CUDA
 MIN_BUDGET = 512
 MAX_BUDGET = {"cpu": 2048, "cuda": 8192}
 MAX_SEQS = 256
@@ -15,15 +18,38 @@ ACTIVATION_SHARE = 1 / 16  # of a rank's memory, that the activations of one ste
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def activation_bytes_per_token(config: EngineConfig, spec: ModelSpec) -> int:
-    """An estimate of what one token of a step takes besides weights and KV cache, in bytes on one rank.
+class TokenBytes(NamedTuple):
+    """What one token of a step holds at once, in bytes on one rank: the residual stream always, then attention or the MLP."""
 
-    Four residual-sized tensors, queries/keys/values with their rotated copies, gate, up and their product live at once.
-    """
+    stream: int
+    attention: int
+    mlp: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, heads: int, kv_heads: int, columns: int, itemsize: int) -> TokenBytes:
+        """An upper bound, for a rank with so many heads and MLP columns.
+
+        stream      6 x hidden           residual, normed (and its float32 form), layer output, embedding
+        attention   3 x heads x width    queries, keys, values; rotated; the result
+        MLP         4 x columns          gate and up joined, activated, product
+        """
+        wide = max(itemsize, 4)
+        attention = 3 * (heads + 2 * kv_heads) * spec.head_dim * wide
+        return cls(6 * spec.hidden_size * wide, attention, 4 * columns * itemsize)
+
+
+def activation_bytes_per_token(config: EngineConfig, spec: ModelSpec) -> int:
+    """What one token of a step takes besides weights and KV cache, in bytes on the rank with the largest shares."""
     tp = config.parallel.tensor_parallel_size
-    heads = -(-spec.num_heads // tp) + 2 * -(-spec.num_kv_heads // tp)
-    elements = 4 * spec.hidden_size + 2 * heads * spec.head_dim + 3 * -(-spec.intermediate_size // tp)
-    return elements * _ITEM_BYTES.get(config.model.dtype, 4)
+    heads, kv_heads, columns = (-(-whole // tp) for whole in (spec.num_heads, spec.num_kv_heads, spec.intermediate_size))
+    stream, attention, mlp = TokenBytes.of(spec, heads, kv_heads, columns, _ITEM_BYTES.get(config.model.dtype, 4))
+    return stream + max(attention, mlp)
+
+
+def default_backend(parallel: ParallelConfig) -> str:
+    """distributed_executor_backend as set, else uni (in this process) for one rank and mp (worker processes) for more."""
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.prefill_context_parallel_size
+    return parallel.distributed_executor_backend or ("uni" if ranks == 1 else "mp")
 
 
 def default_token_budget(config: EngineConfig, spec: ModelSpec, memory_bytes: int | None = None) -> int:

@@ -48,9 +48,13 @@ class ParallelConfig:
     distributed_executor_backend: str | None = opt(
         None, "uni (in this process), mp (worker processes), ray, external_launcher; default: uni for one rank, mp for more."
     )
-    distributed_timeout_seconds: float = opt(300.0, "Longest wait for a collective or for ranks to meet, in seconds.")
-    execute_model_timeout_seconds: float = opt(300.0, "Longest time one step may take, in seconds.")
-    check_collectives: bool = opt(False, "Debug: compare every rank's sequence of collectives and report the first divergence.")
+    distributed_timeout_seconds: float = opt(
+        300.0, "Longest wait for a collective or for ranks to meet, in seconds (worker processes only)."
+    )
+    execute_model_timeout_seconds: float = opt(300.0, "Longest time one step may take, in seconds (worker processes only).")
+    check_collectives: bool = opt(
+        False, "Debug: compare every rank's sequence of collectives and report the first divergence (one rank has none)."
+    )
     threads_per_rank: int | None = opt(
         None, "Compute threads of each rank; default: this host's cores shared out evenly, one thread on each."
     )
@@ -93,7 +97,7 @@ class RuntimeConfig:
 
     device: Device = opt("auto", "cpu, cuda, or auto: cuda when there is one.")
     log_level: Literal["debug", "info", "warning", "error"] = opt("warning", "Least severe log line shown.")
-    startup_timeout_seconds: float = opt(600.0, "Longest time the ranks may take to start, in seconds.")
+    startup_timeout_seconds: float = opt(600.0, "Longest time the ranks may take to start, in seconds (worker processes only).")
 
 
 @dataclass(frozen=True)

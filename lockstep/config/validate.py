@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lockstep.config import devices
 from lockstep.config.build import GROUPS, nearest
-from lockstep.config.defaults import default_token_budget
+from lockstep.config.defaults import MEMORY_SHARE, default_backend, default_token_budget
 from lockstep.config.errors import ConfigError
 from lockstep.config.hf import load_spec
 from lockstep.config.model_spec import ModelSpec, read_config_json
@@ -229,7 +229,7 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
     """The tree with every automatic value filled in that can be known before the ranks have loaded the model."""
     parallel, model, cache = config.parallel, config.model, config.cache
     tp = parallel.tensor_parallel_size
-    share = cache.gpu_memory_utilization or (0.9 if device == "cuda" else 0.5)
+    share = cache.gpu_memory_utilization or MEMORY_SHARE[device]
     dtype: Any = model.dtype if model.dtype != "auto" else spec.dtype
     config = replace(
         config,
@@ -240,7 +240,7 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
         ),
         parallel=replace(
             parallel,
-            distributed_executor_backend=parallel.distributed_executor_backend or ("mp" if tp > 1 else "uni"),
+            distributed_executor_backend=default_backend(parallel),
             check_collectives=parallel.check_collectives or env.check_collectives(),
         ),
         cache=replace(cache, gpu_memory_utilization=share),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lockstep.config.defaults import default_backend
 from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
@@ -20,7 +21,7 @@ def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker
     """
     parallel = config.parallel
     world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.prefill_context_parallel_size
-    backend = parallel.distributed_executor_backend or ("uni" if world == 1 else "mp")
+    backend = default_backend(parallel)
     if backend == "uni":
         if world != 1:
             raise ConfigError(f"distributed_executor_backend='uni' runs one rank, and {world} are asked for: use 'mp'.")

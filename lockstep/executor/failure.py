@@ -12,6 +12,7 @@ from lockstep.executor.wire import Raised
 from lockstep.utils import procs
 
 TAIL_LINES = 60
+_LOSS = ("connection", "reset by peer", "gloo", "nccl", "socket", "rendezvous", "store", "of the group", "timed out")
 
 
 class LogTail:
@@ -72,17 +73,17 @@ def hung(what: str, quiet_s: float, all_progress: Sequence[Progress], states: Se
     return ExecutorError(message, rank=culprit, phase=phase, kind="hung", log_tail=tail)
 
 
-def raised(rank: int, answer: Raised, tail: Sequence[str] = ()) -> ExecutorError:
-    """An exception in a rank. Its traceback is the end of the log tail."""
+def raised(rank: int, answer: Raised, tail: Sequence[str] = (), others: str = "") -> ExecutorError:
+    """An exception in a rank. Its traceback is the end of the log tail. `others`: where the other ranks are."""
     trace = answer.traceback.rstrip().splitlines()
-    message = f"rank {rank} raised {answer.error_type} in {answer.phase}: {answer.message}"
+    message = f"rank {rank} raised {answer.error_type} in {answer.phase}: {answer.message}{'.' if others else ''}{_others(others)}"
     return ExecutorError(message, rank=rank, phase=answer.phase, kind="raised", error_type=answer.error_type, log_tail=[*tail, *trace])
 
 
 def tells_of_a_lost_peer(answer: Raised) -> bool:
-    """Whether an exception may be the echo of another rank's death."""
+    """Whether an exception may be the echo of another rank's death or absence."""
     text = f"{answer.error_type} {answer.message}".lower()
-    return any(word in text for word in ("connection", "reset by peer", "gloo", "nccl", "socket", "rendezvous", "store"))
+    return any(word in text for word in _LOSS)
 
 
 def laggards(all_progress: Sequence[Progress]) -> list[int]:

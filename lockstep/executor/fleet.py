@@ -64,7 +64,8 @@ class Fleet:
         self._owner = os.getpid()
         self._started = time.monotonic()
         self._startup_limit_s = config.runtime.startup_timeout_seconds
-        self._forward = config.runtime.log_level != "error"
+        self._forward = True
+        self._only = ("ERROR", "CRITICAL") if config.runtime.log_level == "error" else ""  # how forwarded lines must begin
         self._bell = Bell.create()
         self._selector = selectors.DefaultSelector()
         self._suspect: tuple[float, ExecutorError] | None = None  # an exception in its grace
@@ -201,8 +202,10 @@ class Fleet:
         elif not answer.fatal:
             self.operations.answer_raised(worker.rank, answer)
         elif self._suspect is None:
-            grace_s = LOSS_GRACE_S if failure.tells_of_a_lost_peer(answer) else GRACE_S
-            self._suspect = (time.monotonic() + grace_s, failure.raised(worker.rank, answer, list(worker.tail.lines)))
+            lost = failure.tells_of_a_lost_peer(answer)
+            others = self.board.describe(w.rank for w in self.workers if w is not worker) if lost else ""
+            error = failure.raised(worker.rank, answer, list(worker.tail.lines), others)
+            self._suspect = (time.monotonic() + (LOSS_GRACE_S if lost else GRACE_S), error)
 
     def _read_log(self, worker: WorkerProcess) -> None:
         try:
@@ -215,7 +218,7 @@ class Fleet:
         lines = worker.tail.feed(data)
         if self._forward and self.operations.error is None:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error any more
-                sys.stderr.write("".join(f"[rank {worker.rank}] {line}\n" for line in lines))
+                sys.stderr.write("".join(f"[rank {worker.rank}] {line}\n" for line in lines if line.startswith(self._only)))
 
     def _unregister(self, what: int | socket.socket) -> None:
         with contextlib.suppress(KeyError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.distributed.progress import ProgressCell
 from lockstep.executor.contract import RankMemory
+from lockstep.observability.logging import get_logger
 from lockstep.observability.timeline import Recorded
 from lockstep.protocol import StepPlan, StepResult
 from lockstep.utils.cores import RankCores
@@ -110,6 +112,9 @@ class FakeWorker(Recorded):
 
     def unencodable(self) -> object:
         return object()
+
+    def log(self, level: str, text: str) -> None:
+        get_logger("lockstep.testing").log(logging.getLevelName(level.upper()), "%s", text)
 
     def say(self, text: str) -> None:
         print(text, flush=True)

@@ -20,8 +20,9 @@ class RankCores(NamedTuple):
     """Where one rank computes.
 
     cores: logical CPUs that its process is kept on, empty for "not bound". threads: compute threads, at least 1.
-    lanes: the CPU of each thread, as many as threads; empty when not bound, or when one thread has several cores. crowded: the ranks here have more threads
-    than there are CPUs, so a thread that waits must not spin. why: why it is not bound, "" when it is.
+    lanes: the CPU of each thread, as many as threads; empty when not bound, or when one thread has several cores.
+    crowded: the ranks here have more threads than there are CPUs, so a thread that waits must not spin. why: why it is
+    not bound, "" when it is.
     """
 
     cores: tuple[int, ...]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep.config.defaults import default_token_budget, most_num_seqs
+from lockstep.config.defaults import MEMORY_SHARE, TokenBytes, default_token_budget, most_num_seqs
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.distributed.groups import ParallelGroups
@@ -20,7 +20,6 @@ from lockstep.worker import kv, logprobs, memory, sampler
 from lockstep.worker.batch import BatchState
 from lockstep.worker.model_runner import ModelRunner
 
-DEFAULT_SHARE = {"cpu": 0.5, "cuda": 0.9}
 LIBRARY_BYTES = 64 << 20  # what maths libraries allocate for themselves in a first large step
 SOFTCAP_QUERIES = 128  # queries whose scores the attention backend holds whole when they are capped
 
@@ -42,7 +41,7 @@ class LargestStep:
 
 def room_bytes(config: EngineConfig, device: torch.device, ranks_here: int) -> int:
     """What this rank may still allocate: on CPU its part of the share of available memory, on CUDA the share less what is used."""
-    share = config.cache.gpu_memory_utilization or DEFAULT_SHARE[device.type]
+    share = config.cache.gpu_memory_utilization or MEMORY_SHARE[device.type]
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by the allocator, free for us
@@ -70,20 +69,15 @@ def sampling_bytes(step: LargestStep, spec: ModelSpec) -> int:
 def forward_bytes(step: LargestStep, spec: ModelSpec, tp: int, rank: int, itemsize: int) -> int:
     """An upper bound of what the forward pass holds at once, by arithmetic.
 
-    residual stream   6 x tokens x hidden       residual, normed (and its float32 form), layer output, embedding
-    attention         3 x tokens x heads        queries, keys, values; rotated; the result
-    MLP               4 x tokens x columns      gate and up joined, activated, product
+    per token         see TokenBytes
     masks             tokens x length           additive, of rows with a cached prefix, one set per kind of layer
     gathered KV       2 x length x KV heads     of the row attended to
     capped scores     3 x 128 x length x heads  float32, only with attention soft caps
     """
-    wide = max(itemsize, 4)
     heads = head_shard(spec.num_heads, spec.num_kv_heads, tp, rank)
     columns = shard(spec.intermediate_size, tp, rank).size
     q, kv_heads = heads.q.size, heads.kv.size
-    stream = 6 * step.tokens * spec.hidden_size * wide
-    attention = 3 * step.tokens * (q + 2 * kv_heads) * spec.head_dim * wide
-    mlp = 4 * step.tokens * columns * itemsize
+    stream, attention, mlp = (step.tokens * each for each in TokenBytes.of(spec, q, kv_heads, columns, itemsize))
     masks = len(set(spec.layer_kinds) or {"full"}) * step.tokens * step.length * (itemsize + 1)
     gathered = max(2 * step.length * kv_heads * spec.head_dim * itemsize, 16 << 20)
     scores = 3 * SOFTCAP_QUERIES * step.length * q * 4 if spec.attention_softcap is not None else 0

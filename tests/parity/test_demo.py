@@ -15,7 +15,7 @@ def test_the_demo_shows_the_split_and_compares():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "TP=2 output identical to TP=1: yes" in done.stdout
-    rows = re.findall(r"^ +(\d) +([\d,]+) +([\d,]+) +([\d,]+) MiB$", done.stdout, re.MULTILINE)
+    rows = re.findall(r"^ +(\d) +([\d,]+) +([\d,]+) +([\d.]+) MiB$", done.stdout, re.MULTILINE)
     assert [r[0] for r in rows] == ["0", "1"]
     # matrices are halved, norms are whole on both: a little more than half of 2 x 6.56 M float32 parameters together
     assert all(12_500_000 < int(r[1].replace(",", "")) < 13_500_000 for r in rows)
