@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def vllm(rank: int, world_size: int, port: int) -> tuple[str, Reduce, Reduce]:
     dist.barrier()
     torch.ops._C.join_shm_manager(handle, segment)
     dist.barrier()
+    for file in Path("/dev/shm").glob(f"{segment}_{rank}"):  # everybody has it open: it goes with the last of us
+        file.unlink()
 
     def reduce(x: torch.Tensor) -> None:
         torch.ops._C.shm_allreduce(handle, x)
