@@ -1,15 +1,17 @@
-"""A weight in the order in which the CPU kernels read it (csrc/packed.h)."""
+"""A weight in the order in which the CPU kernels read it (csrc/packed.h), in memory of theirs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lockstep.kernels.library import DTYPE_CODES, library
+from lockstep.kernels.reference import linear as reference
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -18,11 +20,14 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 
 class PackedLinear:
-    """A copy of `weight [n, k]`, packed; the source is not kept.
+    """A copy of `weight [n, k]` (float32, bfloat16, float16), packed; the source is not kept.
 
     bounds: borders of the atoms in which k is summed (default: one atom); they are atoms first, first + 1, ... of `total`.
     gated: rows [0, n / 2) are gates, the others go up. scale `[n]` float32: pack as int8, row i divided by scale[i].
-    Activations have the weight's type.
+    dtype: what is stored, by default the weight's type, int8 where there is a scale; int8 without one makes its own.
+    Activations may have any type, whatever the weight's. Raises ValueError for what cannot be packed.
+
+    Operations made with `handle` refer to its memory: who holds them must hold this too.
     """
 
     def __init__(
@@ -34,36 +39,45 @@ class PackedLinear:
         total: int | None = None,
         gated: bool = False,
         scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
         lib: Any = None,
     ) -> None:
         self._lib: Any = lib or library()
         assert self._lib is not None, "packing needs the kernel library"
+        assert weight.dim() == 2 and weight.stride(1) == 1, "a weight is [n, k], its rows contiguous"
         n, k = weight.shape
-        assert weight.stride(1) == 1, "the rows of a weight are contiguous"
-        borders = np.array([0, k] if bounds is None else bounds, np.int64)
-        assert borders[0] == 0 and borders[-1] == k and (np.diff(borders) > 0).all(), f"bounds {borders.tolist()} do not cut {k} columns"
-        self.shape, self.dtype = (n, k), weight.dtype
-        self.int8 = scale is not None
+        self.stored = dtype or (weight.dtype if scale is None else torch.int8)
+        _check_types(weight, self.stored, scale)
+        if self.stored is torch.int8 and scale is None:
+            scale = reference.int8_scale(weight)
         scale = None if scale is None else scale.float().contiguous()
-        code = dtype_code(weight.dtype)
+        self.shape, self.dtype, self.gated, self.scale = (n, k), weight.dtype, gated, scale
+        self.bounds = (0, k) if bounds is None else tuple(bounds)
+        self.first = first
+        self.total = first + len(self.bounds) - 1 if total is None else total
+        borders = torch.tensor(self.bounds, dtype=torch.int64)
         self.handle: int = self._lib.packed_new(
             weight.data_ptr(),
-            code,
+            dtype_code(weight.dtype),
             n,
             k,
             weight.stride(0),
-            DTYPE_CODES["int8"] if self.int8 else code,
-            code,
-            borders.ctypes.data,
-            len(borders),
+            dtype_code(self.stored),
+            borders.data_ptr(),
+            len(self.bounds),
             first,
-            len(borders) - 1 if total is None else total,
+            self.total,
             gated,
-            None if scale is None else scale.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
         )
 
     @property
+    def int8(self) -> bool:
+        return self.scale is not None
+
+    @property
     def nbytes(self) -> int:
+        """What a step reads of it."""
         return int(self._lib.packed_bytes(self.handle))
 
     @property
@@ -76,10 +90,10 @@ class PackedLinear:
         """Address of the int8 scales; 0 without."""
         return int(self._lib.packed_scale_of(self.handle))
 
-    def row(self, index: int) -> Tensor:
+    def row(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Row `index` `[k]` as before packing (int8: as the quantised number stands for)."""
-        out = torch.empty(self.shape[1], dtype=self.dtype)
-        self._lib.packed_row_to(self.handle, index, dtype_code(self.dtype), out.data_ptr())
+        out = torch.empty(self.shape[1], dtype=dtype or self.dtype)
+        self._lib.packed_row_to(self.handle, index, dtype_code(out.dtype), out.data_ptr())
         return out
 
     def tobytes(self) -> bytes:
@@ -88,11 +102,30 @@ class PackedLinear:
 
     def partials(self, x: Tensor) -> Tensor:
         """`x [rows, k]` -> `[subtrees, rows, n]` float32, int8 scales not applied."""
-        x = x.contiguous()
+        assert x.dim() == 2 and x.shape[1] == self.shape[1] and x.stride(1) == 1, f"{tuple(x.shape)} are no rows of {self.shape[1]}"
         out = torch.empty((self.subtrees, x.shape[0], self.shape[0]))
-        self._lib.linear_partials(self.handle, x.data_ptr(), dtype_code(x.dtype), x.shape[1], x.shape[0], out.data_ptr())
+        self._lib.linear_partials(self.handle, x.data_ptr(), dtype_code(x.dtype), x.stride(0), x.shape[0], out.data_ptr())
         return out
+
+    def unpacked(self) -> Tensor:
+        """The weight `[n, k]` as it is stored, float32; int8 times its scale."""
+        return torch.stack([self.row(i, torch.float32) for i in range(self.shape[0])])
+
+    def reference(self, x: Tensor) -> Tensor:
+        """`partials` in plain torch, from the stored weight; int8 scales are applied."""
+        return reference.partial_sums(x, self.unpacked(), self.bounds, self.first, self.total)
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
             self._lib.packed_free(self.handle)
+
+
+def _check_types(weight: Tensor, stored: torch.dtype, scale: Tensor | None) -> None:
+    if weight.dtype not in _TYPES or stored not in (*_TYPES, torch.int8):
+        raise ValueError(
+            f"a weight of {weight.dtype} cannot be packed as {stored}: use one of {', '.join(map(str, _TYPES))}, stored also int8."
+        )
+    if scale is not None and (stored is not torch.int8 or scale.shape != weight.shape[:1]):
+        raise ValueError(
+            f"scale {tuple(scale.shape)} with a weight {tuple(weight.shape)} stored as {stored}: int8 takes one number per row."
+        )

@@ -1,192 +1,187 @@
-// Packing weights. See packed.h for the layout.
-#include "packed.h"
-
+// Packing a weight, and reading a row back.
 #include <algorithm>
-#include <cmath>
+#include <memory>
+#include <type_traits>
 
 #include "bind.h"
+#include "hugepages.h"
+#include "packed.h"
 
 namespace lockstep {
+
+Packed::~Packed() { huge_free(data); }
 
 int64_t packed_n(const Packed& w) { return w.n; }
 int64_t packed_subtrees(const Packed& w) { return w.subtrees; }
 bool packed_scaled(const Packed& w) { return !w.scale.empty(); }
-const float* packed_scale(const Packed& w) { return w.scale.data(); }
+const float* packed_scale(const Packed& w) { return w.scale.empty() ? nullptr : w.scale.data(); }
 
 namespace {
 
-// Where the tree's node [lo, hi) is cut (distributed/reduction_tree.py).
-int64_t cut(int64_t lo, int64_t hi) {
-  int64_t p = 1;
-  while (p * 2 < hi - lo) p *= 2;
-  return lo + p;
+void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(std::string("a weight cannot be packed: ") + what);
 }
 
-// Fills in merges and emissions of the atoms of the node [lo, hi) of the tree, for the run [first, stop).
-struct Schedule {
+// Walks the tree over [lo, hi) as far as it lies inside the run [first, stop) and counts, at each atom of the run, the nodes
+// that end there. `subtrees` counts the maximal ones.
+struct Tree {
   int64_t first, stop;
-  std::vector<int> merges, emit;
-  int found = 0;
+  std::vector<Atom>& atoms;
+  int64_t subtrees = 0;
 
-  void whole(int64_t lo, int64_t hi) {
+  void visit(int64_t lo, int64_t hi, bool inside) {
+    if (hi <= first || stop <= lo) return;
+    if (!inside && first <= lo && hi <= stop) inside = true, subtrees++;
     if (hi - lo == 1) return;
-    whole(lo, cut(lo, hi)), whole(cut(lo, hi), hi);
-    merges[size_t(hi - 1 - first)]++;
-  }
-  void node(int64_t lo, int64_t hi) {
-    if (stop <= lo || hi <= first) return;
-    if (first <= lo && hi <= stop) {
-      whole(lo, hi);
-      emit[size_t(hi - 1 - first)] = found++;
-      return;
-    }
-    node(lo, cut(lo, hi)), node(cut(lo, hi), hi);
+    int64_t half = 1;
+    while (half * 2 < hi - lo) half *= 2;
+    visit(lo, lo + half, inside);
+    visit(lo + half, hi, inside);
+    if (inside) atoms[size_t(hi - 1 - first)].merges++;
   }
 };
 
-void plan(Packed& w, int64_t first, int64_t total) {
-  const int64_t atoms = int64_t(w.bounds.size()) - 1;
-  Schedule s{first, first + atoms, std::vector<int>(size_t(atoms)), std::vector<int>(size_t(atoms), -1)};
-  s.node(0, total);
-  w.subtrees = s.found;
-  int depth = 0;
-  for (int64_t i = 0; i < atoms; i++) {
-    const int64_t len = w.bounds[size_t(i + 1)] - w.bounds[size_t(i)];
-    const int64_t padded = (len + w.granule - 1) / w.granule * w.granule;
-    w.starts.push_back(w.k_packed);
-    for (int64_t at = 0; at < padded; at += K_BLOCK) {
-      const bool last = at + K_BLOCK >= padded;
-      KStep step{w.k_packed + at, std::min(K_BLOCK, padded - at), at == 0, last, 0, depth, -1};
-      if (last) {
-        step.merges = s.merges[size_t(i)], step.emit = s.emit[size_t(i)];
-        depth += step.emit >= 0 ? -step.merges : 1 - step.merges;
-        w.depth = std::max(w.depth, depth);
-      }
-      w.steps.push_back(step);
-    }
-    w.direct = w.direct && (padded == len || atoms == 1) && w.bounds[size_t(i)] == w.k_packed;
-    w.k_packed += padded;
+void cut_atoms(Packed& w, const int64_t* bounds, int64_t count, int64_t first, int64_t total) {
+  int64_t granule = w.type == DType::BF16 || w.type == DType::I8 ? PAIR_GRANULE : 1;
+  require(count >= 1 && first >= 0 && first + count <= total, "the run of atoms does not lie within the total");
+  require(bounds[0] == 0 && bounds[count] == w.k, "the atoms do not cover the columns");
+  for (int64_t i = 0; i < count; i++) {
+    int64_t size = bounds[i + 1] - bounds[i], padded = (size + granule - 1) / granule * granule;
+    require(size > 0, "an atom is empty");
+    w.atoms.push_back({bounds[i], size, w.kp, padded});
+    w.kp += padded;
+    w.gaps |= padded != size;
   }
-  w.direct = w.direct && w.k_packed == w.k;
+  Tree tree{first, first + count, w.atoms};
+  tree.visit(0, total, false);
+  w.subtrees = tree.subtrees;
+  int64_t now = 0;
+  for (const Atom& a : w.atoms) w.depth = std::max(w.depth, ++now), now -= a.merges;
 }
 
-// Source element [r, k] times 1 / scale as the packed type.
+// 16 source elements, or the first n, as bits of the stored type.
+template <class From>
+void convert(const From* p, int64_t n, DType to, float scale, char* out) {
+  for (int64_t i = 0; i < n; i += W) {
+    f32x16 v = load_n(p + i, n - i);
+    if (to == DType::F32) store_n(reinterpret_cast<float*>(out) + i, v, n - i);
+    if (to == DType::BF16) store_n(reinterpret_cast<bf16*>(out) + i, v, n - i);
+    if (to == DType::F16) store_n(reinterpret_cast<f16*>(out) + i, v, n - i);
+    if (to != DType::I8) continue;
+    for (int64_t j = 0; j < std::min<int64_t>(W, n - i); j++) {
+      float q = scale > 0.f ? std::nearbyint(v[j] / scale) : 0.f;
+      out[i + j] = char(int8_t(std::min(std::max(q, -127.f), 127.f)));
+    }
+  }
+}
+
 struct Source {
   const char* data;
   DType type;
   int64_t ld;
-  float at(int64_t r, int64_t k) const {
-    const int64_t i = r * ld + k;
-    switch (type) {
-      case DType::F32: return reinterpret_cast<const float*>(data)[i];
-      case DType::BF16: return to_float(reinterpret_cast<const bf16*>(data)[i]);
-      default: return to_float(reinterpret_cast<const f16*>(data)[i]);
-    }
+  const float* scale;  // int8: of each row
+
+  // Columns [k, k + n) of a row, as the stored type.
+  void read(int64_t row, int64_t k, int64_t n, DType to, char* out) const {
+    const char* p = data + (row * ld + k) * itemsize(type);
+    if (type == to) memcpy(out, p, size_t(n * itemsize(to)));
+    else dispatch(type, [&](auto tag) { convert(reinterpret_cast<const decltype(tag)*>(p), n, to, scale ? scale[row] : 1.f, out); });
   }
 };
 
-// A row of 16-bit weights of the same type, a pair of k at a time.
-void put_pairs(const Packed& w, const Source& source, int64_t r, char* panel, int64_t col) {
-  const uint16_t* row = reinterpret_cast<const uint16_t*>(source.data) + r * source.ld;
-  uint32_t* to = reinterpret_cast<uint32_t*>(panel) + col;
-  for (size_t a = 0; a + 1 < w.bounds.size(); a++) {
-    int64_t k = w.bounds[a], at = w.starts[a] / 2 * PANEL;
-    for (; k + 2 <= w.bounds[a + 1]; k += 2, at += PANEL) memcpy(to + at, row + k, 4);
-    if (k < w.bounds[a + 1]) to[at] = row[k];
-  }
+constexpr int64_t CHUNK = 64;  // columns packed at once: their 64 rows fit the L1 cache
+
+// part: [64 columns][CHUNK] elements -> out: [units][64], a unit being one element, or a pair.
+template <class U>
+void transpose(const char* part, int64_t units, int64_t row_units, char* out) {
+  const U* from = reinterpret_cast<const U*>(part);
+  U* to = reinterpret_cast<U*>(out);
+  for (int64_t u = 0; u < units; u++)
+    for (int64_t c = 0; c < PANEL; c++) to[u * PANEL + c] = from[c * row_units + u];
 }
 
-void put(Packed& w, const Source& source, int64_t r, char* panel, int64_t col) {
-  const int64_t size = itemsize(w.type);
-  const bool same = source.type == w.type;
-  const float inverse = w.scale.empty() ? 1.f : w.scale[size_t(r)] > 0.f ? 1.f / w.scale[size_t(r)] : 0.f;
-  for (size_t a = 0; a + 1 < w.bounds.size(); a++)
-    for (int64_t k = w.bounds[a]; k < w.bounds[a + 1]; k++) {
-      const int64_t to = w.offset(w.starts[a] + k - w.bounds[a], col);
-      if (same) {
-        memcpy(panel + to * size, source.data + (r * source.ld + k) * size, size_t(size));
-        continue;
-      }
-      const float v = source.at(r, k);
-      if (w.type == DType::I8) {
-        const float q = std::nearbyint(v * inverse);
-        reinterpret_cast<int8_t*>(panel)[to] = int8_t(std::max(-127.f, std::min(127.f, q)));
-      } else if (w.type == DType::F32) {
-        reinterpret_cast<float*>(panel)[to] = v;
-      } else if (w.type == DType::BF16) {
-        store_n(reinterpret_cast<bf16*>(panel) + to, splat(v), 1);
-      } else {
-        store_n(reinterpret_cast<f16*>(panel) + to, splat(v), 1);
-      }
-    }
+void pack_chunk(const Packed& w, const Source& src, int64_t p, const Atom& a, int64_t begin, char* panel) {
+  alignas(64) char part[PANEL * CHUNK * 4] = {};
+  int64_t size = itemsize(w.type), filled = std::min(CHUNK, a.size - begin), length = std::min(CHUNK, a.padded - begin);
+  for (int64_t c = 0; c < PANEL; c++)
+    if (int64_t row = w.source(p, c); row >= 0 && filled > 0) src.read(row, a.from + begin, filled, w.type, part + c * CHUNK * size);
+  char* out = panel + w.offset(a.at + begin);
+  int64_t unit = size * (w.pairs ? 2 : 1), units = length / (w.pairs ? 2 : 1), row_units = CHUNK / (w.pairs ? 2 : 1);
+  if (unit == 4) transpose<uint32_t>(part, units, row_units, out);
+  else transpose<uint16_t>(part, units, row_units, out);
 }
 
-Packed* packed_new(const void* src, int64_t src_dtype, int64_t n, int64_t k, int64_t ld, int64_t weight_dtype, int64_t act_dtype,
-                   const int64_t* bounds, int64_t n_bounds, int64_t first, int64_t total, bool gated, const float* scale) {
+void pack_panel(const Packed& w, const Source& src, int64_t p) {
+  for (const Atom& a : w.atoms)
+    for (int64_t begin = 0; begin < a.padded; begin += CHUNK) pack_chunk(w, src, p, a, begin, w.data + p * w.panel_bytes);
+}
+
+Packed* pack(const Source& source, int64_t n, int64_t k, DType type, const int64_t* bounds, int64_t atoms, int64_t first, int64_t total, bool gated) {
+  const float* scale = source.scale;
+  require(n >= 1 && k >= 1 && source.ld >= k, "the weight is empty, or its rows overlap");
+  require(!gated || n % 2 == 0, "a gated weight has as many gate rows as up rows");
+  require((type == DType::I8) == (scale != nullptr), "int8 weights need a scale, others have none");
+  require(source.type != DType::I8 || type == DType::I8, "int8 weights stay int8");
   auto w = std::make_unique<Packed>();
-  w->n = n, w->k = k, w->type = DType(weight_dtype), w->gated = gated;
-  if (gated && n % 2) throw std::invalid_argument("a gated weight has an even number of rows");
-  if (weight_dtype == int64_t(DType::I8) && !scale) throw std::invalid_argument("int8 weights need scales");
-  w->pairs = DType(act_dtype) == DType::BF16 ? 2 : 1;
-  w->granule = w->pairs;
-  w->bounds.assign(bounds, bounds + n_bounds);
-  if (scale) w->scale.assign(scale, scale + n);
-  plan(*w, first, total);
-  const int64_t columns = gated ? (n / 2 + 31) / 32 * PANEL : n;
-  w->panels = (columns + PANEL - 1) / PANEL;
-  w->memory = std::make_unique<HugeBuffer>(size_t(w->panels * w->panel_bytes()));
-  std::vector<int64_t> row_at(size_t(w->panels * PANEL), -1);
-  for (int64_t r = 0; r < n; r++) row_at[size_t(w->column(r))] = r;
-  const Source source{static_cast<const char*>(src), DType(src_dtype), ld};
-  team().run([&](Lane& lane) {
-    for (int64_t p = lane.first(w->panels); p < lane.last(w->panels); p++) {
-      char* panel = w->memory->data() + p * w->panel_bytes();
-      memset(panel, 0, size_t(w->panel_bytes()));
-      for (int64_t c = 0; c < PANEL; c++)
-        if (int64_t r = row_at[size_t(p * PANEL + c)]; r >= 0) {
-          if (source.type == w->type && w->pairs == 2) put_pairs(*w, source, r, panel, c);
-          else put(*w, source, r, panel, c);
-        }
-    }
+  w->n = n, w->k = k, w->type = type, w->gated = gated;
+  w->pairs = type == DType::BF16 || type == DType::I8;
+  cut_atoms(*w, bounds, atoms, first, total);
+  w->panels = gated ? (n / 2 + HALF - 1) / HALF : (n + PANEL - 1) / PANEL;
+  w->panel_bytes = w->offset(w->kp);
+  w->data = static_cast<char*>(huge_alloc(size_t(w->panels * w->panel_bytes)));
+  if (scale) {
+    w->scale.resize(size_t(w->panels * PANEL));
+    for (int64_t i = 0; i < w->panels * PANEL; i++)
+      if (int64_t row = w->source(i / PANEL, i % PANEL); row >= 0) w->scale[size_t(i)] = scale[row];
+  }
+  team().run([&](Lane& lane) {  // each thread touches first what it will read
+    for (int64_t p = lane.first(w->panels); p < lane.last(w->panels); p++) pack_panel(*w, source, p);
   });
   return w.release();
 }
+
+Packed* packed_new(const void* src, int64_t src_dtype, int64_t n, int64_t k, int64_t ld, int64_t weight_dtype, const int64_t* bounds,
+                   int64_t n_bounds, int64_t first_atom, int64_t total_atoms, bool gated, const float* scale) {
+  Source source{static_cast<const char*>(src), DType(src_dtype), ld, scale};
+  return pack(source, n, k, DType(weight_dtype), bounds, n_bounds - 1, first_atom, total_atoms, gated);
+}
 void packed_free(Packed* w) { delete w; }
-int64_t packed_bytes(Packed* w) { return int64_t(w->memory->bytes()) + int64_t(w->scale.size() * 4); }
-const void* packed_data(Packed* w) { return w->memory->data(); }
-int64_t packed_subtrees_of(Packed* w) { return w->subtrees; }
-const float* packed_scale_of(Packed* w) { return w->scale.empty() ? nullptr : w->scale.data(); }
-void packed_row_to(Packed* w, int64_t row, int64_t dtype, void* out) { packed_row(*w, row, DType(dtype), out); }
+int64_t packed_bytes(const Packed* w) { return w->panels * w->panel_bytes + (w->scale.empty() ? 0 : w->n * 4); }
+int64_t packed_subtrees_of(const Packed* w) { return w->subtrees; }
+const float* packed_scale_of(const Packed* w) { return packed_scale(*w); }
+void packed_row_to(const Packed* w, int64_t row, int64_t dtype, void* out) { packed_row(*w, row, DType(dtype), out); }
 
 }  // namespace
 
-void packed_row(const Packed& w, int64_t row, DType out_type, void* out) {
-  const int64_t column = w.column(row), c = column % PANEL;
-  const char* panel = w.panel(column / PANEL);
-  dispatch(out_type, [&](auto t) {
-    using T = decltype(t);
-    for (size_t a = 0; a + 1 < w.bounds.size(); a++)
-      for (int64_t k = w.bounds[a]; k < w.bounds[a + 1]; k++) {
-        const int64_t from = w.offset(w.starts[a] + k - w.bounds[a], c);
-        T* to = static_cast<T*>(out) + k;
-        if (w.type == out_type) {
-          *to = reinterpret_cast<const T*>(panel)[from];
-          continue;
+void packed_row(const Packed& w, int64_t n, DType out_type, void* out) {
+  int64_t half = w.n / 2, row = w.gated ? n % half : n, width = w.gated ? HALF : PANEL, unit = w.pairs ? 2 : 1;
+  int64_t column = row % width + (w.gated && n >= half ? HALF : 0);
+  const char* panel = w.panel(row / width);
+  float scale = w.scale.empty() ? 1.f : w.scale[size_t(row / width * PANEL + column)];
+  auto unpack = [&](auto stored, auto result) {
+    auto* to = static_cast<decltype(result)*>(out);
+    for (const Atom& a : w.atoms)
+      for (int64_t k = 0; k < a.size; k += W) {
+        float part[W];
+        for (int64_t i = 0; i < W; i++) {
+          int64_t at = std::min(a.at + k + i, w.kp - 1);
+          memcpy(&stored, panel + (at / unit * PANEL * unit + column * unit + at % unit) * int64_t(sizeof stored), sizeof stored);
+          if constexpr (std::is_same_v<decltype(stored), int8_t>) part[i] = float(stored) * scale;
+          else part[i] = to_float(stored);
         }
-        float v = 0.f;
-        if (w.type == DType::F32) v = reinterpret_cast<const float*>(panel)[from];
-        else if (w.type == DType::BF16) v = to_float(reinterpret_cast<const bf16*>(panel)[from]);
-        else if (w.type == DType::F16) v = to_float(reinterpret_cast<const f16*>(panel)[from]);
-        else v = float(reinterpret_cast<const int8_t*>(panel)[from]) * w.scale[size_t(row)];
-        store_n(to, splat(v), 1);
+        store_n(to + a.from + k, load(part), a.size - k);
       }
+  };
+  dispatch(out_type, [&](auto result) {
+    if (w.type == DType::I8) unpack(int8_t{}, result);
+    else dispatch(w.type, [&](auto stored) { unpack(stored, result); });
   });
 }
 
 extern const std::vector<PyMethodDef> packed_methods;
 const std::vector<PyMethodDef> packed_methods = {
-    BIND(packed_new),      BIND(packed_free),     BIND(packed_bytes), BIND(packed_data),
-    BIND(packed_subtrees_of), BIND(packed_scale_of), BIND(packed_row_to),
+    BIND(packed_new),      BIND(packed_free),   BIND(packed_bytes), BIND(packed_subtrees_of),
+    BIND(packed_scale_of), BIND(packed_row_to), BIND(huge_used),    BIND(huge_granted),
 };
 
 }  // namespace lockstep

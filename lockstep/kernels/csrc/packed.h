@@ -1,52 +1,54 @@
-// The form in which weights lie in memory.
+// The layout of a packed weight.
 //
-//   panel      64 output columns, their whole input dim next to each other; the last one is filled up with zero columns
-//   16-bit     [k / 2][64 columns][2]: a 32-bit lane has two neighbours of k, as the dot product instructions want it, and
-//   and int8   as `lane << 16` and `lane & 0xffff0000` turn into float32 where there are none
-//   others     [k][64 columns]
-//   atoms      each atom's k is filled up with zeros to a whole granule
+// Panels of 64 output columns, one after the other; a panel is one stream of memory in the order of k. Within it, 16-bit and
+// int8 weights lie in pairs of k, [k / 2][64][2]: an instruction that multiplies pairs (AVX512-BF16, AMX) takes them as they
+// are, and plain vector code gets the even k of 32-bit lanes by a shift and the odd by a mask. float32 and float16 lie as
+// [k][64]. Columns beyond n, and k beyond an atom's end up to the kernel's granule, are zeros.
 #pragma once
-#include <memory>
 #include <vector>
 
-#include "hugepages.h"
 #include "linear.h"
 
 namespace lockstep {
 
 constexpr int64_t PANEL = 64;
-constexpr int64_t K_BLOCK = 256;  // of k: a panel's block is 32 KiB of bf16 and stays in the first-level cache
+constexpr int64_t HALF = PANEL / 2;  // a gated panel: 32 gate columns, then their 32 up columns
 
-// One run of k that is summed without a stop.
-struct KStep {
-  int64_t at, len;   // in the packed k
-  bool first, last;  // of its atom
-  int merges;        // after it: how often the top of the stack is added to the sum
-  int depth;         // partial sums on the stack before those merges
-  int emit;          // >= 0: the sum is partial sum number `emit`; else it goes on the stack
+struct Atom {
+  int64_t from, size;      // columns of the source
+  int64_t at, padded;      // the same in the packed panel
+  int64_t merges = 0;      // how many nodes of the tree end with this atom: additions that follow it
 };
 
 struct Packed {
-  int64_t n = 0, k = 0, k_packed = 0, panels = 0, granule = 1, pairs = 1;
-  DType type = DType::BF16;
-  bool gated = false;
-  bool direct = true;  // activations can be read in place: no atom needed filling up
-  std::vector<int64_t> bounds, starts;  // of the atoms: in the source's k, in the packed k
-  std::vector<KStep> steps;             // blocks of at most K_BLOCK
-  int subtrees = 0, depth = 0;
-  std::unique_ptr<HugeBuffer> memory;
-  std::vector<float> scale;
+  int64_t n = 0, k = 0;   // rows and columns of the source
+  DType type = DType::F32;  // of what is stored
+  bool gated = false, pairs = false;
+  bool gaps = false;  // some atom is padded, so rows of activations must be too
+  int64_t kp = 0;     // k with the padding
+  int64_t panels = 0, panel_bytes = 0;
+  int64_t subtrees = 0, depth = 0;  // partial sums at the end; most at any time
+  std::vector<Atom> atoms;
+  char* data = nullptr;
+  std::vector<float> scale;  // [panels * 64] int8 only, in the order of the packed columns
 
-  int64_t panel_bytes() const { return k_packed * PANEL * itemsize(type); }
-  const char* panel(int64_t p) const { return memory->data() + p * panel_bytes(); }
-  // Where source row r (an output) lies: gated weights alternate 32 gate and 32 up columns.
-  int64_t column(int64_t r) const {
-    if (!gated) return r;
-    const int64_t half = n / 2, j = r < half ? r : r - half;
-    return j / 32 * PANEL + j % 32 + (r < half ? 0 : 32);
+  Packed() = default;
+  Packed(const Packed&) = delete;
+  ~Packed();
+  // The source's row that column c of panel p holds, -1 for padding.
+  int64_t source(int64_t p, int64_t c) const {
+    int64_t row = gated ? p * HALF + c % HALF : p * PANEL + c, rows = gated ? n / 2 : n;
+    return row < rows ? row + (gated && c >= HALF ? rows : 0) : -1;
   }
-  // Offset in elements inside a panel.
-  int64_t offset(int64_t kk, int64_t col) const { return pairs == 2 ? (kk / 2 * PANEL + col) * 2 + kk % 2 : kk * PANEL + col; }
+  const char* panel(int64_t p) const { return data + p * panel_bytes; }
+  int64_t offset(int64_t k_packed) const { return k_packed * PANEL * itemsize(type); }  // bytes from a panel's begin
 };
+
+// Padding of an atom in this library's kernels.
+#if defined(__AMX_BF16__) || defined(LOCKSTEP_EMULATE_AMX)
+constexpr int64_t PAIR_GRANULE = 32;
+#else
+constexpr int64_t PAIR_GRANULE = 2;
+#endif
 
 }  // namespace lockstep
