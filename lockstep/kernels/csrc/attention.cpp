@@ -9,12 +9,14 @@ namespace lockstep {
 namespace {
 
 constexpr int64_t TILE = 32;  // queries of one item: their scores of a span stay in the first-level cache
+constexpr int64_t AHEAD = 8;  // chunks: memory's latency times its speed
 constexpr int MAX_THREADS = 1024;
 
 // Memory of one thread, kept from call to call.
 struct Scratch {
   std::vector<float> scores, span, running, parts;
   std::vector<uint32_t> queries, weights;
+  std::vector<Work> work;
   template <class V>
   static auto* room(V& memory, int64_t n) {
     if (int64_t(memory.size()) < n) memory.resize(size_t(n));
@@ -22,7 +24,27 @@ struct Scratch {
   }
 };
 thread_local Scratch scratch;
-float* lent[MAX_THREADS];  // parts of items that a thread works off for the one that began them
+
+// Spans that a thread works off for the one that began their item: `count` parts, in order.
+struct Loan {
+  float* parts;
+  int64_t count;
+} loans[MAX_THREADS];
+
+template <class T>
+struct Chunks {
+  int64_t count = 0;
+  const T *keys[SPAN_CHUNKS], *values[SPAN_CHUNKS];
+
+  // What will be read AHEAD chunks after each of these keys, then values; `next` comes after them.
+  void ahead(const Chunks& next, const T** found) const {
+    const int64_t all = 2 * count;
+    for (int64_t i = 0; i < all; i++) {
+      const int64_t j = i + AHEAD, k = j - all;
+      found[i] = j < count ? keys[j] : j < all ? values[j - count] : k < next.count ? next.keys[k] : values[0];
+    }
+  }
+};
 
 template <class T>
 struct Attention : Op {
@@ -35,8 +57,6 @@ struct Attention : Op {
 
   Attention(const T* qkv, int64_t ldq, T* dst, int64_t ldd, Items items, Softmax softmax, KvCache kv)
       : qkv(qkv), dst(dst), ldq(ldq), ldd(ldd), width((kv.head_dim + W - 1) / W * W), items(std::move(items)), softmax(softmax), kv(kv) {}
-
-  int64_t part_floats(const Item& item) const { return Partial::floats(item.count, width); }
 
   // The pair's token in the step and its query head.
   int64_t token(const Step& step, const Item& item, int64_t i) const {
@@ -57,53 +77,42 @@ struct Attention : Op {
       put_query(qkv + token(step, item, i) * ldq + query_head(item, i) * kv.head_dim, kv.head_dim, out + i * kv.head_dim);
   }
 
-  // The chunks of one span that the item sees: addresses of keys and values. Returns how many.
-  int64_t find_chunks(const Step& step, const Item& item, int64_t from, int64_t to, const T** keys, const T** values) const {
+  // Where the chunks are that the item sees of a span.
+  void find(const Step& step, const Item& item, int64_t span, Chunks<T>& found) const {
     const int32_t* table = step.tables + item.row * step.table_stride;
-    const int64_t per_block = kv.block_size / CHUNK;
-    int64_t block = from / per_block, inside = from % per_block, n = 0;
+    const int64_t per_block = kv.block_size / CHUNK, from = item.from(span), to = item.to(span);
+    int64_t block = from / per_block, inside = from % per_block;
+    found.count = 0;
     for (int64_t chunk = from; chunk < to; chunk++) {
       const int64_t at = kv.chunk(table[block] * kv.block_size + inside * CHUNK, item.head);
-      keys[n] = reinterpret_cast<const T*>(kv.keys) + at;
-      values[n++] = reinterpret_cast<const T*>(kv.values) + at;
+      found.keys[found.count] = reinterpret_cast<const T*>(kv.keys) + at;
+      found.values[found.count++] = reinterpret_cast<const T*>(kv.values) + at;
       if (++inside == per_block) inside = 0, block++;
     }
-    return n;
   }
 
-  // Step 2 of attention.h for all queries of the item, into `part`.
-  void span(const Step& step, const Item& item, int64_t index, const Partial& part) const {
-    const T *keys[SPAN_CHUNKS], *values[SPAN_CHUNKS];
-    const int64_t from = std::max(item.chunk0, index * SPAN_CHUNKS), to = std::min(item.chunk1, (index + 1) * SPAN_CHUNKS);
-    const int64_t chunks = find_chunks(step, item, from, to, keys, values), per_query = SPAN_CHUNKS * VALUES_PER_CHUNK<T>;
+  // Step 2 of attention.h for all queries of the item, into `part`. `next`: what will be read after this.
+  void span(const Step& step, const Item& item, int64_t index, const Chunks<T>& chunks, const Chunks<T>& next, const Partial& part) const {
+    const int64_t per_query = SPAN_CHUNKS * VALUES_PER_CHUNK<T>, head_dim = kv.head_dim, base = item.from(index) * CHUNK, end = chunks.count * CHUNK;
     const auto* queries = reinterpret_cast<const Value<T>*>(scratch.queries.data());
     float* scores = Scratch::room(scratch.scores, TILE * SPAN);
     auto* weights = reinterpret_cast<Value<T>*>(Scratch::room(scratch.weights, TILE * per_query));
-    by_queries(item.count, [&](auto n, int64_t q) {
-      score_rows<T, n()>(keys, chunks, queries + q * kv.head_dim, kv.head_dim, kv.head_dim, scores + q * SPAN);
+    const T* ahead[2 * SPAN_CHUNKS];
+    chunks.ahead(next, ahead);
+    by_queries(item.count, [&](auto n, auto first, int64_t q) {
+      score_rows<T, n(), first()>(chunks.keys, ahead, chunks.count, queries + q * head_dim, head_dim, head_dim, scores + q * SPAN);
     });
+    Seen seen[TILE];
     for (int64_t q = 0; q < item.count; q++) {
-      const int64_t p = position(step, item, q), end = chunks * CHUNK;
-      const int64_t high = std::clamp<int64_t>(p + 1 - from * CHUNK, 0, end), low = std::clamp<int64_t>(items.first_seen(p) - from * CHUNK, 0, high);
-      softmax.span<T>(scores + q * SPAN, chunks, low, high, weights + q * per_query, part.largest + q, part.sum + q);
+      const int64_t p = position(step, item, q), high = std::clamp<int64_t>(p + 1 - base, 0, end);
+      seen[q] = {std::clamp<int64_t>(items.first_seen(p) - base, 0, high), high};
+      part.largest[q] = softmax.largest(scores + q * SPAN, seen[q]);
     }
-    by_queries(item.count, [&](auto n, int64_t q) {
-      value_rows<T, n()>(values, chunks, weights + q * per_query, per_query, kv.head_dim, part.out + q * width, width);
+    for (int64_t q = 0; q < item.count; q++)
+      part.sum[q] = softmax.weigh<T>(scores + q * SPAN, chunks.count, seen[q], part.largest[q], weights + q * per_query);
+    by_queries(item.count, [&](auto n, auto first, int64_t q) {
+      value_rows<T, n(), first()>(chunks.values, ahead + chunks.count, chunks.count, weights + q * per_query, per_query, head_dim, part.out + q * width, width);
     });
-  }
-
-  // Spans [from, to) of the item merged in order into scratch.running, which is begun first.
-  Partial run_spans(const Step& step, const Item& item, int64_t from, int64_t to) const {
-    Partial running(Scratch::room(scratch.running, Partial::floats(TILE, width)), item.count);
-    Partial part(Scratch::room(scratch.span, Partial::floats(TILE, width)), item.count);
-    std::fill(running.largest, running.sum, -INFINITY);
-    std::fill(running.sum, running.out + item.count * width, 0.f);
-    take_queries(step, item);
-    for (int64_t index = from; index < to; index++) {
-      span(step, item, index, part);
-      softmax.merge(running, part, item.count, width);
-    }
-    return running;
   }
 
   void finish(const Step& step, const Item& item, const Partial& done) const {
@@ -114,52 +123,52 @@ struct Attention : Op {
     }
   }
 
-  // Spans [from, to) of an item that another thread began, one part each, for that one to merge.
-  void lend_spans(const Step& step, const Item& item, int64_t from, int64_t to, int id) const {
-    float* at = Scratch::room(scratch.parts, (to - from) * part_floats(item));
-    lent[id] = at;
-    take_queries(step, item);
-    for (int64_t index = from; index < to; index++, at += part_floats(item)) span(step, item, index, Partial(at, item.count));
+  // Works off scratch.work. Spans that began elsewhere are lent, one part each; all others are merged in order, and written
+  // where no other thread has a span of the item.
+  void work_off(const Step& step, int id) const {
+    const auto& work = scratch.work;
+    Chunks<T> now, next;
+    if (!work.empty()) find(step, work[0].item, work[0].from, next);
+    for (size_t i = 0; i < work.size(); i++) {
+      const Item& item = work[i].item;
+      const int64_t floats = Partial::floats(item.count, width);
+      const bool lend = work[i].owner != id;
+      float* parts = lend ? Scratch::room(scratch.parts, floats * (work[i].to - work[i].from)) : Scratch::room(scratch.span, Partial::floats(TILE, width));
+      Partial running(Scratch::room(scratch.running, Partial::floats(TILE, width)), item.count);
+      if (lend) loans[id] = {parts, work[i].to - work[i].from};
+      else running.clear(item.count, width);
+      take_queries(step, item);
+      for (int64_t index = work[i].from; index < work[i].to; index++) {
+        now = next;
+        if (index + 1 < work[i].to) find(step, item, index + 1, next);
+        else if (i + 1 < work.size()) find(step, work[i + 1].item, work[i + 1].from, next);
+        Partial part(parts, item.count);
+        span(step, item, index, now, next, part);
+        if (lend) parts += floats;
+        else softmax.merge(running, part, item.count, width);
+      }
+      if (!lend && work[i].last == id) finish(step, item, running);
+    }
   }
 
-  // Merges what threads after `id` lent of the item, whose first span is at `start`, and writes the result.
-  void collect(const Step& step, const Item& item, int64_t start, const Share& share, int id) const {
-    Partial running(scratch.running.data(), item.count);
-    int64_t owner = id, taken = 0;
-    for (int64_t index = item.span0(); index < item.span1(); index++) {
-      const int64_t by = share.owner(start, item, index);
-      if (by == id) continue;
-      taken = by == owner ? taken + 1 : 0;
-      owner = by;
-      softmax.merge(running, Partial(lent[by] + taken * part_floats(item), item.count), item.count, width);
-    }
-    finish(step, item, running);
+  // Merges what later threads lent of the item that this one began last, and writes it.
+  void collect(const Step& step, const Work& begun) const {
+    Partial running(scratch.running.data(), begun.item.count);
+    for (int by = begun.owner + 1; by <= begun.last; by++)
+      for (int64_t i = 0; i < loans[by].count; i++)
+        softmax.merge(running, Partial(loans[by].parts + i * Partial::floats(begun.item.count, width), begun.item.count), begun.item.count, width);
+    finish(step, begun.item, running);
   }
 
   void run(const Step& step, Lane& lane) override {
-    if (lane.size == 1) return items.each(step, [&](const Item& item) { finish(step, item, run_spans(step, item, item.span0(), item.span1())); });
     if (lane.size > MAX_THREADS) throw std::invalid_argument("attention runs on at most " + std::to_string(MAX_THREADS) + " threads");
-    Share share{0, lane.size};
-    items.each(step, [&](const Item& item) { share.total += item.cost(); });
-    int64_t start = 0, open_start = -1;
-    bool cut = false;
-    Item open{};
-    items.each(step, [&](const Item& item) {
-      const int64_t span0 = item.span0(), span1 = item.span1(), first = share.owner(start, item, span0), last = share.owner(start, item, span1 - 1);
-      cut |= first != last;
-      if (first <= lane.id && lane.id <= last) {
-        int64_t from = span0, to = span1;
-        while (from < span1 && share.owner(start, item, from) < lane.id) from++;
-        while (to > from && share.owner(start, item, to - 1) > lane.id) to--;
-        if (first < lane.id) lend_spans(step, item, from, to, lane.id);
-        else if (auto running = run_spans(step, item, from, to); last == lane.id) finish(step, item, running);
-        else open = item, open_start = start;
-      }
-      start += item.cost();
-    });
+    loans[lane.id].count = 0;
+    const bool cut = items.share(step, lane.id, lane.size, scratch.work);
+    work_off(step, lane.id);
     if (!cut) return;
     lane.barrier();
-    if (open_start >= 0) collect(step, open, open_start, share, lane.id);
+    if (scratch.work.empty()) return;
+    if (const Work& last = scratch.work.back(); last.owner == lane.id && last.last > lane.id) collect(step, last);
   }
 };
 

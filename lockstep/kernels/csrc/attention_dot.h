@@ -85,17 +85,28 @@ LS_INLINE f32x16 put_weights(f32x16 p, Value<T>* out) {
   }
 }
 
+// Memory is slower than the multiplications, so what is needed a stage later is asked for in the same strides: with AHEAD,
+// chunk ahead[c] comes into the second-level cache while chunk c is multiplied.
+
 // scores[q * SPAN + c * 16 + lane] = query q times key `lane` of chunk c. queries: row stride ldq.
-template <class T, int NQ, int NC>
-void score_tile(const T* const* keys, const Value<T>* queries, int64_t ldq, int64_t head_dim, float* scores) {
+template <class T, int NQ, int NC, bool AHEAD>
+void score_tile(const T* const* keys, const T* const* ahead, const Value<T>* queries, int64_t ldq, int64_t head_dim, float* scores) {
   using D = Dot<T>;
-  f32x16 acc[NQ][NC] = {};
-  const T* k[NC];
-  for (int c = 0; c < NC; c++) k[c] = keys[c];
+  f32x16 acc[NQ][NC];
+#pragma GCC unroll 16
+  for (int q = 0; q < NQ; q++) {
+#pragma GCC unroll 16
+    for (int c = 0; c < NC; c++) acc[q][c] = f32x16{};
+  }
+  const T *k[NC], *a[NC];
+  for (int c = 0; c < NC; c++) k[c] = keys[c], a[c] = ahead[c];
   for (int64_t d = 0; d < head_dim; d += PACK<T>, queries += D::PER) {
     typename D::Cached key[NC];
 #pragma GCC unroll 16
-    for (int c = 0; c < NC; c++) key[c] = D::cached(k[c] + d * CHUNK);
+    for (int c = 0; c < NC; c++) {
+      if (AHEAD) __builtin_prefetch(a[c] + d * CHUNK, 0, 3);
+      key[c] = D::cached(k[c] + d * CHUNK);
+    }
 #pragma GCC unroll 16
     for (int q = 0; q < NQ; q++) {
       auto query = D::other(queries + q * ldq);
@@ -103,8 +114,11 @@ void score_tile(const T* const* keys, const Value<T>* queries, int64_t ldq, int6
       for (int c = 0; c < NC; c++) acc[q][c] = D::add(acc[q][c], key[c], query);
     }
   }
-  for (int q = 0; q < NQ; q++)
+#pragma GCC unroll 16
+  for (int q = 0; q < NQ; q++) {
+#pragma GCC unroll 16
     for (int c = 0; c < NC; c++) store(scores + q * SPAN + c * CHUNK, acc[q][c]);
+  }
 }
 
 // The first n dims of one vector of cached values, without reading past them.
@@ -118,16 +132,25 @@ LS_INLINE typename Dot<T>::Cached cached_n(const T* p, int64_t n) {
 
 // out[q * ldo + d] = sum over the keys of `chunks` chunks of weight times value, for NV vectors of dims from `first` on,
 // of which the last may be cut short by head_dim (TAIL).
-template <class T, int NQ, int NV, bool TAIL>
-void value_tile(const T* const* values, int64_t chunks, const Value<T>* weights, int64_t ldw, int64_t first, int64_t head_dim, float* out, int64_t ldo) {
+template <class T, int NQ, int NV, bool TAIL, bool AHEAD>
+void value_tile(const T* const* values, const T* const* ahead, int64_t chunks, const Value<T>* weights, int64_t ldw, int64_t first, int64_t head_dim, float* out, int64_t ldo) {
   using D = Dot<T>;
-  f32x16 acc[NQ][NV] = {};
+  f32x16 acc[NQ][NV];
+#pragma GCC unroll 16
+  for (int q = 0; q < NQ; q++) {
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; j++) acc[q][j] = f32x16{};
+  }
   for (int64_t c = 0; c < chunks; c++) {
-    const T* v = values[c] + first * PACK<T>;
-    for (int64_t t = 0; t < CHUNK / PACK<T>; t++, v += head_dim * PACK<T>, weights += D::PER) {
+    const T *v = values[c] + first * PACK<T>, *a = ahead[c] + first * PACK<T>;
+#pragma GCC unroll 1  // unrolled, all prefetches would come first and wait for each other
+    for (int64_t t = 0; t < CHUNK / PACK<T>; t++, v += head_dim * PACK<T>, a += head_dim * PACK<T>, weights += D::PER) {
       typename D::Cached value[NV];
 #pragma GCC unroll 16
-      for (int j = 0; j < NV; j++) value[j] = TAIL ? cached_n(v + j * W * PACK<T>, head_dim - first - j * W) : D::cached(v + j * W * PACK<T>);
+      for (int j = 0; j < NV; j++) {
+        if (AHEAD) __builtin_prefetch(a + j * W * PACK<T>, 0, 3);
+        value[j] = TAIL ? cached_n(v + j * W * PACK<T>, head_dim - first - j * W) : D::cached(v + j * W * PACK<T>);
+      }
 #pragma GCC unroll 16
       for (int q = 0; q < NQ; q++) {
         auto weight = D::other(weights + q * ldw);
@@ -136,8 +159,11 @@ void value_tile(const T* const* values, int64_t chunks, const Value<T>* weights,
       }
     }
   }
-  for (int q = 0; q < NQ; q++)
+#pragma GCC unroll 16
+  for (int q = 0; q < NQ; q++) {
+#pragma GCC unroll 16
     for (int j = 0; j < NV; j++) store(out + q * ldo + first + j * W, acc[q][j]);  // rows of `out` are whole vectors
+  }
 }
 
 // How much is computed side by side: what the registers hold.
@@ -147,33 +173,38 @@ constexpr int QUERIES = 4, CHUNKS = 4, FEW_QUERIES_CHUNKS = 8, VECTORS = 4;
 constexpr int QUERIES = 2, CHUNKS = 2, FEW_QUERIES_CHUNKS = 2, VECTORS = 2;
 #endif
 
-template <class T, int NQ>
-void score_rows(const T* const* keys, int64_t chunks, const Value<T>* queries, int64_t ldq, int64_t head_dim, float* scores) {
+template <class T, int NQ, bool AHEAD>
+void score_rows(const T* const* keys, const T* const* ahead, int64_t chunks, const Value<T>* queries, int64_t ldq, int64_t head_dim, float* scores) {
   constexpr int WIDE = 2 * NQ <= QUERIES ? FEW_QUERIES_CHUNKS : CHUNKS;
   int64_t c = 0;
-  for (; c + WIDE <= chunks; c += WIDE) score_tile<T, NQ, WIDE>(keys + c, queries, ldq, head_dim, scores + c * CHUNK);
-  for (; c + 2 <= chunks; c += 2) score_tile<T, NQ, 2>(keys + c, queries, ldq, head_dim, scores + c * CHUNK);
-  for (; c < chunks; c++) score_tile<T, NQ, 1>(keys + c, queries, ldq, head_dim, scores + c * CHUNK);
+  for (; c + WIDE <= chunks; c += WIDE) score_tile<T, NQ, WIDE, AHEAD>(keys + c, ahead + c, queries, ldq, head_dim, scores + c * CHUNK);
+  for (; c + 2 <= chunks; c += 2) score_tile<T, NQ, 2, AHEAD>(keys + c, ahead + c, queries, ldq, head_dim, scores + c * CHUNK);
+  for (; c < chunks; c++) score_tile<T, NQ, 1, AHEAD>(keys + c, ahead + c, queries, ldq, head_dim, scores + c * CHUNK);
 }
 
-template <class T, int NQ>
-void value_rows(const T* const* values, int64_t chunks, const Value<T>* weights, int64_t ldw, int64_t head_dim, float* out, int64_t ldo) {
+template <class T, int NQ, bool AHEAD>
+void value_rows(const T* const* values, const T* const* ahead, int64_t chunks, const Value<T>* weights, int64_t ldw, int64_t head_dim, float* out, int64_t ldo) {
   int64_t d = 0;
-  for (; d + VECTORS * W <= head_dim; d += VECTORS * W) value_tile<T, NQ, VECTORS, false>(values, chunks, weights, ldw, d, head_dim, out, ldo);
-  for (; d + W <= head_dim; d += W) value_tile<T, NQ, 1, false>(values, chunks, weights, ldw, d, head_dim, out, ldo);
-  if (d < head_dim) value_tile<T, NQ, 1, true>(values, chunks, weights, ldw, d, head_dim, out, ldo);
+  for (; d + VECTORS * W <= head_dim; d += VECTORS * W) value_tile<T, NQ, VECTORS, false, AHEAD>(values, ahead, chunks, weights, ldw, d, head_dim, out, ldo);
+  for (; d + W <= head_dim; d += W) value_tile<T, NQ, 1, false, AHEAD>(values, ahead, chunks, weights, ldw, d, head_dim, out, ldo);
+  if (d < head_dim) value_tile<T, NQ, 1, true, AHEAD>(values, ahead, chunks, weights, ldw, d, head_dim, out, ldo);
 }
 
-// Calls f with the number of queries of each group, as a constant: f(std::integral_constant<int, n>, first).
+// Calls f for groups of queries with their number and whether they are the first ones, as constants: f(n, first, q).
 template <class F>
 LS_INLINE void by_queries(int64_t queries, F&& f) {
-  int64_t q = 0;
-  for (; q + QUERIES <= queries; q += QUERIES) f(std::integral_constant<int, QUERIES>(), q);
-  if constexpr (QUERIES > 2) {
-    if (queries - q == 3) f(std::integral_constant<int, 3>(), q);
-    if (queries - q == 2) f(std::integral_constant<int, 2>(), q);
-  }
-  if (queries - q == 1) f(std::integral_constant<int, 1>(), q);
+  auto rest = [&](auto first, int64_t q) {
+    if constexpr (QUERIES > 2) {
+      if (queries - q == 3) f(std::integral_constant<int, 3>(), first, q);
+      if (queries - q == 2) f(std::integral_constant<int, 2>(), first, q);
+    }
+    if (queries - q == 1) f(std::integral_constant<int, 1>(), first, q);
+  };
+  if (queries < QUERIES) return rest(std::true_type(), 0);
+  f(std::integral_constant<int, QUERIES>(), std::true_type(), 0);
+  int64_t q = QUERIES;
+  for (; q + QUERIES <= queries; q += QUERIES) f(std::integral_constant<int, QUERIES>(), std::false_type(), q);
+  rest(std::false_type(), q);
 }
 
 }  // namespace lockstep

@@ -17,10 +17,20 @@ struct Item {
   int64_t row, head, first, count, chunk0, chunk1;
   int64_t span0() const { return chunk0 / SPAN_CHUNKS; }
   int64_t span1() const { return (chunk1 + SPAN_CHUNKS - 1) / SPAN_CHUNKS; }
+  // Its chunks of one span.
+  int64_t from(int64_t span) const { return std::max(chunk0, span * SPAN_CHUNKS); }
+  int64_t to(int64_t span) const { return std::min(chunk1, (span + 1) * SPAN_CHUNKS); }
   int64_t chunk_cost() const { return count + 4; }  // reading a chunk costs about as much as 4 queries
   int64_t cost() const { return (chunk1 - chunk0) * chunk_cost(); }
-  // Cost of the spans before `span`.
-  int64_t cost_before(int64_t span) const { return (std::max(chunk0, span * SPAN_CHUNKS) - chunk0) * chunk_cost(); }
+  int64_t cost_before(int64_t span) const { return (from(span) - chunk0) * chunk_cost(); }
+};
+
+// What one thread does of an item: spans [from, to). The thread `owner` that has the first span merges and writes; those
+// up to `last` lend it theirs.
+struct Work {
+  Item item;
+  int64_t from, to;
+  int owner, last;
 };
 
 struct Items {
@@ -43,12 +53,28 @@ struct Items {
       }
     }
   }
-};
 
-// Runs of equal cost: span `span` of an item that starts at `start` of `total` belongs to the thread `owner`.
-struct Share {
-  int64_t total, threads;
-  int64_t owner(int64_t start, const Item& item, int64_t span) const { return (start + item.cost_before(span)) * threads / total; }
+  // The work of thread `id` of `threads`, in order, and whether any item of the step is cut between threads.
+  bool share(const Step& step, int id, int threads, std::vector<Work>& mine) const {
+    mine.clear();
+    int64_t total = 0, start = 0;
+    bool cut = false;
+    each(step, [&](const Item& item) { total += item.cost(); });
+    each(step, [&](const Item& item) {
+      const int64_t span0 = item.span0(), span1 = item.span1();
+      auto doer = [&](int64_t span) { return int((start + item.cost_before(span)) * threads / total); };
+      const int owner = doer(span0), last = doer(span1 - 1);
+      cut |= owner != last;
+      if (owner <= id && id <= last) {
+        int64_t from = span0, to = span1;
+        while (from < span1 && doer(from) < id) from++;
+        while (to > from && doer(to - 1) > id) to--;
+        if (from < to) mine.push_back({item, from, to, owner, last});
+      }
+      start += item.cost();
+    });
+    return cut;
+  }
 };
 
 }  // namespace lockstep

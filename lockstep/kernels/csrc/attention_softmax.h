@@ -1,5 +1,7 @@
 // The softmax of attention, span by span (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax").
 #pragma once
+#include <algorithm>
+
 #include "attention_dot.h"
 
 namespace lockstep {
@@ -11,6 +13,11 @@ struct Partial {
   static int64_t floats(int64_t queries, int64_t width) { return 2 * padded(queries) + queries * width; }
   static int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
   Partial(float* at, int64_t queries) : largest(at), sum(at + padded(queries)), out(at + 2 * padded(queries)) {}
+  // Nothing seen yet.
+  void clear(int64_t queries, int64_t width) const {
+    std::fill(largest, sum, -INFINITY);
+    std::fill(sum, out + queries * width, 0.f);
+  }
 };
 
 // 2^x for x <= about 0, relative error 1e-7; 0 below -126, so that what is masked (-inf) adds exactly nothing.
@@ -27,30 +34,41 @@ LS_INLINE f32x16 exp2_down(f32x16 x) {
   return x < -126.f ? splat(0.f) : p;
 }
 
-// Scores of one query to weights exp(score * scale - largest), over the chunks [0, chunks) of a span of which the keys
-// [low, high) are seen. log2_scale: scale in powers of two; with a cap the scores become cap * tanh(score * scale / cap).
+// What one query sees of the keys of a span: [low, high), counted from the first chunk that is there.
+struct Seen {
+  int64_t low, high;
+  int64_t chunk0() const { return low / CHUNK; }
+  int64_t chunk1() const { return (high + CHUNK - 1) / CHUNK; }
+};
+
+// With a cap the scores are cap * tanh(score * scale / cap).
 struct Softmax {
-  float log2_scale, inner, cap;  // inner = scale / cap; cap 0: none
+  float log2_scale, inner, cap;  // exp(x * scale) = 2^(x * log2_scale); inner = scale / cap; cap 0: none
   Softmax(float scale, float cap) : log2_scale((cap > 0 ? 1.f : scale) * 1.44269504088896341f), inner(cap > 0 ? scale / cap : 0.f), cap(cap) {}
 
-  template <class T>
-  __attribute__((noinline)) void span(float* scores, int64_t chunks, int64_t low, int64_t high, Value<T>* weights, float* largest, float* sum) const {
-    const int64_t c0 = low / CHUNK, c1 = (high + CHUNK - 1) / CHUNK;
+  // The largest score of one query in a span; the scores are capped, and -inf where they are not seen.
+  __attribute__((noinline)) float largest(float* scores, Seen seen) const {
+    const int64_t c0 = seen.chunk0(), c1 = seen.chunk1();
+    if (cap > 0)
+      for (int64_t c = c0; c < c1; c++) store(scores + c * CHUNK, vtanh(load(scores + c * CHUNK) * inner) * cap);
+    if (seen.low % CHUNK) mask(scores + c0 * CHUNK, int32_t(seen.low % CHUNK), W);
+    if (seen.high % CHUNK) mask(scores + (c1 - 1) * CHUNK, 0, int32_t(seen.high % CHUNK));
     f32x16 top = splat(-INFINITY);
-    for (int64_t c = c0; c < c1; c++) {
-      f32x16 s = load(scores + c * CHUNK);
-      if (cap > 0) s = vtanh(s * inner) * cap;
-      if (c * CHUNK < low || (c + 1) * CHUNK > high) s = masked(s, low - c * CHUNK, high - c * CHUNK);
-      store(scores + c * CHUNK, s);
-      top = vmax(s, top);
-    }
-    *largest = max_lanes(top);
-    const f32x16 shift = splat(*largest > -INFINITY ? *largest * log2_scale : 0.f);
+    for (int64_t c = c0; c < c1; c++) top = vmax(load(scores + c * CHUNK), top);
+    return max_lanes(top);
+  }
+
+  // Weights exp(score - largest) of a span of `chunks` chunks, 0 where a chunk is not seen; returns their sum.
+  template <class T>
+  __attribute__((noinline)) float weigh(const float* scores, int64_t chunks, Seen seen, float largest, Value<T>* weights) const {
+    const int64_t c0 = seen.chunk0(), c1 = seen.chunk1();
+    const f32x16 shift = splat(largest > -INFINITY ? -largest * log2_scale : 0.f), scale = splat(log2_scale);
     f32x16 total{};
     for (int64_t c = 0; c < c0; c++) put_weights<T>(f32x16{}, weights + c * VALUES_PER_CHUNK<T>);
-    for (int64_t c = c0; c < c1; c++) total += put_weights<T>(exp2_down(fma(load(scores + c * CHUNK), splat(log2_scale), -shift)), weights + c * VALUES_PER_CHUNK<T>);
+    for (int64_t c = c0; c < c1; c++)
+      total += put_weights<T>(exp2_down(fma(load(scores + c * CHUNK), scale, shift)), weights + c * VALUES_PER_CHUNK<T>);
     for (int64_t c = c1; c < chunks; c++) put_weights<T>(f32x16{}, weights + c * VALUES_PER_CHUNK<T>);
-    *sum = sum_lanes(total);
+    return sum_lanes(total);
   }
 
   // into = into and then `next`. One that saw no key (largest -inf) changes nothing. The only copy of this code.
@@ -71,10 +89,11 @@ struct Softmax {
   }
 
  private:
-  static LS_INLINE f32x16 masked(f32x16 s, int64_t low, int64_t high) {
+  // Only lanes [low, high) of the chunk are seen.
+  static LS_INLINE void mask(float* chunk, int32_t low, int32_t high) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    s = lane < int32_t(low) ? splat(-INFINITY) : s;
-    return lane >= int32_t(high) ? splat(-INFINITY) : s;
+    f32x16 s = lane < low ? splat(-INFINITY) : load(chunk);
+    store(chunk, lane >= high ? splat(-INFINITY) : s);
   }
 };
 

@@ -2,6 +2,7 @@
 
 #include "kv.h"
 #include "program.h"
+#include "rowwise.h"
 
 namespace lockstep {
 namespace {
@@ -22,21 +23,6 @@ struct Angles : Op {
     }
   }
 };
-
-// RMS norm of one head in place, as layers/norm.py.
-template <class T>
-void norm_head(T* x, const T* weight, int64_t n, float eps, bool plus_one) {
-  f32x16 squares{};
-  for (int64_t j = 0; j < n; j += W) {
-    f32x16 v = load_n(x + j, n - j);
-    squares = fma(v, v, squares);
-  }
-  const float scale = 1.f / sqrtf(sum_lanes(squares) / float(n) + eps);
-  for (int64_t j = 0; j < n; j += W) {
-    f32x16 v = load_n(x + j, n - j) * scale, w = load_n(weight + j, n - j);
-    store_n(x + j, plus_one ? v * (1.f + w) : rounded<T>(v) * w, n - j);
-  }
-}
 
 template <class T>
 void rotate_head(T* x, const float* cos_sin, int64_t half) {
@@ -63,7 +49,7 @@ struct RopeStore : Op {
 
   void heads(T* x, int64_t n, const T* weight, const float* angles) const {
     for (int64_t h = 0; h < n; h++, x += kv.head_dim) {
-      if (weight) norm_head(x, weight, kv.head_dim, eps, plus_one);
+      if (weight) rms_norm_row(x, weight, x, kv.head_dim, eps, plus_one);
       rotate_head(x, angles, half);
     }
   }

@@ -164,6 +164,9 @@ LS_INLINE f32x16 rounded(f32x16 v) {
 
 // ---- reductions over lanes, always in the same order ---------------------------------------------------------------
 LS_INLINE float sum_lanes(f32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);  // the same order
+#endif
   float a[W];
   memcpy(a, &v, sizeof a);
   for (int step = W / 2; step; step /= 2)
@@ -171,6 +174,9 @@ LS_INLINE float sum_lanes(f32x16 v) {
   return a[0];
 }
 LS_INLINE float max_lanes(f32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float a[W];
   memcpy(a, &v, sizeof a);
   for (int step = W / 2; step; step /= 2)
