@@ -213,7 +213,14 @@ def _shm(group: Any) -> Communicator:
 
     gloo = GlooCommunicator(group, torch.device("cpu"))
     handle = segment.open_groups(library(), gloo, ["here"] * gloo.world_size, "contract", 60.0, True, slot_bytes=1 << 16, ring_bytes=64)
-    return ShmCommunicator(library(), handle, gloo)
+    return ShmCommunicator(library(), handle, gloo.rank, gloo.world_size, gloo)
+
+
+def _hierarchical(group: Any, hosts: str) -> Communicator:
+    """hosts: a letter for each rank's host."""
+    from lockstep.distributed.communicators import select
+
+    return select.assemble(GlooCommunicator(group, torch.device("cpu")), list(hosts), "contract", 60.0, may_spin=False, spanning=True)
 
 
 def run(rank: int, world_size: int, kind: str, check: str) -> str:
@@ -224,9 +231,11 @@ def run(rank: int, world_size: int, kind: str, check: str) -> str:
         "gloo": lambda: GlooCommunicator(tp.cpu_group, cpu),
         "shm": lambda: host_communicator(tp.cpu_group, 60.0),
         "shm-small": lambda: _shm(tp.cpu_group),
+        "hierarchical": lambda: _hierarchical(tp.cpu_group, hosts),
         "staged": lambda: StagedCommunicator(GlooCommunicator(tp.cpu_group, cpu), cpu),
         "staged-cuda": lambda: StagedCommunicator(GlooCommunicator(tp.cpu_group, cpu), torch.device("cuda", 0)),
     }
+    kind, _, hosts = kind.partition(":")
     communicator = kinds[kind]()
     assert type(communicator).__name__.lower().startswith(kind.partition("-")[0]), communicator.explanation
     assert (communicator.rank, communicator.world_size) == (rank, world_size)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lockstep.distributed.handles import Handle
-from lockstep.distributed.reduction_tree import ADD, ReductionTree
+from lockstep.distributed.reduction_tree import ReductionTree
 
 
 class Communicator(ABC):
@@ -42,15 +42,7 @@ class Communicator(ABC):
 
         Unlike all_reduce_, the result does not depend on how the atoms were dealt out to ranks.
         """
-        leaves = self.all_gatherv(partials, tree.counts, 0)
-        stack: list[Tensor] = []
-        for leaf in tree.code:
-            if leaf == ADD:
-                upper = stack.pop()
-                stack[-1] = stack[-1] + upper
-            else:
-                stack.append(leaves[leaf])
-        return stack[0]
+        return tree.evaluate(self.all_gatherv(partials, tree.counts, 0))
 
     @abstractmethod
     def all_gather(self, x: Tensor, dim: int) -> Tensor:

@@ -30,11 +30,16 @@ class SegmentError(RuntimeError):
 
 
 class Seat(msgspec.Struct, frozen=True):
-    """Where a rank sits. host: ranks with the same one can share memory. cores: what it may run on."""
+    """Where a rank sits.
+
+    host: ranks with the same one can share memory. cores: CPUs it may run on. quota: how much CPU time in all, 0: no limit.
+    missing: why it cannot share memory, "" if it can.
+    """
 
     host: str
     cores: list[int]
-    missing: str  # why this rank cannot take part; "" if it can
+    quota: float
+    missing: str
 
 
 class _Offer(msgspec.Struct, frozen=True):
@@ -83,7 +88,7 @@ def open_groups(
 ) -> int:
     """The kernel library's group of this rank and the others on its host. Collective over `comm`.
 
-    Raises SegmentError on every rank when one could not create or open its segment.
+    may_spin: the same on all ranks of a host. Raises SegmentError on every rank when one could not create or open its segment.
     """
     here = members_here(hosts, comm.rank)
     place, world = here.index(comm.rank), len(here)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ class ShmCommunicator(Communicator):
     the other ranks itself; valid until `close`. Sums of dtypes that it does not know are left to `inner`.
     """
 
-    def __init__(self, lib: Any, group: int, inner: Communicator) -> None:
-        """`group`: from `segment.open_groups`; this takes it over. `inner`: any communicator of the same ranks."""
-        super().__init__(inner.rank, inner.world_size, torch.device("cpu"))
+    def __init__(self, lib: Any, group: int, rank: int, world_size: int, inner: Communicator | None) -> None:
+        """`group`: from `segment.open_groups`; this takes it over. `inner`: of the same ranks; None where nobody needs it."""
+        super().__init__(rank, world_size, torch.device("cpu"))
         self._lib, self.native_handle, self.inner = lib, group, inner
         self._reduce = lib.shm_all_reduce
         self._unfinished: set[_Transfer] = set()
@@ -39,7 +40,7 @@ class ShmCommunicator(Communicator):
     def all_reduce_(self, x: Tensor) -> None:
         dtype = SUMMED.get(x.dtype)
         if dtype is None:
-            self.inner.all_reduce_(x)
+            self._other(x).all_reduce_(x)
         elif x.is_contiguous():
             self._reduce(self.native_handle, x.data_ptr(), x.numel(), dtype)
         else:
@@ -70,7 +71,7 @@ class ShmCommunicator(Communicator):
 
     def _join(self, function: Any, x: Tensor, out: Tensor | None, sizes: Sequence[int], dim: int) -> None:
         x = x.contiguous()
-        outer, unit = _product(x.shape[:dim]), _product(x.shape[dim + 1 :]) * x.element_size()
+        outer, unit = prod(x.shape[:dim]), prod(x.shape[dim + 1 :]) * x.element_size()
         inner = array("q", [size * unit for size in sizes])
         function(self._group, x.data_ptr(), 0 if out is None else out.data_ptr(), outer, _at(inner), SUMMED.get(x.dtype, _OTHER))
 
@@ -80,10 +81,10 @@ class ShmCommunicator(Communicator):
     def reduce_scatterv(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         dtype = SUMMED.get(x.dtype)
         if dtype is None:
-            return self.inner.reduce_scatterv(x, sizes, dim)
+            return self._other(x).reduce_scatterv(x, sizes, dim)
         rows = x.movedim(dim, 0).contiguous()
         out = rows.new_empty((sizes[self.rank], *rows.shape[1:]))
-        unit = _product(rows.shape[1:])
+        unit = prod(rows.shape[1:])
         counts = array("q", [size * unit for size in sizes])
         self._lib.shm_reduce_scatter(self._group, rows.data_ptr(), out.data_ptr(), _at(counts), dtype)
         return out.movedim(0, dim).contiguous()
@@ -101,7 +102,7 @@ class ShmCommunicator(Communicator):
     def all_to_allv(self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> Tensor:
         x = x.contiguous()
         out = x.new_empty((sum(recv_sizes), *x.shape[1:]))
-        row = _product(x.shape[1:]) * x.element_size()
+        row = prod(x.shape[1:]) * x.element_size()
         send, recv = array("q", [n * row for n in send_sizes]), array("q", [n * row for n in recv_sizes])
         self._lib.shm_all_to_all(self._group, x.data_ptr(), out.data_ptr(), _at(send), _at(recv), SUMMED.get(x.dtype, _OTHER))
         return out
@@ -131,7 +132,14 @@ class ShmCommunicator(Communicator):
             self._lib.shm_free(self.native_handle)
             self.native_handle, self._reduce = 0, _closed
             self._unfinished.clear()
-        self.inner.close()
+        if self.inner is not None:
+            self.inner.close()
+
+    def _other(self, x: Tensor) -> Communicator:
+        """Who adds what this cannot."""
+        if self.inner is None:
+            raise TypeError(f"shared memory has no sums of {x.dtype}.")
+        return self.inner
 
     @property
     def _group(self) -> int:
@@ -170,13 +178,6 @@ def _closed(*_: Any) -> None:
 
 def _at(numbers: array[int]) -> int:
     return numbers.buffer_info()[0]
-
-
-def _product(sizes: Sequence[int]) -> int:
-    out = 1
-    for size in sizes:
-        out *= size
-    return out
 
 
 def _resized(x: Tensor, dim: int, size: int) -> tuple[int, ...]:
