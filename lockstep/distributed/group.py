@@ -98,9 +98,10 @@ class GroupCoordinator(ObjectTransfer, TensorTransfer, DeviceSharing):
         self.cpu_communicator: Communicator = LoopbackCommunicator()
         self.communicator: Communicator = LoopbackCommunicator(self.device)
         if self.world_size > 1:
-            self.cpu_communicator = GlooCommunicator(self._cpu_group, torch.device("cpu"))
             timeout_s = timeout.total_seconds() if timeout is not None else DEFAULT_TIMEOUT_S
             self.communicator = make_communicator(self._device_group, self.backend, self.device, timeout_s)
+            on_host = self.device.type == "cpu"
+            self.cpu_communicator = self.communicator if on_host else GlooCommunicator(self._cpu_group, torch.device("cpu"))
         self.use_device_communicator = use_device_communicator and self.world_size > 1
         custom_ops.register(self.unique_name, weakref.ref(self))
         if use_message_queue_broadcaster and self.world_size > 1:
@@ -220,9 +221,18 @@ class GroupCoordinator(ObjectTransfer, TensorTransfer, DeviceSharing):
         if torch.compiler.is_compiling():
             torch.ops.lockstep.all_reduce_(x, self.unique_name)
             return x
-        self._enter("all_reduce", x)
+        if observer.observers or ledger.active:
+            self._enter("all_reduce", x)
         self.communicator.all_reduce_(x)
         return x
+
+    def combine_partials(self, partials: Tensor, tree: ReductionTree) -> Tensor:
+        """The ranks' partial sums [tree.counts[rank], rows, n] float32, added in the order of `tree`: [rows, n] float32.
+
+        The bits do not depend on how many ranks the sum was dealt out to.
+        """
+        self._enter("combine_partials", partials[:0], detail=f"counts={tree.counts}")
+        return self.communicator.combine(partials, tree)
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """Every rank's `x` joined along `dim`, in group order. World size 1: `x` itself."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 ADD = -1
 
@@ -47,6 +48,17 @@ class ReductionTree:
 
     counts: tuple[int, ...]
     code: tuple[int, ...]
+
+    def evaluate(self, leaves: Sequence[Any]) -> Any:
+        """The tree's sum of `leaves`, which may be anything that adds."""
+        stack: list[Any] = []
+        for leaf in self.code:
+            if leaf == ADD:
+                upper = stack.pop()
+                stack[-1] = stack[-1] + upper
+            else:
+                stack.append(leaves[leaf])
+        return stack[0]
 
     @classmethod
     def of(cls, total: int, runs: Sequence[tuple[int, int]]) -> ReductionTree:

@@ -329,7 +329,7 @@ class Builder:
 
         def combine(tokens: int) -> None:
             parts = flat[: mine * tokens * hidden].view(mine, tokens, hidden)
-            flat[: tokens * hidden].view(tokens, hidden).copy_(tp.combine(parts, tree))
+            flat[: tokens * hidden].view(tokens, hidden).copy_(tp.combine_partials(parts, tree))
 
         self.program.add(name, self.lib.op_partials(*product, sums.data_ptr()))
         self.program.add_stop(f"{name}.combine", combine)

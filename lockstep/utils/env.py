@@ -115,3 +115,13 @@ def cache_folder() -> Path:
 def loose_atoms() -> bool:
     """LOCKSTEP_LOOSE_ATOMS: sum each rank's columns in one go, which gives up equal bits; for measuring what they cost."""
     return _text("LOCKSTEP_LOOSE_ATOMS") not in ("", "0")
+
+
+def communicator() -> str:
+    """LOCKSTEP_COMMUNICATOR: what moves host tensors between ranks: auto (the default), gloo, shm or hierarchical."""
+    return _text("LOCKSTEP_COMMUNICATOR", "auto").lower() or "auto"
+
+
+def host_id() -> str:
+    """LOCKSTEP_HOST_ID: ranks that give the same one share memory; empty means find out."""
+    return _text("LOCKSTEP_HOST_ID")

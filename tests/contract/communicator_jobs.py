@@ -12,7 +12,9 @@ from lockstep.distributed import parallel_state as ps
 from lockstep.distributed.communicators.base import Communicator
 from lockstep.distributed.communicators.gloo import GlooCommunicator
 from lockstep.distributed.communicators.loopback import LoopbackCommunicator
+from lockstep.distributed.communicators.select import host_communicator
 from lockstep.distributed.communicators.staged import StagedCommunicator
+from lockstep.distributed.reduction_tree import ReductionTree, subtrees
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool, torch.float64, torch.int16]
 SUMMED = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.float64]
@@ -31,6 +33,12 @@ def same(found: torch.Tensor | None, expected: torch.Tensor, device: torch.devic
     assert found is not None and found.dtype == expected.dtype and found.shape == expected.shape
     assert found.device.type == device.type and found.is_contiguous()
     assert torch.equal(found.cpu(), expected)
+
+
+def tree(lo: int, hi: int, leaves: list[torch.Tensor]) -> torch.Tensor:
+    """The order of additions: cut at the largest power of two below the number of leaves."""
+    mid = lo + max(1 << i for i in range(8) if 1 << i < max(hi - lo, 2))
+    return leaves[lo] if hi - lo == 1 else tree(lo, mid, leaves) + tree(mid, hi, leaves)
 
 
 def all_reduce(c: Communicator, rank: int, size: int) -> None:
@@ -79,11 +87,9 @@ def reduce_scatter(c: Communicator, rank: int, size: int) -> None:
             parts = by_rank(tuple(shape), dtype, size)
             total = sum(p.to(torch.float64) for p in parts).to(dtype)
             same(c.reduce_scatter(parts[rank].to(c.device), dim), total.chunk(size, dim)[rank].contiguous(), c.device)
-    # Half precision: summed in float32 in rank order, rounded once.
-    parts = [torch.randn(size * 64, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(size)]
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
+    # Half precision: summed in float32 in the tree, rounded once. (A few 16-bit numbers of one size would add up exactly.)
+    parts = [torch.randn(size * 64, generator=torch.Generator().manual_seed(r)).exp().pow(9).bfloat16() for r in range(size)]
+    total = tree(0, size, [part.float() for part in parts])
     same(c.reduce_scatter(parts[rank].to(c.device), 0), total.bfloat16().chunk(size)[rank], c.device)
 
 
@@ -166,6 +172,20 @@ def send_recv(c: Communicator, rank: int, size: int) -> None:
         assert got[0].item() == 1.0
 
 
+def combine(c: Communicator, rank: int, size: int) -> None:
+    """The bits are those of one rank that holds all atoms, however they are dealt out and whichever way the sum takes."""
+    for total in (size, 8, 13):
+        if total < size:
+            continue
+        runs = [(total * r // size, total * (r + 1) // size) for r in range(size)]
+        order = ReductionTree.of(total, runs)
+        for rows, n in ((1, 1), (3, 37), (2, 40000)):
+            atoms = [torch.randn(rows, n, generator=torch.Generator().manual_seed(a)) for a in range(total)]
+            nodes = subtrees(total, *runs[rank])
+            mine = torch.stack([tree(lo, hi, atoms) for lo, hi in nodes])
+            same(c.combine(mine.to(c.device), order), tree(0, total, atoms), c.device)
+
+
 def barrier(c: Communicator, rank: int, size: int) -> None:
     """Nobody leaves before the last has come: each adds one on arrival, and finds all there afterwards."""
     store = ps.shared_store("contract") if size > 1 else None
@@ -180,9 +200,27 @@ CHECKS: dict[str, Callable[[Communicator, int, int], None]] = {
     f.__name__: f
     for f in (
         all_reduce, all_gather, all_gatherv, reduce_scatter, reduce_scatterv, gather,
-        broadcast, all_to_all, all_to_allv, send_recv, barrier,
+        broadcast, all_to_all, all_to_allv, combine, send_recv, barrier,
     )
 }  # fmt: skip
+
+
+def _shm(group: Any) -> Communicator:
+    """With slots and rings so small that nearly everything goes through them in several turns."""
+    from lockstep.distributed.communicators import segment
+    from lockstep.distributed.communicators.shm import ShmCommunicator
+    from lockstep.kernels.library import library
+
+    gloo = GlooCommunicator(group, torch.device("cpu"))
+    handle = segment.open_groups(library(), gloo, ["here"] * gloo.world_size, "contract", 60.0, True, slot_bytes=1 << 16, ring_bytes=64)
+    return ShmCommunicator(library(), handle, gloo.rank, gloo.world_size, gloo)
+
+
+def _hierarchical(group: Any, hosts: str) -> Communicator:
+    """hosts: a letter for each rank's host."""
+    from lockstep.distributed.communicators import select
+
+    return select.assemble(GlooCommunicator(group, torch.device("cpu")), list(hosts), "contract", 60.0, may_spin=False, spanning=True)
 
 
 def run(rank: int, world_size: int, kind: str, check: str) -> str:
@@ -191,10 +229,15 @@ def run(rank: int, world_size: int, kind: str, check: str) -> str:
     kinds: dict[str, Callable[[], Any]] = {
         "loopback": LoopbackCommunicator,
         "gloo": lambda: GlooCommunicator(tp.cpu_group, cpu),
+        "shm": lambda: host_communicator(tp.cpu_group, 60.0),
+        "shm-small": lambda: _shm(tp.cpu_group),
+        "hierarchical": lambda: _hierarchical(tp.cpu_group, hosts),
         "staged": lambda: StagedCommunicator(GlooCommunicator(tp.cpu_group, cpu), cpu),
         "staged-cuda": lambda: StagedCommunicator(GlooCommunicator(tp.cpu_group, cpu), torch.device("cuda", 0)),
     }
+    kind, _, hosts = kind.partition(":")
     communicator = kinds[kind]()
+    assert type(communicator).__name__.lower().startswith(kind.partition("-")[0]), communicator.explanation
     assert (communicator.rank, communicator.world_size) == (rank, world_size)
     CHECKS[check](communicator, rank, world_size)
     communicator.close()

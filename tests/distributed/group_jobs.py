@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lockstep.distributed import parallel_state as ps
 from lockstep.distributed.codec import TensorMetadata
 from lockstep.distributed.group import GroupCoordinator
+from lockstep.distributed.reduction_tree import ReductionTree
 
 
 def tp_group(world_size: int) -> GroupCoordinator:
@@ -54,6 +55,8 @@ def reductions(rank: int, world_size: int) -> None:
     assert torch.equal(tp.reduce_scatterv(v, -1, sizes), (v * world_size).split(sizes, 1)[rank])
     assert torch.equal(tp.reduce_scatterv(w), scattered)
     refused(ValueError, "sum to", lambda: tp.reduce_scatterv(v, 1, [1] * world_size))
+    order = ReductionTree.of(world_size, [(r, r + 1) for r in range(world_size)])
+    assert (tp.combine_partials(ones(rank, 1, 2, 3), order) == torch.full((2, 3), total)).all()
 
 
 def gathers(rank: int, world_size: int) -> None:

@@ -13,6 +13,7 @@ G, P = "tests.distributed.group_jobs", "tests.distributed.parallel_state_jobs"
 NOTICED_BY = {
     "all_reduce": "reductions",
     "all_reduce_": "reductions",
+    "combine_partials": "reductions",
     "reduce_scatter": "reductions",
     "reduce_scatterv": "reductions",
     "all_gather": "gathers",

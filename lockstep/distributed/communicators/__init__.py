@@ -12,20 +12,15 @@ if TYPE_CHECKING:
 
 def make_communicator(group: Any, backend: str, device: torch.device, timeout_s: float = 300.0) -> Communicator:
     """The communicator for tensors on `device` over torch group `group` of `backend` ("gloo" or "nccl"). Collective."""
-    import torch
-
     if "nccl" in backend and device.type == "cuda":
         from lockstep.distributed.communicators.nccl import NcclCommunicator
 
         return NcclCommunicator(group, device)
-    from lockstep.distributed.communicators.gloo import GlooCommunicator
+    from lockstep.distributed.communicators.select import host_communicator
 
-    host = GlooCommunicator(group, torch.device("cpu"))
+    host = host_communicator(group, timeout_s)
     if device.type == "cpu":
-        from lockstep.distributed.communicators.shm import ShmCommunicator, attach
-
-        handle, _ = attach(host, timeout_s)
-        return ShmCommunicator(handle, host) if handle else host
+        return host
     from lockstep.distributed.communicators.staged import StagedCommunicator
 
     return StagedCommunicator(host, device)

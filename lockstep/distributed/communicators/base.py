@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lockstep.distributed.handles import Handle
-from lockstep.distributed.reduction_tree import ADD, ReductionTree
+from lockstep.distributed.reduction_tree import ReductionTree
 
 
 class Communicator(ABC):
@@ -23,9 +23,12 @@ class Communicator(ABC):
     - every rank of the group calls the same methods in the same order with the same shapes (except where sizes are given);
     - inputs may be non-contiguous and empty; an input is never changed unless the method's name ends in `_`;
     - results are new, contiguous tensors on the input's device, in rank order along `dim` (0 <= dim < x.dim());
-    - sums of bfloat16 and float16 in `reduce_scatter*` are taken in float32, in rank order, and rounded once;
+    - sums of bfloat16 and float16 in `reduce_scatter*` are taken in float32, in the tree of `reduction_tree` over ranks, and rounded once;
     - every method works at world size 1, where sending to oneself is optional; a peer's death or the group's timeout raises RuntimeError.
     """
+
+    # Why this communicator and no other: see select.py.
+    explanation = ""
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
@@ -39,15 +42,7 @@ class Communicator(ABC):
 
         Unlike all_reduce_, the result does not depend on how the atoms were dealt out to ranks.
         """
-        leaves = self.all_gatherv(partials, tree.counts, 0)
-        stack: list[Tensor] = []
-        for leaf in tree.code:
-            if leaf == ADD:
-                upper = stack.pop()
-                stack[-1] = stack[-1] + upper
-            else:
-                stack.append(leaves[leaf])
-        return stack[0]
+        return tree.evaluate(self.all_gatherv(partials, tree.counts, 0))
 
     @abstractmethod
     def all_gather(self, x: Tensor, dim: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lockstep.distributed.communicators.torch_pg import TorchCommunicator, as_bytes, rank_order_sum
+from lockstep.distributed.communicators.torch_pg import TorchCommunicator, as_bytes, tree_sum
 
 
 class GlooCommunicator(TorchCommunicator):
@@ -16,7 +16,7 @@ class GlooCommunicator(TorchCommunicator):
     def _sum_slices(self, x: Tensor) -> Tensor:
         received = torch.empty_like(x)
         self.group.alltoall_base(as_bytes(received), as_bytes(x), [], []).wait()
-        return rank_order_sum(received)
+        return tree_sum(received)
 
     def barrier(self) -> None:
         # A sum, not the group's own barrier: where the group also has a NCCL backend, that would take the GPU's.

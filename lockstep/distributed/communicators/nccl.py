@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lockstep.distributed.communicators.torch_pg import TorchCommunicator, as_bytes, rank_order_sum
+from lockstep.distributed.communicators.torch_pg import TorchCommunicator, as_bytes, tree_sum
 
 
 class NcclCommunicator(TorchCommunicator):
@@ -16,7 +16,7 @@ class NcclCommunicator(TorchCommunicator):
             # NCCL rounds after every hop; the contract rounds once.
             received = torch.empty_like(x)
             self.group.alltoall_base(as_bytes(received), as_bytes(x), [], []).wait()
-            return rank_order_sum(received)
+            return tree_sum(received)
         out = torch.empty_like(x[0])
         self.group._reduce_scatter_base(out, x).wait()
         return out

@@ -1,119 +1,184 @@
-"""Collectives through memory that the ranks of one host share (csrc/comm*.cpp). What it does not do itself, gloo does."""
+"""Collectives through memory that the ranks of one host share. The work is done in kernels/csrc/comm*.cpp."""
 
 from __future__ import annotations
 
-import os
+from array import array
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lockstep.distributed import ledger
 from lockstep.distributed.communicators.base import Communicator
-from lockstep.distributed.communicators.torch_pg import TorchCommunicator, merge_front
-from lockstep.distributed.handles import Handle
-from lockstep.kernels.library import library
+from lockstep.distributed.handles import DoneHandle, Handle
+from lockstep.distributed.reduction_tree import ReductionTree
 
-SLOT_BYTES = 4 << 20
-# comm.cpp: sum_any
-_SUM_CODES = {
-    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float64: 4, torch.uint8: 5, torch.int16: 6,
-    torch.int32: 7, torch.int64: 8,
+# The numbers of dtypes that can be added: with_type in comm_reduce.h. The first four are also the kernels'.
+SUMMED = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4, torch.bool: 5,
+    torch.int16: 6, torch.int32: 7, torch.int64: 8, torch.float64: 9,
 }  # fmt: skip
+_OTHER = 255
 
 
 class ShmCommunicator(Communicator):
-    """All ranks on one host. `native_handle` is the library's group, for programs that combine inside a step."""
+    """All ranks on one host. Waits spin, then sleep; a dead or late rank is a RuntimeError that names it.
 
-    def __init__(self, handle: int, fallback: TorchCommunicator) -> None:
-        super().__init__(fallback.rank, fallback.world_size, torch.device("cpu"))
-        self._lib: Any = library()
-        self._reduce, self._fallback = self._lib.shm_all_reduce, fallback
-        self.native_handle = handle
+    After such an error the group stays failed. native_handle: for `group_of` in the kernels, so that an operation can meet
+    the other ranks itself; valid until `close`. Sums of dtypes that it does not know are left to `inner`.
+    """
+
+    def __init__(self, lib: Any, group: int, rank: int, world_size: int, inner: Communicator | None) -> None:
+        """`group`: from `segment.open_groups`; this takes it over. `inner`: of the same ranks; None where nobody needs it."""
+        super().__init__(rank, world_size, torch.device("cpu"))
+        self._lib, self.native_handle, self.inner = lib, group, inner
+        self._reduce = lib.shm_all_reduce
+        self._unfinished: set[_Transfer] = set()
 
     def all_reduce_(self, x: Tensor) -> None:
-        code = _SUM_CODES.get(x.dtype)
-        if code is None:
-            return self._fallback.all_reduce_(x)
-        if x.is_contiguous():
-            self._reduce(self.native_handle, x.data_ptr(), x.numel(), x.itemsize, code)
-            return None
-        dense = x.contiguous()
-        self._reduce(self.native_handle, dense.data_ptr(), dense.numel(), dense.itemsize, code)
-        x.copy_(dense)
-        return None
+        dtype = SUMMED.get(x.dtype)
+        if dtype is None:
+            self._other(x).all_reduce_(x)
+        elif x.is_contiguous():
+            self._reduce(self.native_handle, x.data_ptr(), x.numel(), dtype)
+        else:
+            dense = x.contiguous()
+            self._reduce(self.native_handle, dense.data_ptr(), dense.numel(), dtype)
+            x.copy_(dense)
+
+    def combine(self, partials: Tensor, tree: ReductionTree) -> Tensor:
+        partials = partials.contiguous()
+        out = partials.new_empty(partials.shape[1:])
+        counts, code = array("q", tree.counts), array("q", tree.code)
+        self._lib.shm_combine(self._group, partials.data_ptr(), out.data_ptr(), _at(counts), _at(code), len(code), out.numel())
+        return out
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        x = x.contiguous()
-        parts = x.new_empty((self.world_size, *x.shape))
-        self._lib.shm_gather(self.native_handle, x.data_ptr(), x.nbytes, parts.data_ptr())
-        return merge_front(parts, dim)
+        return self.all_gatherv(x, [x.shape[dim]] * self.world_size, dim)
+
+    def all_gatherv(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+        out = x.new_empty(_resized(x, dim, sum(sizes)))
+        self._join(self._lib.shm_all_gather, x, out, sizes, dim)
+        return out
 
     def gather(self, x: Tensor, dst: int, dim: int) -> Tensor | None:
+        sizes = [x.shape[dim]] * self.world_size
+        out = x.new_empty(_resized(x, dim, sum(sizes))) if self.rank == dst else None
+        self._join(self._lib.shm_gather, x, out, sizes, dim)
+        return out
+
+    def _join(self, function: Any, x: Tensor, out: Tensor | None, sizes: Sequence[int], dim: int) -> None:
         x = x.contiguous()
-        parts = x.new_empty((self.world_size, *x.shape)) if self.rank == dst else None
-        self._lib.shm_gather(self.native_handle, x.data_ptr(), x.nbytes, None if parts is None else parts.data_ptr())
-        return None if parts is None else merge_front(parts, dim)
+        outer, unit = prod(x.shape[:dim]), prod(x.shape[dim + 1 :]) * x.element_size()
+        inner = array("q", [size * unit for size in sizes])
+        function(self._group, x.data_ptr(), 0 if out is None else out.data_ptr(), outer, _at(inner), SUMMED.get(x.dtype, _OTHER))
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        return self.reduce_scatterv(x, [x.shape[dim] // self.world_size] * self.world_size, dim)
+
+    def reduce_scatterv(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+        dtype = SUMMED.get(x.dtype)
+        if dtype is None:
+            return self._other(x).reduce_scatterv(x, sizes, dim)
+        rows = x.movedim(dim, 0).contiguous()
+        out = rows.new_empty((sizes[self.rank], *rows.shape[1:]))
+        unit = prod(rows.shape[1:])
+        counts = array("q", [size * unit for size in sizes])
+        self._lib.shm_reduce_scatter(self._group, rows.data_ptr(), out.data_ptr(), _at(counts), dtype)
+        return out.movedim(0, dim).contiguous()
 
     def broadcast_(self, x: Tensor, src: int) -> None:
-        dense = x if x.is_contiguous() else x.contiguous()
-        self._lib.shm_broadcast(self.native_handle, dense.data_ptr(), dense.nbytes, src)
+        dense = x.contiguous()
+        self._lib.shm_broadcast(self._group, dense.data_ptr(), dense.nbytes, src, SUMMED.get(x.dtype, _OTHER))
         if dense is not x:
             x.copy_(dense)
 
-    def barrier(self) -> None:
-        self._lib.shm_barrier(self.native_handle)
-
-    def all_gatherv(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
-        return self._fallback.all_gatherv(x, sizes, dim)
-
-    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
-        return self._fallback.reduce_scatter(x, dim)
-
-    def reduce_scatterv(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
-        return self._fallback.reduce_scatterv(x, sizes, dim)
-
     def all_to_all(self, x: Tensor) -> Tensor:
-        return self._fallback.all_to_all(x)
+        rows = [x.shape[0] // self.world_size] * self.world_size
+        return self.all_to_allv(x, rows, rows)
 
     def all_to_allv(self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> Tensor:
-        return self._fallback.all_to_allv(x, send_sizes, recv_sizes)
+        x = x.contiguous()
+        out = x.new_empty((sum(recv_sizes), *x.shape[1:]))
+        row = prod(x.shape[1:]) * x.element_size()
+        send, recv = array("q", [n * row for n in send_sizes]), array("q", [n * row for n in recv_sizes])
+        self._lib.shm_all_to_all(self._group, x.data_ptr(), out.data_ptr(), _at(send), _at(recv), SUMMED.get(x.dtype, _OTHER))
+        return out
 
     def isend(self, x: Tensor, dst: int) -> Handle:
-        return self._fallback.isend(x, dst)
+        return self._start(self._lib.shm_send, x.contiguous(), dst)
 
     def irecv_(self, x: Tensor, src: int) -> Handle:
-        return self._fallback.irecv_(x, src)
+        return self._start(self._lib.shm_receive, x, src)
+
+    def _start(self, function: Any, x: Tensor, peer: int) -> Handle:
+        number = function(self._group, peer, x.data_ptr(), x.nbytes, SUMMED.get(x.dtype, _OTHER))
+        if not number:
+            return DoneHandle()
+        # A handle that nobody waits for must not take the tensor with it while bytes move.
+        for transfer in tuple(self._unfinished):
+            transfer.is_completed()
+        handle = _Transfer(self, number, x)
+        self._unfinished.add(handle)
+        return handle
+
+    def barrier(self) -> None:
+        self._lib.shm_barrier(self._group)
 
     def close(self) -> None:
         if self.native_handle:
             self._lib.shm_free(self.native_handle)
-            self.native_handle = 0
-        self._fallback.close()
+            self.native_handle, self._reduce = 0, _closed
+            self._unfinished.clear()
+        if self.inner is not None:
+            self.inner.close()
+
+    def _other(self, x: Tensor) -> Communicator:
+        """Who adds what this cannot."""
+        if self.inner is None:
+            raise TypeError(f"shared memory has no sums of {x.dtype}.")
+        return self.inner
+
+    @property
+    def _group(self) -> int:
+        assert self.native_handle, "the communicator is closed"
+        return self.native_handle
 
 
-def attach(gloo: TorchCommunicator, timeout_s: float, slot_bytes: int = SLOT_BYTES) -> tuple[int, str]:
-    """The library's handle of a new segment that all ranks of `gloo`'s group share, or (0, why not). Collective.
+class _Transfer:
+    """A send or receive under way."""
 
-    Rank 0 makes the segment; the others open it through rank 0's /proc entry, which only this user's processes on this
-    host can. If one of them cannot, none uses it.
-    """
-    lib = library()
-    fd, problem = -1, "" if lib is not None else "the kernel library is not available"
-    if not problem and gloo.rank == 0:
-        fd = lib.shm_create(gloo.world_size, slot_bytes)
-    where = torch.tensor([os.getpid(), fd], dtype=torch.int64)
-    gloo.broadcast_(where, 0)
-    if not problem and gloo.rank != 0:
-        try:
-            fd = lib.shm_open_path(f"/proc/{int(where[0])}/fd/{int(where[1])}") if int(where[1]) >= 0 else -1
-        except RuntimeError as error:
-            problem = str(error)
-    able = gloo.all_gather(torch.tensor([not problem and fd >= 0]), 0)
-    if not bool(able.all()):
-        if fd >= 0:
-            os.close(fd)
-        return 0, problem or f"ranks {torch.nonzero(~able).flatten().tolist()} of the group cannot open the shared memory"
-    handle = int(lib.shm_attach(fd, gloo.rank, gloo.world_size, slot_bytes, timeout_s))
-    gloo.barrier()  # everybody's process number is in the segment before anybody waits for it
-    return handle, ""
+    def __init__(self, owner: ShmCommunicator, number: int, x: Tensor) -> None:
+        self._owner, self._number, self._keep = owner, number, x
+
+    def is_completed(self) -> bool:
+        if self._number and self._owner._lib.shm_test(self._owner._group, self._number):
+            self._end()
+        return not self._number
+
+    def wait(self) -> None:
+        if self._number and ledger.active:
+            ledger.active[0].wait_for(self.is_completed)
+        if self._number:
+            self._owner._lib.shm_wait(self._owner._group, self._number)
+            self._end()
+
+    def _end(self) -> None:
+        self._owner._lib.shm_drop(self._owner._group, self._number)
+        self._owner._unfinished.discard(self)
+        self._number = 0
+        del self._keep
+
+
+def _closed(*_: Any) -> None:
+    raise AssertionError("the communicator is closed")
+
+
+def _at(numbers: array[int]) -> int:
+    return numbers.buffer_info()[0]
+
+
+def _resized(x: Tensor, dim: int, size: int) -> tuple[int, ...]:
+    return (*x.shape[:dim], size, *x.shape[dim + 1 :])

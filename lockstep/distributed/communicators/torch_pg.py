@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lockstep.distributed.communicators.base import Communicator
 from lockstep.distributed.handles import Handle, WorkHandle
+from lockstep.distributed.reduction_tree import split
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -19,13 +20,17 @@ def as_bytes(x: Tensor) -> Tensor:
     return x.reshape(-1).view(torch.uint8)
 
 
-def rank_order_sum(parts: Tensor) -> Tensor:
-    """[ranks, ...] -> [...]: the sum in rank order, half precision summed in float32 and rounded once."""
+def tree_sum(parts: Tensor) -> Tensor:
+    """[ranks, ...] -> [...]: the sum in the tree over ranks, half precision summed in float32 and rounded once."""
     wide = torch.float32 if parts.dtype in (torch.bfloat16, torch.float16) else parts.dtype
-    total = parts[0].to(wide, copy=True)
-    for part in parts[1:]:
-        total += part
-    return total.to(parts.dtype)
+
+    def node(lo: int, hi: int) -> Tensor:
+        if hi - lo == 1:
+            return parts[lo].to(wide)
+        mid = split(lo, hi)
+        return node(lo, mid) + node(mid, hi)
+
+    return node(0, len(parts)).to(parts.dtype, copy=len(parts) == 1)
 
 
 class TorchCommunicator(Communicator):
@@ -78,7 +83,7 @@ class TorchCommunicator(Communicator):
         mine = sizes[self.rank]
         rows = self.all_to_allv(x.movedim(dim, 0).contiguous(), sizes, [mine] * self.world_size)
         parts = rows.view(self.world_size, mine, *rows.shape[1:])
-        return rank_order_sum(parts).movedim(0, dim).contiguous()
+        return tree_sum(parts).movedim(0, dim).contiguous()
 
     def gather(self, x: Tensor, dst: int, dim: int) -> Tensor | None:
         x = x.contiguous()

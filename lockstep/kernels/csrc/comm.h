@@ -10,6 +10,15 @@
 
 namespace lockstep {
 
+// What ranks do when they meet. Names for messages are in comm_errors.cpp. An operation of a program gives its own number
+// in place of the dtype and the byte before it, and any detail below.
+enum class Call : uint8_t { Step, Barrier, AllReduce, AllGather, ReduceScatter, Gather, Broadcast, AllToAll, Combine, Send };
+
+// A tag for sync: ranks that do the same have the same one. dtype: a number of SUMMED in shm.py (255: bytes of any kind).
+constexpr uint64_t make_tag(Call call, int dtype, uint64_t bytes) {
+  return uint64_t(call) << 56 | uint64_t(dtype & 255) << 48 | (bytes & 0xffffffffffff);
+}
+
 class Group {
  public:
   virtual ~Group() = default;
@@ -23,6 +32,6 @@ class Group {
   virtual void sync(uint64_t tag) = 0;
 };
 
-Group* group_of(void* handle);  // from the handle that Python holds
+Group* group_of(void* handle);  // from the handle that Python holds (ShmCommunicator.native_handle), valid until close
 
 }  // namespace lockstep

@@ -1,118 +1,172 @@
 #include "comm_shm.h"
 
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <cerrno>
-#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 
-#include "team.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 namespace lockstep {
 
+constexpr double SLICE_S = 0.05;  // longest sleep between two looks at whether the others live
+constexpr size_t ALIGN = size_t(2) << 20;
+
+static size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// Where each part begins; the last is the end.
+struct Layout {
+  size_t lines, rings, ring_data, slots, end;
+  Layout(size_t world, size_t slot_bytes, size_t ring_bytes) {
+    lines = up(sizeof(Header), 64);
+    rings = up(lines + world * sizeof(Line), 64);
+    ring_data = up(rings + world * world * sizeof(Ring), 4096);
+    slots = up(ring_data + world * world * ring_bytes, ALIGN);
+    end = slots + 2 * world * slot_bytes;
+  }
+};
+
+size_t ShmGroup::bytes(int world, size_t slot_bytes, size_t ring_bytes) { return Layout(size_t(world), slot_bytes, ring_bytes).end; }
+
+ShmGroup::ShmGroup(int fd, int rank_, int world_, size_t slot_bytes_, size_t ring_bytes, double timeout_s, bool may_spin, const char* name)
+    : name_(name), timeout_s_(timeout_s), may_spin_(may_spin), ring_bytes_(ring_bytes), sends_(size_t(world_)), receives_(size_t(world_)) {
+  if (world_ < 1 || world_ > MAX_WORLD || rank_ < 0 || rank_ >= world_) throw std::invalid_argument("rank or world size out of range");
+  if (ring_bytes & (ring_bytes - 1)) throw std::invalid_argument("ring_bytes must be a power of two");
+  rank = rank_, world = world_, slot_bytes = slot_bytes_;
+  Layout at(size_t(world), slot_bytes, ring_bytes);
+  struct stat info;
+  if (fstat(fd, &info) || size_t(info.st_size) != at.end) throw std::runtime_error("the shared segment has another size than this rank expects");
+  void* p = mmap(nullptr, at.end, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (p == MAP_FAILED) throw std::runtime_error(std::string("mmap of the shared segment: ") + strerror(errno));
+  base_ = static_cast<char*>(p);
+  mapped_ = at.end;
+#if defined(MADV_HUGEPAGE)
+  madvise(base_ + at.slots, at.end - at.slots, MADV_HUGEPAGE);  // refused: small pages serve too
+#endif
+  header_ = reinterpret_cast<Header*>(base_);
+  lines_ = reinterpret_cast<Line*>(base_ + at.lines);
+  rings_ = reinterpret_cast<Ring*>(base_ + at.rings);
+  ring_data_ = base_ + at.ring_data;
+  slots_ = base_ + at.slots;
+  lines_[rank].pid = getpid();
+  lines_[rank].birth = process_birth(getpid());
+  lines_[rank].presence.store(uint32_t(Presence::Here));
+}
+
+ShmGroup::~ShmGroup() {
+  {
+    std::lock_guard<std::mutex> hold(moving_);
+    stop_ = true;
+  }
+  posted_.notify_one();
+  if (helper_.joinable()) helper_.join();
+  uint32_t here = uint32_t(Presence::Here);
+  lines_[rank].presence.compare_exchange_strong(here, uint32_t(Presence::Left));
+  header_->bell.fetch_add(1);
+  futex_wake_all(&header_->bell, true);
+  munmap(base_, mapped_);
+}
+
+std::string ShmGroup::who(int r) const { return "rank " + std::to_string(r) + " of group " + name_ + " (pid " + std::to_string(lines_[r].pid) + ")"; }
+
+void ShmGroup::check() const {
+  if (!failed_.empty()) throw std::runtime_error(failed_);
+}
+
+void ShmGroup::fail(const std::string& text) {
+  Line& mine = lines_[rank];
+  failed_ = text;
+  strncpy(mine.reason, text.c_str(), sizeof mine.reason - 1);
+  mine.presence.store(uint32_t(Presence::Failed));
+  header_->bell.fetch_add(1);  // whoever waits for this rank looks at once
+  futex_wake_all(&header_->bell, true);
+  throw std::runtime_error(text);
+}
+
+void ShmGroup::look_at(int peer, const std::string& what, double since, const std::function<bool()>& done) {
+  const Line& line = lines_[peer];
+  auto presence = Presence(line.presence.load());
+  double waited = now_s() - since;
+  std::string why;
+  if (presence == Presence::Left) why = " has left the group";
+  else if (presence == Presence::Failed) why = std::string(" has failed: ") + line.reason;
+  else if (!process_alive(line.pid, line.birth)) why = " is dead";
+  else if (waited > timeout_s_) why = " has not come in " + seconds_text(timeout_s_) + ", the group's timeout; it last entered " +
+                                      (line.arrived.load() ? tag_text(line.tag[line.arrived.load() & 1].load()) : std::string("nothing"));
+  // What it did before it went counts.
+  if (why.empty() || done()) return;
+  fail(what + ": " + who(peer) + why + ". Rank " + std::to_string(rank) + " (pid " + std::to_string(getpid()) + ") waited for " + seconds_text(waited) + ".");
+}
+
+bool ShmGroup::all_arrived(uint32_t epoch) const {
+  for (int r = 0; r < world; r++)
+    if (int32_t(lines_[r].arrived.load() - epoch) < 0) return false;
+  return true;
+}
+
 namespace {
-
-// (state, start time) from /proc/<pid>/stat; state 0 when there is no such process.
-std::pair<char, int64_t> process_state(int64_t pid) {
-  char path[64], text[512] = {};
-  snprintf(path, sizeof path, "/proc/%lld/stat", static_cast<long long>(pid));
-  FILE* file = fopen(path, "r");
-  if (!file) return {0, 0};
-  const size_t n = fread(text, 1, sizeof text - 1, file);
-  fclose(file);
-  text[n] = 0;
-  const char* after = strrchr(text, ')');  // the name may hold anything
-  if (!after) return {0, 0};
-  char state = 0;
-  long long started = 0;
-  sscanf(after + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %lld", &state, &started);
-  return {state, started};
-}
-
-std::string describe(uint64_t tag) {
-  char text[64];
-  snprintf(text, sizeof text, "operation %llu of size %llu", static_cast<unsigned long long>(tag >> 32), static_cast<unsigned long long>(tag & 0xffffffffu));
-  return text;
-}
-
-constexpr double LOOK_S = 0.05;  // how often a sleeping rank looks whether the others live
-
+struct Counted {  // holds a count of sleepers up by one
+  std::atomic<uint32_t>& n;
+  explicit Counted(std::atomic<uint32_t>& n) : n(n) { n.fetch_add(1); }
+  ~Counted() { n.fetch_sub(1); }
+};
 }  // namespace
 
-size_t ShmGroup::segment_bytes(int world, size_t slot_bytes) {
-  return (sizeof(Control) * size_t(world) + 4095) / 4096 * 4096 + size_t(world) * 2 * slot_bytes;
+void ShmGroup::wait_for(int r, uint32_t epoch, uint64_t tag) {
+  auto here = [&] { return int32_t(lines_[r].arrived.load(std::memory_order_acquire) - epoch) >= 0; };
+  if (may_spin_) {
+    // The first look at the clock comes late: who meets at once does not pay for it.
+    for (int i = 0; i < 64; i++, relax())
+      if (here()) return;
+    if (int64_t budget = spin_ns.load(std::memory_order_relaxed)) {
+      double until = now_s() + 1e-9 * double(budget);
+      do {
+        for (int i = 0; i < 64; i++, relax())
+          if (here()) return;
+      } while (now_s() < until);
+    }
+  }
+  double since = now_s(), looked = since;
+  Counted sleeper(header_->sleepers);
+  for (;;) {
+    // In this order: who arrives after the bell was read rings it, since it sees a sleeper.
+    uint32_t bell = header_->bell.load();
+    if (all_arrived(epoch)) return;
+    auto presence = Presence(lines_[r].presence.load());
+    double now = now_s();
+    if (now - looked >= SLICE_S || presence != Presence::Here) {
+      looked = now;
+      for (int p = 0; p < world; p++)
+        if (int32_t(lines_[p].arrived.load() - epoch) < 0) look_at(p, tag_text(tag), since, [&] { return int32_t(lines_[p].arrived.load() - epoch) >= 0; });
+    }
+    futex_wait(&header_->bell, bell, SLICE_S, true);
+  }
 }
 
-ShmGroup::ShmGroup(int fd, int r, int w, size_t bytes, double timeout_s) : timeout_s_(timeout_s) {
-  rank = r, world = w, slot_bytes = bytes;
-  bytes_ = segment_bytes(w, bytes);
-  void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  const int error = errno;
-  close(fd);
-  if (p == MAP_FAILED) throw std::runtime_error(std::string("mapping the shared memory of a group failed: ") + strerror(error));
-#if defined(MADV_HUGEPAGE)
-  madvise(p, bytes_, MADV_HUGEPAGE);
-#endif
-  memory_ = static_cast<char*>(p);
-  controls_ = reinterpret_cast<Control*>(memory_);
-  slots_ = memory_ + (sizeof(Control) * size_t(w) + 4095) / 4096 * 4096;
-  controls_[rank].pid = getpid();
-  controls_[rank].started = process_state(getpid()).second;
+void ShmGroup::check_tags(uint32_t epoch, uint64_t tag) {
+  for (int r = 0; r < world; r++) {
+    uint64_t theirs = lines_[r].tag[epoch & 1].load(std::memory_order_relaxed);
+    if (theirs != tag)
+      fail("ranks of group " + name_ + " differ: rank " + std::to_string(rank) + " (pid " + std::to_string(getpid()) + ") entered " + tag_text(tag) + ", " + who(r) + " entered " +
+           tag_text(theirs) + ".");
+  }
 }
-
-ShmGroup::~ShmGroup() { munmap(memory_, bytes_); }
 
 void ShmGroup::sync(uint64_t tag) {
-  if (!failure_.empty()) throw std::runtime_error(failure_);
-  const uint32_t epoch = epoch_ + 1;
-  Control& mine = controls_[rank];
-  mine.tags[epoch & 1] = tag;
-  mine.epoch.store(epoch);  // sequentially consistent: either a sleeper is seen below, or it sees the new epoch
-  if (mine.sleepers.load()) futex_wake_all(&mine.epoch, true);
-  for (int r = 0; r < world; r++)
-    if (r != rank) wait_for(r, epoch, tag);
-  epoch_ = epoch;
-}
-
-void ShmGroup::wait_for(int r, uint32_t epoch, uint64_t tag) {
-  Control& theirs = controls_[r];
-  auto there = [&] { return int32_t(theirs.epoch.load(std::memory_order_acquire) - epoch) >= 0; };
-  for (int i = 0; i < 200 && !there(); i++) relax();
-  if (!there()) {
-    const double begin = now_s(), spin_s = 1e-9 * double(spin_ns.load(std::memory_order_relaxed));
-    while (!there() && now_s() - begin < spin_s)
-      for (int i = 0; i < 64 && !there(); i++) relax();
-    theirs.sleepers.fetch_add(1);
-    while (true) {
-      const uint32_t seen = theirs.epoch.load();
-      if (int32_t(seen - epoch) >= 0) break;
-      futex_wait(&theirs.epoch, seen, LOOK_S, true);
-      if (there()) break;
-      const double waited = now_s() - begin;
-      if (waited < LOOK_S / 2) continue;
-      const auto [state, started] = process_state(theirs.pid);
-      char text[256];
-      if (!state || state == 'Z' || state == 'X' || started != theirs.started)
-        snprintf(text, sizeof text, "rank %d of the group (pid %lld) died while rank %d waited for it in %s", r, static_cast<long long>(theirs.pid), rank, describe(tag).c_str());
-      else if (waited > timeout_s_)
-        snprintf(text, sizeof text, "rank %d of the group (pid %lld) did not come within %.1f s to %s, where rank %d waits", r, static_cast<long long>(theirs.pid), timeout_s_, describe(tag).c_str(), rank);
-      else
-        continue;
-      theirs.sleepers.fetch_sub(1);
-      fail(text);
-    }
-    theirs.sleepers.fetch_sub(1);
+  if (!failed_.empty()) check();
+  Line& mine = lines_[rank];
+  uint32_t epoch = epoch_ + 1;
+  mine.tag[epoch & 1].store(tag, std::memory_order_relaxed);
+  mine.arrived.store(epoch);  // sequentially consistent: seen before the sleepers are looked at
+  if (header_->sleepers.load() && all_arrived(epoch)) {
+    header_->bell.fetch_add(1);
+    futex_wake_all(&header_->bell, true);
   }
-  if (theirs.tags[epoch & 1] != tag)
-    fail("ranks " + std::to_string(rank) + " and " + std::to_string(r) + " of the group met in different collectives: " + describe(tag) + " and " + describe(theirs.tags[epoch & 1]));
-}
-
-void ShmGroup::fail(const std::string& why) {
-  failure_ = why;
-  throw std::runtime_error(why);
+  for (int r = 0; r < world; r++)
+    if (int32_t(lines_[r].arrived.load(std::memory_order_acquire) - epoch) < 0) wait_for(r, epoch, tag);
+  check_tags(epoch, tag);
+  epoch_ = epoch;
 }
 
 }  // namespace lockstep

@@ -1,47 +1,108 @@
-// The shared-memory segment of a group on one host.
+// The segment: one piece of memory that the ranks of a group share, and one rank's view of it.
 //
-//   controls   one per rank: how far it is, what it is in, who sleeps on it, which process it is
-//   slots      [rank][parity][slot_bytes]
+//   header | one Line per rank | one Ring per ordered pair of ranks | rings' bytes | two slots per rank
 //
-// The segment is a memfd: it has no name, nobody else can open it, and the kernel frees it with its last user.
+// Every number in it has one writer, except the counts of sleepers and the bell, which are only added to. So there is no
+// lock that a dying rank could hold.
 #pragma once
 #include <atomic>
-#include <string>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #include "comm.h"
+#include "team.h"
 
 namespace lockstep {
 
-struct alignas(128) Control {
-  std::atomic<uint32_t> epoch;     // syncs that this rank has begun; others wait, and may sleep, on it
-  std::atomic<uint32_t> sleepers;  // who sleeps on `epoch`
-  uint64_t tags[2];                // of its last two syncs, by parity
-  alignas(64) int64_t pid;
-  int64_t started;  // the process's start time: a number that came back is another process
+constexpr int MAX_WORLD = 64;  // ranks of one group on one host
+enum class Presence : uint32_t { Absent, Here, Left, Failed };
+
+struct alignas(64) Line {  // what one rank tells the others
+  std::atomic<uint32_t> arrived;  // syncs it has come to
+  std::atomic<uint32_t> presence;
+  std::atomic<uint64_t> tag[2];   // of the sync with that parity
+  int64_t pid, birth;
+  char reason[208];  // why it failed
 };
+
+struct alignas(64) Ring {  // bytes on their way from one rank to another
+  alignas(64) std::atomic<uint32_t> written;  // bytes so far, modulo 2^32; the sender's
+  std::atomic<uint32_t> sender_sleeps;
+  alignas(64) std::atomic<uint32_t> read;     // the receiver's
+  std::atomic<uint32_t> receiver_sleeps;
+};
+
+struct Header {
+  alignas(64) char token[32];  // the segment's secret name: whoever opened the right one finds it
+  alignas(64) std::atomic<uint32_t> bell;  // rung by the last to arrive at a sync, when somebody sleeps
+  alignas(64) std::atomic<uint32_t> sleepers;
+};
+
+struct Transfer;  // a send or receive under way: comm_p2p.cpp
 
 class ShmGroup : public Group {
  public:
-  // fd: a segment of segment_bytes(...), which this takes over. timeout_s: longest wait for another rank.
-  ShmGroup(int fd, int rank, int world, size_t slot_bytes, double timeout_s);
+  // Maps `fd` (kept by the caller). Throws std::runtime_error where it cannot.
+  ShmGroup(int fd, int rank, int world, size_t slot_bytes, size_t ring_bytes, double timeout_s, bool may_spin, const char* name);
   ~ShmGroup() override;
-  static size_t segment_bytes(int world, size_t slot_bytes);
-  char* slot(int r) override { return slot_of(r, (epoch_ + 1) & 1); }
-  char* slot_after(int r) override { return slot_of(r, epoch_ & 1); }
+  static size_t bytes(int world, size_t slot_bytes, size_t ring_bytes);
+
+  char* slot(int r) override { return slots_ + (size_t(r) * 2 + (epoch_ & 1)) * slot_bytes; }
+  char* slot_after(int r) override { return slots_ + (size_t(r) * 2 + (~epoch_ & 1)) * slot_bytes; }
   void sync(uint64_t tag) override;
+  bool may_spin() const { return may_spin_; }
+  char* token() { return header_->token; }
+
+  // Keeps this group failed, tells the other ranks, throws.
+  [[noreturn]] void fail(const std::string& text);
+
+  // Sends or receives (comm_p2p.cpp): what can be moved is moved at once; null when that was all. dtype: see make_tag.
+  Transfer* post(bool send, int peer, char* data, size_t bytes, int dtype);
+  bool test(Transfer* t);  // whether it is done
+  void wait(Transfer* t);
+  void drop(Transfer* t);  // forgets the handle, not the transfer: its data must live until it is done
 
  private:
-  char* slot_of(int r, uint32_t parity) { return slots_ + (size_t(r) * 2 + parity) * slot_bytes; }
+  Ring& ring(int from, int to) { return rings_[from * world + to]; }
+  char* ring_data(int from, int to) { return ring_data_ + (size_t(from) * size_t(world) + size_t(to)) * ring_bytes_; }
   void wait_for(int r, uint32_t epoch, uint64_t tag);
-  [[noreturn]] void fail(const std::string& why);
-  char* memory_;
-  size_t bytes_;
-  Control* controls_;
-  char* slots_;
-  uint32_t epoch_ = 0;
+  bool all_arrived(uint32_t epoch) const;
+  void check_tags(uint32_t epoch, uint64_t tag);
+  // Throws when `peer` cannot come any more, or is later than the group's timeout.
+  void look_at(int peer, const std::string& what, double since, const std::function<bool()>& done);
+  void check() const;
+  std::string who(int r) const;
+  bool advance();                  // all transfers, as far as they go; whether anything moved
+  bool advance(Transfer& t);
+  void help();                     // the helper thread's work
+  bool pending() const;
+
+  std::string name_, failed_;
   double timeout_s_;
-  std::string failure_;
+  bool may_spin_;
+  uint32_t epoch_ = 0;
+  size_t mapped_ = 0, ring_bytes_;
+  char *base_ = nullptr, *ring_data_ = nullptr, *slots_ = nullptr;
+  Header* header_ = nullptr;
+  Line* lines_ = nullptr;
+  Ring* rings_ = nullptr;
+  std::mutex moving_;  // guards what follows: the helper moves bytes too
+  std::condition_variable posted_;
+  std::map<Transfer*, std::shared_ptr<Transfer>> handles_;  // those that Python may still ask for
+  std::vector<std::deque<std::shared_ptr<Transfer>>> sends_, receives_;  // by peer, in the order they were posted
+  std::thread helper_;
+  std::atomic<bool> stop_{false};
 };
+
+std::string tag_text(uint64_t tag);
+std::string seconds_text(double s);
+int64_t process_birth(int64_t pid);              // start time in ticks since boot; 0: unknown
+bool process_alive(int64_t pid, int64_t birth);  // a zombie is not
 
 }  // namespace lockstep
