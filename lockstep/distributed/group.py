@@ -166,11 +166,6 @@ class GroupCoordinator(ObjectTransfer, TensorTransfer, DeviceSharing):
         if self.world_size > 1:
             self._enter(op, *tensors, detail=detail)
 
-    def combine(self, partials: Tensor, tree: ReductionTree) -> Tensor:
-        """Partial sums `[tree.counts[rank_in_group], rows, n]` float32 added in the order of `tree`: `[rows, n]` float32."""
-        self._enter("combine", partials[:0], detail=f"rows={partials.shape[1]}")
-        return self.communicator.combine(partials, tree)
-
     def _enter(self, op: str, *tensors: Tensor, detail: str = "") -> None:
         """Tell whoever watches that this rank enters `op`. Raises CollectiveMismatchError when the ledger is on and ranks diverge."""
         if observer.observers:

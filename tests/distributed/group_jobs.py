@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lockstep.distributed import observer
 from lockstep.distributed import parallel_state as ps
 from lockstep.distributed.codec import TensorMetadata
 from lockstep.distributed.group import GroupCoordinator
@@ -300,6 +301,13 @@ def barriers(rank: int, world_size: int) -> None:
         store.add(str(turn), 1)
         tp.barrier()
         assert store.add(str(turn), 0) == world_size
+    told: list[str] = []
+    listener = lambda number, what: told.append(what)  # noqa: E731
+    observer.add(listener)
+    tp.announce("layers")
+    tp.barrier()
+    observer.remove(listener)
+    assert told == [f"{tp.unique_name}.layers", f"{tp.unique_name}.barrier"]
 
 
 def siblings(rank: int, world_size: int) -> None:

@@ -35,6 +35,7 @@ NOTICED_BY = {
     "recv_tensor_dict": "tensor_dicts",
     "isend_tensor_dict": "tensor_dicts",
     "irecv_tensor_dict": "tensor_dicts",
+    "announce": "barriers",
     "barrier": "barriers",
     "make_sibling_device_group": "siblings",
     "dispatch": "experts",
