@@ -32,11 +32,27 @@ def draw(logits: F32, u: F64, *, temperature: F64, min_p: F64, top_k: I64, top_p
     lib = library()
     if lib is None:
         return sampling.draw(logits, u, temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p)
-    logits = np.ascontiguousarray(logits)
+    if logits.strides[1] != logits.itemsize:
+        logits = np.ascontiguousarray(logits)
     ids = np.empty(len(logits), np.int64)
+    # Named, so that they live through the call.
     columns = [np.ascontiguousarray(a, np.float64) for a in (u, temperature, min_p)]
     k, p = np.ascontiguousarray(top_k, np.int64), np.ascontiguousarray(top_p, np.float64)
     lib.draw_rows(
-        logits.ctypes.data, *logits.shape, logits.shape[1], *(a.ctypes.data for a in columns), k.ctypes.data, p.ctypes.data, ids.ctypes.data
-    )
+        logits.ctypes.data, *logits.shape, logits.strides[0] // logits.itemsize, *(a.ctypes.data for a in columns), k.ctypes.data,
+        p.ctypes.data, ids.ctypes.data,
+    )  # fmt: skip
     return ids
+
+
+def logprobs(logits: Tensor, tokens: I64, count: int) -> tuple[F32, I64, I64, F32]:
+    """See `reference.sampling.logprobs`."""
+    lib = library()
+    if lib is None or logits.device.type != "cpu" or logits.stride(1) != 1:
+        return sampling.logprobs(logits, tokens, count)
+    rows, tokens = len(tokens), np.ascontiguousarray(tokens)
+    own, ranks = np.empty(rows, np.float32), np.empty(rows, np.int64)
+    ids, values = np.empty((rows, count), np.int64), np.empty((rows, count), np.float32)
+    found = (a.ctypes.data for a in (own, ranks, ids, values))
+    lib.logprob_rows(logits.data_ptr(), rows, logits.shape[1], logits.stride(0), tokens.ctypes.data, count, *found)
+    return own, ranks, ids, values

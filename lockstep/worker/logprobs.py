@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
+from lockstep.kernels import rows
 from lockstep.protocol import TokenLogprobs
 from lockstep.worker.batch import I64
 
@@ -21,16 +21,9 @@ def token_logprobs(logits: torch.Tensor, tokens: I64, counts: I64) -> list[Token
 
     logits: [rows, vocab] float32, unchanged. tokens: [rows], the chosen ones. Equally likely tokens come lower id first.
     """
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = torch.from_numpy(tokens).to(logits.device).unsqueeze(1)
-    own = logprobs.gather(1, chosen)
-    ranks = ((logprobs > own).sum(dim=1) + 1).tolist()
     most = min(int(counts.max(initial=0)), logits.shape[1])
-    values, ids = (t.cpu().numpy() for t in torch.topk(logprobs, most, dim=1))
-    order = np.lexsort((ids, -values), axis=1)
-    values, ids = np.take_along_axis(values, order, 1), np.take_along_axis(ids, order, 1)
-    mine = own.squeeze(1).tolist()
+    own, ranks, ids, values = (a.tolist() for a in rows.logprobs(logits, tokens, most))
     return [
-        TokenLogprobs([int(token), *ids[row, :count].tolist()], [mine[row], *values[row, :count].tolist()], ranks[row])
+        TokenLogprobs([token, *ids[row][:count]], [own[row], *values[row][:count]], ranks[row])
         for row, (token, count) in enumerate(zip(tokens.tolist(), counts.tolist(), strict=True))
     ]

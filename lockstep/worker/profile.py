@@ -15,8 +15,9 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.distributed.partition import head_shard, shard
+from lockstep.kernels.reference import sampling
 from lockstep.models.decoder import DecoderModel
-from lockstep.worker import kv, logprobs, memory, sampler
+from lockstep.worker import kv, logprobs, memory
 from lockstep.worker.batch import BatchState
 from lockstep.worker.model_runner import ModelRunner
 
@@ -63,7 +64,7 @@ def largest_step_bytes(model: DecoderModel, spec: ModelSpec, config: EngineConfi
 def sampling_bytes(step: LargestStep, spec: ModelSpec) -> int:
     """Bytes of choosing tokens: logits as gathered, as joined and in log form, and the sampler's float64 chunk."""
     logits = 3 * 4 * max(step.rows, logprobs.chunk_rows(spec.vocab_size)) * spec.vocab_size
-    return logits + 5 * 8 * max(sampler.CHUNK_ELEMENTS, spec.vocab_size)
+    return logits + 5 * 8 * max(sampling.CHUNK_ELEMENTS, spec.vocab_size)
 
 
 def forward_bytes(step: LargestStep, spec: ModelSpec, tp: int, rank: int, itemsize: int) -> int:

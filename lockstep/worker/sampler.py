@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lockstep.kernels.rows import draw, row_argmax
@@ -19,9 +18,6 @@ from lockstep.worker.batch import I64, SampleRows
 from lockstep.worker.logprobs import token_logprobs
 from lockstep.worker.penalties import alter_logits
 from lockstep.worker.rng import uniforms
-
-F32 = npt.NDArray[np.float32]
-CHUNK_ELEMENTS = 1 << 20  # of float64 probabilities held at once
 
 
 @dataclass(frozen=True)
@@ -54,25 +50,14 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor, rows: SampleRows) -> I64:
         """Greedy rows take the most likely token, the others draw one."""
-        tokens = np.empty(len(rows), np.int64)
-        random = np.flatnonzero(~rows.greedy)
-        greedy = np.flatnonzero(rows.greedy)
-        if len(greedy):
-            tokens[greedy] = argmax(logits[torch.from_numpy(greedy).to(logits.device)])
-        u = uniforms(rows.seeds[random], rows.choices[random], rows.positions[random])
-        step = max(1, CHUNK_ELEMENTS // logits.shape[1])
-        for at in range(0, len(random), step):
-            part = random[at : at + step]
-            lines = logits[torch.from_numpy(part).to(logits.device)].cpu().numpy()
-            tokens[part] = draw(
-                lines,
-                u[at : at + step],
-                temperature=rows.temperature[part],
-                min_p=rows.min_p[part],
-                top_k=rows.top_k[part],
-                top_p=rows.top_p[part],
-            )
-        return tokens
+        return draw(
+            logits.cpu().numpy(),
+            uniforms(rows.seeds, rows.choices, rows.positions),
+            temperature=np.where(rows.greedy, 0.0, rows.temperature),
+            min_p=rows.min_p,
+            top_k=rows.top_k,
+            top_p=rows.top_p,
+        )
 
 
 def argmax(logits: torch.Tensor) -> I64:

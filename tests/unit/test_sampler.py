@@ -6,11 +6,21 @@ import numpy as np
 import pytest
 import torch
 
+from lockstep.kernels.library import library
 from lockstep.protocol import SamplingParams
 from lockstep.worker.batch import AlteredRow, BatchState, SampleRows, alters_logits
 from lockstep.worker.sampler import Sampler, draw
 
 VOCAB = 61
+
+
+@pytest.fixture(autouse=True, params=["kernels", "numpy"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with the kernels, where they can be had, and without."""
+    if request.param == "numpy":
+        monkeypatch.setattr("lockstep.kernels.rows.library", lambda: None)
+    elif library() is None:
+        pytest.skip("no kernels here")
 
 
 def rows_of(
