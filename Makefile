@@ -24,6 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@# torch goes first: any range met later would pull the newest build with gigabytes of CUDA
 	@echo "installing torch ..." && $(BIN)/python -m pip install -q $(TORCH)
 	@echo "installing lockstep ..." && $(BIN)/python -m pip install -q $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt) -e '.[dev]'
+	@echo "compiling the CPU kernels ..." && $(BIN)/python -m lockstep.kernels.build
 	@touch $@
 
 demo: $(READY)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
@@ -192,8 +192,10 @@ class LLM:
 
 def _as_list(prompts: Any) -> list[Any]:
     """One prompt or several, as a list of them; a list of integers is one prompt."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | Mapping | bytes):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise PromptError(f"prompts={prompts!r} is no prompt: give text, token ids, a dict with either, or a list of these.")
     listed = list(prompts)
     return [listed] if listed and all(isinstance(t, int) for t in listed) else listed
 

@@ -135,15 +135,21 @@ def _as_stream(llm: LLM, prompt: Any, sampling: SamplingParams, counts: Counts) 
     """One completion, token by token. On a terminal its prompt stands before it, dimmed."""
     if sys.stdout.isatty() and isinstance(prompt, str):
         sys.stdout.write(f"\033[2m{prompt}\033[0m")
-    for piece in llm.stream([prompt], _kind(sampling, RequestOutputKind.DELTA)):
-        if piece.finished:
-            counts.add(piece)  # the prompt, and the last piece's tokens
-        else:
-            counts.add_tokens(piece)
-        for completion in piece.outputs:
-            sys.stdout.write(completion.text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    begun = False
+    try:
+        for piece in llm.stream([prompt], _kind(sampling, RequestOutputKind.DELTA)):
+            if piece.finished:
+                counts.add(piece)  # the prompt, and the last piece's tokens
+            else:
+                counts.add_tokens(piece)
+            begun = True
+            for completion in piece.outputs:
+                sys.stdout.write(completion.text)
+            sys.stdout.flush()
+    finally:
+        if begun:  # an error's line stands by itself
+            sys.stdout.write("\n")
+            sys.stdout.flush()
 
 
 def _as_text(llm: LLM, prompts: list[Any], sampling: SamplingParams, counts: Counts) -> None:

@@ -27,6 +27,8 @@ VERBS = {
 }
 LATER = ("serve", "complete", "plan", "simulate", "top", "trace", "collect-env", "run-batch", "worker")
 
+USER_ERRORS = ("ConfigError", "WeightError")  # that ranks raise
+
 USAGE = f"""lockstep {__version__}: one model, many devices, the same answer.
 
 usage: lockstep <command> [MODEL] [options]
@@ -81,6 +83,8 @@ def guarded(run: Callable[[], int]) -> int:
         return 2
     except ExecutorError as e:
         show_error(str(e))
+        if e.error_type in USER_ERRORS:  # a rank met what the user must put right: its traceback would say no more
+            return 2
         for line in e.log_tail:
             if line not in str(e):
                 print(f"  | {line}", file=sys.stderr)

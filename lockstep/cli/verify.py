@@ -21,7 +21,7 @@ from lockstep.cli.errors import UsageError
 from lockstep.cli.session import note, settings
 from lockstep.cli.verify_compare import Difference, Run, compare
 from lockstep.config.tree import EngineConfig, opt
-from lockstep.config.validate import check, resolve
+from lockstep.config.validate import resolve
 from lockstep.observability import logging
 from lockstep.protocol import SamplingParams
 
@@ -61,7 +61,6 @@ def run(argv: list[str]) -> int:
     configs = [with_values(base, dict(zip(lists, values, strict=True))) for values in product(*lists.values())] if lists else [base]
     logging.configure(base.runtime.log_level)
     for config in configs:  # all of them before any is started
-        check(config)
         resolve(config)
     with tempfile.TemporaryDirectory(prefix="lockstep-verify-") as folder:
         return verify(configs, options, Path(folder))

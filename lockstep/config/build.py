@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -29,6 +30,13 @@ def nearest(word: str, choices: Any) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
+def _plain(value: Any) -> Any:
+    """Paths and torch types as the text that a command line would have."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return str(value).removeprefix("torch.") if type(value).__module__ == "torch" and type(value).__name__ == "dtype" else value
+
+
 def build_config(**settings: Any) -> EngineConfig:
     """The tree with the named fields set: `build_config(model="m", tensor_parallel_size=2)`.
 
@@ -39,5 +47,5 @@ def build_config(**settings: Any) -> EngineConfig:
     for name, value in settings.items():
         if name not in where:
             raise TypeError(f"{name!r} is not a setting of this engine.{nearest(name, where)}")
-        chosen[where[name]][name] = value
+        chosen[where[name]][name] = _plain(value)
     return EngineConfig(**{group: cls(**chosen[group]) for group, cls in GROUPS.items()})

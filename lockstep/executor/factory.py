@@ -9,6 +9,7 @@ from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import Executor
+from lockstep.kernels.library import library
 
 WORKER = "lockstep.worker.worker:Worker"
 
@@ -19,6 +20,8 @@ def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker
     `worker_cls` ("module:Class") is what each rank runs. Raises ConfigError for an unknown or unfitting backend,
     ExecutorError when a rank does not get ready.
     """
+    if config.runtime.device == "cpu":
+        library()  # compiled here if it must be, and missed here, rather than by every rank
     parallel = config.parallel
     world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.prefill_context_parallel_size
     backend = default_backend(parallel)

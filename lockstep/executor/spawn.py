@@ -20,6 +20,7 @@ from lockstep.distributed.message_queue import MessageQueue
 from lockstep.distributed.progress import ProgressBoard
 from lockstep.executor import affinity, wire
 from lockstep.executor.failure import LogTail
+from lockstep.kernels.library import library
 from lockstep.utils import env, procs
 from lockstep.utils.cores import RankCores
 from lockstep.utils.net import Listener
@@ -142,6 +143,8 @@ def kill_all(workers: Sequence[WorkerProcess]) -> None:
 def _environment(threads: int) -> dict[str, str]:
     here = str(Path(lockstep.__file__).resolve().parents[1])
     base = env.child_environment(PYTHONUNBUFFERED="1", **affinity.thread_environment(threads))
+    if library() is None:  # said once, by this process
+        base["LOCKSTEP_KERNELS"] = "torch"
     base["PYTHONPATH"] = os.pathsep.join(p for p in (here, base.get("PYTHONPATH", "")) if p)
     return base
 

@@ -88,6 +88,8 @@ class InputProcessor:
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             return prompt, list(self._tokenizer(prompt, verbose=False)["input_ids"]), salt
+        if isinstance(prompt, bytes):
+            raise PromptError("prompt is bytes: decode it to text, or give a list of token ids.")
         return None, _ids(prompt), salt
 
     def _for_engine(self, sampling: SamplingParams) -> SamplingParams:

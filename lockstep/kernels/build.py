@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lockstep.kernels.variants import Variant
+from lockstep.kernels.variants import Variant, usable
+from lockstep.observability.logging import get_logger
 from lockstep.utils import env
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -30,6 +31,8 @@ _FLAGS = (
     "-Wno-psabi", "-Wno-maybe-uninitialized", "-DPy_LIMITED_API=0x030B0000",
 )  # fmt: skip
 TIMEOUT_S = 600.0
+
+_log = get_logger(__name__)
 
 
 class BuildError(RuntimeError):
@@ -78,10 +81,12 @@ def cache_folder() -> Path:
             return folder
     except OSError:
         pass
+    unusable = folder
     folder = Path(tempfile.gettempdir()) / f"lockstep-{os.getuid()}" / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.parent.stat().st_uid != os.getuid():
         raise BuildError(f"{folder.parent} belongs to somebody else: set LOCKSTEP_CACHE to a folder of your own")
+    _log.info("%s cannot be written: using %s", unusable, folder)
     return folder
 
 
@@ -94,6 +99,7 @@ def build(variant: Variant, folder: Path | None = None) -> Path:
     target = folder / file_name(variant)
     with _locked(folder / f"{variant.name}.lock"):
         if not target.is_file():
+            _log.warning("compiling the CPU kernels (%s) into %s: once, about half a minute ...", variant.name, folder)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 result = _compile(variant, Path(scratch))
                 os.replace(result, target)
@@ -133,3 +139,10 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+if __name__ == "__main__":  # what `make setup` does, so that the first run need not
+    try:
+        print(build(usable()[0]))
+    except BuildError as error:
+        print(f"the CPU kernels were not built: {error}. Plain torch operations will run instead.")

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lockstep.config.errors import ConfigError
 from lockstep.kernels import build
 from lockstep.kernels.variants import EMULATED, VARIANTS, Variant, usable
 from lockstep.observability.logging import get_logger
@@ -25,7 +26,7 @@ _log = get_logger(__name__)
 def choose() -> Variant | None:
     """The variant to run: `LOCKSTEP_KERNELS`, else the best that this CPU has; None for "torch".
 
-    Raises ValueError for a name that is not known or that this CPU cannot run.
+    Raises ConfigError (a ValueError) for a name that is not known or that this CPU cannot run.
     """
     wanted = env.kernels()
     if wanted == "torch":
@@ -37,8 +38,8 @@ def choose() -> Variant | None:
         if variant.name == wanted:
             if variant in fitting or (variant is EMULATED and EMULATED.needs <= fitting[0].needs):
                 return variant
-            raise ValueError(f"LOCKSTEP_KERNELS={wanted}: this CPU cannot run it. It runs {', '.join(v.name for v in fitting)} and torch.")
-    raise ValueError(f"LOCKSTEP_KERNELS={wanted} is not known: use one of {', '.join(v.name for v in VARIANTS)}, torch.")
+            raise ConfigError(f"LOCKSTEP_KERNELS={wanted}: this CPU cannot run it. It runs {', '.join(v.name for v in fitting)} and torch.")
+    raise ConfigError(f"LOCKSTEP_KERNELS={wanted} is not known: use one of {', '.join(v.name for v in VARIANTS)}, torch.")
 
 
 @lru_cache(maxsize=1)
@@ -48,7 +49,13 @@ def library() -> Any | None:
     if variant is None:
         return None
     try:
-        return load(build.build(variant))
+        path = build.build(variant)
+        try:
+            return load(path)
+        except (OSError, ImportError) as error:  # cut short by a full disk, say
+            _log.warning("%s is damaged (%s): it is built anew", path, error)
+            path.unlink(missing_ok=True)
+            return load(build.build(variant))
     except (build.BuildError, OSError, ImportError) as error:
         _log.warning(
             "CPU kernels are not available (%s). Plain torch operations run instead: slower, and not bit for bit the same across splits.",

@@ -19,6 +19,7 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.kernels import threads
+from lockstep.kernels.library import library
 from lockstep.models import native
 from lockstep.models.decoder import DecoderModel
 from lockstep.models.registry import build_model
@@ -118,7 +119,7 @@ class Worker(Recorded):
             model.pack(profile.LargestStep.of(self.config, self.spec).tokens, quantization)
         elif quantization:
             raise ConfigError(f"quantization={quantization!r} needs the CPU kernels, but {reason}.")
-        elif self.device.type == "cpu":
+        elif self.device.type == "cpu" and library() is not None and self.rank == 0:
             _log.warning("plain torch operations run, slower and not bit for bit the same across splits: %s", reason)
 
     def memory(self) -> RankMemory:

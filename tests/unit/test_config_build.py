@@ -115,3 +115,10 @@ def test_torch_build_is_read_from_its_files() -> None:
     import torch
 
     assert devices.torch_has_cuda() == (torch.version.cuda is not None)
+
+
+def test_paths_and_torch_types_are_taken(tmp_path: Path) -> None:
+    import torch
+
+    config = build_config(model=tmp_path, dtype=torch.bfloat16)
+    assert (config.model.model, config.model.dtype) == (str(tmp_path), "bfloat16")
