@@ -45,16 +45,29 @@ def choose() -> Variant | None:
 def library() -> Any | None:
     """The kernel module of this process, built on first use; None where there is none, which is said once in the log."""
     variant = choose()
-    if variant is None:
-        return None
     try:
-        return load(build.build(variant))
+        while variant is not None:
+            found = load(build.build(variant))
+            if not (wrong := found.linear_selfcheck()):
+                return found
+            what = "the system does not let it use the tile registers" if wrong < 0 else "its products are wrong on this CPU"
+            variant = _next(variant)
+            _log.warning(
+                "CPU kernels for %s are not used: %s. Next: %s.", found.variant(), what, variant.name if variant else "plain torch"
+            )
     except (build.BuildError, OSError, ImportError) as error:
         _log.warning(
             "CPU kernels are not available (%s). Plain torch operations run instead: slower, and not bit for bit the same across splits.",
             error,
         )
-        return None
+    return None
+
+
+def _next(variant: Variant) -> Variant | None:
+    """The best variant after this one that the CPU runs."""
+    later = usable()
+    later = later[later.index(variant) + 1 :] if variant in later else later
+    return later[0] if later else None
 
 
 def load(path: Path) -> Any:
