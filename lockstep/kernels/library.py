@@ -46,22 +46,40 @@ def choose() -> Variant | None:
 def library() -> Any | None:
     """The kernel module of this process, built on first use; None where there is none, which is said once in the log."""
     variant = choose()
-    if variant is None:
-        return None
     try:
-        path = build.build(variant)
-        try:
-            return load(path)
-        except (OSError, ImportError) as error:  # cut short by a full disk, say
-            _log.warning("%s is damaged (%s): it is built anew", path, error)
-            path.unlink(missing_ok=True)
-            return load(build.build(variant))
+        while variant is not None:
+            found = _loaded(variant)
+            if not (wrong := found.linear_selfcheck()):
+                return found
+            what = "the system does not let it use the tile registers" if wrong < 0 else "its products are wrong on this CPU"
+            variant = _next(variant)
+            _log.warning(
+                "CPU kernels for %s are not used: %s. Next: %s.", found.variant(), what, variant.name if variant else "plain torch"
+            )
     except (build.BuildError, OSError, ImportError) as error:
         _log.warning(
             "CPU kernels are not available (%s). Plain torch operations run instead: slower, and not bit for bit the same across splits.",
             error,
         )
-        return None
+    return None
+
+
+def _loaded(variant: Variant) -> Any:
+    """The variant's module; a library that cannot be loaded, cut short by a full disk say, is built anew once."""
+    path = build.build(variant)
+    try:
+        return load(path)
+    except (OSError, ImportError) as error:
+        _log.warning("%s is damaged (%s): it is built anew", path, error)
+        path.unlink(missing_ok=True)
+        return load(build.build(variant))
+
+
+def _next(variant: Variant) -> Variant | None:
+    """The best variant after this one that the CPU runs."""
+    later = usable()
+    later = later[later.index(variant) + 1 :] if variant in later else later
+    return later[0] if later else None
 
 
 def load(path: Path) -> Any:

@@ -297,3 +297,27 @@ def test_memory_is_given_back():
     assert lib.huge_used() - before == p.nbytes
     del p
     assert lib.huge_used() == before
+
+
+@EVERY_VARIANT
+def test_selfcheck_agrees(name):
+    assert load(name).linear_selfcheck() == 0
+
+
+def test_a_library_that_fails_its_check_is_not_used(monkeypatch, caplog):
+    """A CPU without its tiles' permission: the next variant takes over and the log says so."""
+    good = library.load(build.build(USABLE[-1]))
+
+    class Refused:
+        def linear_selfcheck(self):
+            return -1
+
+        def variant(self):
+            return "amx"
+
+    monkeypatch.setattr(library, "choose", lambda: USABLE[0])
+    monkeypatch.setattr(library, "load", lambda path: Refused() if USABLE[0].name in path.name and len(USABLE) > 1 else good)
+    monkeypatch.setattr(library, "usable", lambda: [USABLE[0], USABLE[-1]])
+    with caplog.at_level("WARNING", logger="lockstep"):
+        assert library.library.__wrapped__() is good
+    assert "tile registers" in caplog.text

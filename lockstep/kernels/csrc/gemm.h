@@ -32,6 +32,9 @@ extern const bool has_pair_kernel;
 void gemm_plain(const Packed& w, const Rows& a, int64_t m, const Sink& sink, Lane& lane);
 void gemm_pairs(const Packed& w, const Rows& a, int64_t m, const Sink& sink, Lane& lane);
 
+// Compares small products with plain code. 0: right; -1: the system refuses the processor's tiles; else how many are wrong.
+int64_t linear_selfcheck();
+
 // A thread's memory for rows, sums and unpacked weights. It grows and stays: a step allocates nothing after the first.
 class Scratch {
  public:

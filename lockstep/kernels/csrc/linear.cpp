@@ -122,6 +122,6 @@ void gemm_partials(const Packed& w, const void* a, DType at, int64_t lda, int64_
 }
 
 extern const std::vector<PyMethodDef> linear_methods;
-const std::vector<PyMethodDef> linear_methods = {BIND(op_linear), BIND(op_gated), BIND(linear_partials)};
+const std::vector<PyMethodDef> linear_methods = {BIND(op_linear), BIND(op_gated), BIND(linear_partials), BIND(linear_selfcheck)};
 
 }  // namespace lockstep

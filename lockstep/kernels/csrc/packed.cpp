@@ -153,6 +153,10 @@ void packed_row_to(const Packed* w, int64_t row, int64_t dtype, void* out) { pac
 
 }  // namespace
 
+std::unique_ptr<Packed> pack_bf16(const void* src, int64_t n, int64_t k, const int64_t* bounds, int64_t atoms) {
+  return std::unique_ptr<Packed>(pack({static_cast<const char*>(src), DType::BF16, k, nullptr}, n, k, DType::BF16, bounds, atoms, 0, atoms, false));
+}
+
 void packed_row(const Packed& w, int64_t n, DType out_type, void* out) {
   int64_t half = w.n / 2, row = w.gated ? n % half : n, width = w.gated ? HALF : PANEL, unit = w.pairs ? 2 : 1;
   int64_t column = row % width + (w.gated && n >= half ? HALF : 0);

@@ -5,6 +5,7 @@
 // are, and plain vector code gets the even k of 32-bit lanes by a shift and the odd by a mask. float32 and float16 lie as
 // [k][64]. Columns beyond n, and k beyond an atom's end up to the kernel's granule, are zeros.
 #pragma once
+#include <memory>
 #include <vector>
 
 #include "linear.h"
@@ -43,6 +44,9 @@ struct Packed {
   const char* panel(int64_t p) const { return data + p * panel_bytes; }
   int64_t offset(int64_t k_packed) const { return k_packed * PANEL * itemsize(type); }  // bytes from a panel's begin
 };
+
+// A bfloat16 weight [n, k] whose rows lie next to each other.
+std::unique_ptr<Packed> pack_bf16(const void* src, int64_t n, int64_t k, const int64_t* bounds, int64_t atoms);
 
 // Padding of an atom in this library's kernels.
 #if defined(__AMX_BF16__) || defined(LOCKSTEP_EMULATE_AMX)
