@@ -1,9 +1,10 @@
-"""`lockstep bench latency|throughput [MODEL] ...`: how fast the engine is here, as a figure others can make again.
+"""`lockstep bench latency|throughput|collectives ...`: how fast the engine is here, as a figure others can make again.
 
   latency      one batch at a time: time to first token, time per token
   throughput   many requests at once: tokens per second; --compare transformers runs the peer in turn
+  collectives  ranks that talk: time per call by operation, size and communicator
 
-Each takes the engine's flags (`lockstep bench throughput --help`); --json prints one JSON line per result.
+The first two take the engine's flags (`lockstep bench throughput --help`); --json prints one JSON line per result.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lockstep.config.build import nearest
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 
-VERBS = ("latency", "throughput")
+VERBS = ("latency", "throughput", "collectives")
 
 
 def run(argv: list[str]) -> int:
@@ -28,7 +29,13 @@ def run(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] not in VERBS:
         raise UsageError(f"{argv[0]!r} is not a benchmark: there are {', '.join(VERBS)}.{nearest(argv[0], VERBS)}")
-    return (_latency if argv[0] == "latency" else _throughput)(argv[1:])
+    return {"latency": _latency, "throughput": _throughput, "collectives": _collectives}[argv[0]](argv[1:])
+
+
+def _collectives(argv: list[str]) -> int:
+    from lockstep.cli.bench.collectives import run as measure
+
+    return measure(argv)
 
 
 def _latency(argv: list[str]) -> int:

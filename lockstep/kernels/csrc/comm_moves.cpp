@@ -91,7 +91,7 @@ void reduce_scatter(ShmGroup& g, const void* in_, void* out_, const int64_t* cou
       g.sync(tag);
       for (int r = 0; r < w; r++)
         leaves[size_t(r)] = r == g.rank ? in + begin[size_t(r)] + k * piece : reinterpret_cast<const T*>(g.slot_after(r)) + g.rank * piece;
-      if (some(g.rank)) evaluate(tree, leaves.data(), static_cast<T*>(out_) + k * piece, static_cast<T*>(nullptr), some(g.rank));
+      if (some(g.rank)) evaluate(tree, leaves.data(), static_cast<T*>(out_) + k * piece, some(g.rank));
     }
   });
 }

@@ -34,10 +34,14 @@ struct HalfSum {
   using Acc = float;
   // Rounded up to whole vectors: the stack's blocks have room for it.
   static void load(const T* p, float* a, int64_t n) {
-    for (int64_t i = 0; i < n; i += W) store_raw(a + i, load_n(p + i, n - i));
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store_raw(a + i, lockstep::load(p + i));
+    if (i < n) store_raw(a + i, load_n(p + i, n - i));
   }
   static void store(T* p, const float* a, int64_t n) {
-    for (int64_t i = 0; i < n; i += W) store_n(p + i, load_raw<f32x16>(a + i), n - i);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) lockstep::store(p + i, load_raw<f32x16>(a + i));
+    if (i < n) store_n(p + i, load_raw<f32x16>(a + i), n - i);
   }
   static float add(float a, float b) { return a + b; }
 };
@@ -51,30 +55,28 @@ struct Sum<boolean> {
   static Acc add(Acc a, Acc b) { return a | b; }
 };
 
+// The tree of two leaves, which is most of all sums.
 template <class T>
-void add_two(const T* a, const T* b, T* out, T* also, int64_t n) {
-  if constexpr (sizeof(T) <= 4 && (std::is_same_v<T, float> || std::is_same_v<T, bf16> || std::is_same_v<T, f16>)) {
-    for (int64_t i = 0; i < n; i += W) {
-      f32x16 v = load_n(a + i, n - i) + load_n(b + i, n - i);
-      store_n(out + i, v, n - i);
-      if (also) store_n(also + i, v, n - i);
-    }
+void add_two(const T* a, const T* b, T* out, int64_t n) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<typename Sum<T>::Acc, float>) {
+    for (; i + W <= n; i += W) store(out + i, load(a + i) + load(b + i));
+    if (i < n) store_n(out + i, load_n(a + i, n - i) + load_n(b + i, n - i), n - i);
   } else {
-    for (int64_t i = 0; i < n; i++) {
+    for (; i < n; i++) {
       typename Sum<T>::Acc x, y;
       Sum<T>::load(a + i, &x, 1), Sum<T>::load(b + i, &y, 1);
       x = Sum<T>::add(x, y);
       Sum<T>::store(out + i, &x, 1);
-      if (also) Sum<T>::store(also + i, &x, 1);
     }
   }
 }
 
-// out[0..n) = the tree over leaves[i][0..n); `also` gets a copy if it is not null. out may be one of the leaves.
+// out[0..n) = the tree over leaves[i][0..n). out may be one of the leaves.
 template <class T>
-void evaluate(const Tree& tree, const T* const* leaves, T* out, T* also, int64_t n) {
+void evaluate(const Tree& tree, const T* const* leaves, T* out, int64_t n) {
   using S = Sum<T>;
-  if (tree.code.size() == 3) return add_two(leaves[0], leaves[1], out, also, n);
+  if (tree.code.size() == 3) return add_two(leaves[0], leaves[1], out, n);
   alignas(64) typename S::Acc stack[TREE_DEPTH][TREE_BLOCK];
   for (int64_t at = 0; at < n; at += TREE_BLOCK) {
     int64_t m = std::min<int64_t>(TREE_BLOCK, n - at);
@@ -89,7 +91,6 @@ void evaluate(const Tree& tree, const T* const* leaves, T* out, T* also, int64_t
       }
     }
     S::store(out + at, stack[0], m);
-    if (also) S::store(also + at, stack[0], m);
   }
 }
 

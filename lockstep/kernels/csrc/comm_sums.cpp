@@ -93,7 +93,7 @@ struct Reduction {
       publish(at, m, step, m, m);
       g.sync(tag);
       point(at, 0, step);
-      evaluate(tree, leaves.data(), out + at, static_cast<T*>(nullptr), m);
+      evaluate(tree, leaves.data(), out + at, m);
     }
   }
 
@@ -113,7 +113,10 @@ struct Reduction {
         if (r != g.rank) memcpy(out + last_at + from, reinterpret_cast<T*>(g.slot_after(r)) + sums, size_t(to - from) * sizeof(T));
       }
       point(at, lo, step);
-      if (hi > lo) evaluate(tree, leaves.data(), out + at + lo, slot(g.rank) + sums, hi - lo);
+      if (hi > lo) {
+        evaluate(tree, leaves.data(), out + at + lo, hi - lo);
+        memcpy(slot(g.rank) + sums, out + at + lo, size_t(hi - lo) * sizeof(T));
+      }
       last = m, last_at = at;
     }
   }
