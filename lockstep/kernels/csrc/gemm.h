@@ -55,12 +55,25 @@ class Scratch {
 struct Scratches { Scratch rows, sums, weights; };
 Scratches& scratches();
 
-// Walks over the stream of a thread's panels ahead of the kernel, a little with every step, so that memory never idles.
-struct Prefetch {
-  const char* next;
+// Walks over the next block of a thread's stream of panels, a little with every step of the kernel, so that memory never idles.
+class Prefetch {
+ public:
+  Prefetch(const char* from, int64_t bytes) : next_(from), end_(from + bytes), bytes_(bytes) {}
+  // Lines with every step, if `steps` of them fetch the block.
+  int64_t share(int64_t steps) const { return (bytes_ / 64 + steps - 1) / steps; }
   LS_INLINE void lines(int64_t n) {
-    for (; n > 0; n--, next += 64) __builtin_prefetch(next, 0, 2);
+    for (; n > 0 && next_ < end_; n--, next_ += 64) __builtin_prefetch(next_, 0, 2);
   }
+  template <int64_t BYTES>
+  LS_INLINE void step() {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(next_ + i, 0, 2);
+    next_ += BYTES;
+  }
+
+ private:
+  const char *next_, *end_;
+  int64_t bytes_;
 };
 
 }  // namespace lockstep

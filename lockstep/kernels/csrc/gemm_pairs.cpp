@@ -16,27 +16,25 @@ constexpr int MOST = 6, NV = 4;  // a tile: rows, vectors of 16 columns
 
 LS_INLINE __m512bh pair(const bf16* a) { return (__m512bh)_mm512_set1_epi32(load_raw<int32_t>(a)); }
 
-constexpr int64_t GROUP = 8;  // steps between prefetches
-
-template <class Weight, int M>
+// c [M][64] (= or +=) a [M][k] times the block. ALONE: this tile fetches all of the next block, else `lines` with every step.
+template <class Weight, int M, bool ALONE>
 void tile(const char* w, int64_t steps, const bf16* a, int64_t lda, float* c, bool fresh, Prefetch& prefetch, int64_t lines) {
   __m512 sums[M][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < M; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) sums[r][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * PANEL + v * W);
-  for (int64_t group = 0; group < steps; group += GROUP) {
-    prefetch.lines(lines);
-    for (int64_t s = group, end = std::min(steps, group + GROUP); s < end; s++, w += Weight::BYTES, a += 2) {
-      __m512bh weights[NV];
+  for (int64_t s = 0; s < steps; s++, w += Weight::BYTES, a += 2) {
+    if constexpr (ALONE) prefetch.step<Weight::BYTES>();
+    else prefetch.lines(lines);
+    __m512bh weights[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) weights[v] = Weight::get(w, v);
+    for (int v = 0; v < NV; v++) weights[v] = Weight::get(w, v);
 #pragma GCC unroll 8
-      for (int r = 0; r < M; r++) {
-        __m512bh x = pair(a + r * lda);
+    for (int r = 0; r < M; r++) {
+      __m512bh x = pair(a + r * lda);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, weights[v]);
-      }
+      for (int v = 0; v < NV; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, weights[v]);
     }
   }
 #pragma GCC unroll 8
@@ -45,21 +43,20 @@ void tile(const char* w, int64_t steps, const bf16* a, int64_t lda, float* c, bo
     for (int v = 0; v < NV; v++) _mm512_storeu_ps(c + r * PANEL + v * W, sums[r][v]);
 }
 
-template <class Weight, int M = MOST>
+template <class Weight, bool ALONE, int M = MOST>
 LS_INLINE void tile_of(int64_t rows, const char* w, int64_t steps, const bf16* a, int64_t lda, float* c, bool fresh, Prefetch& prefetch, int64_t lines) {
   if constexpr (M > 0) {
-    if (rows == M) tile<Weight, M>(w, steps, a, lda, c, fresh, prefetch, lines);
-    else tile_of<Weight, M - 1>(rows, w, steps, a, lda, c, fresh, prefetch, lines);
+    if (rows == M) tile<Weight, M, ALONE>(w, steps, a, lda, c, fresh, prefetch, lines);
+    else tile_of<Weight, ALONE, M - 1>(rows, w, steps, a, lda, c, fresh, prefetch, lines);
   }
 }
 
-// The tiles of a block, which together prefetch the bytes that follow it in memory.
+// The tiles of a block, which together fetch the block that follows it in memory.
 template <class Weight>
-void multiply(const char* w, int64_t k, const bf16* a, int64_t lda, int64_t m, float* c, bool fresh, Prefetch prefetch, int64_t bytes) {
-  int64_t groups = (k / 2 + GROUP - 1) / GROUP;
+void multiply(const char* w, int64_t k, const bf16* a, int64_t lda, int64_t m, float* c, bool fresh, Prefetch prefetch) {
+  if (m <= MOST) return tile_of<Weight, true>(m, w, k / 2, a, lda, c, fresh, prefetch, 0);
   each_tile(m, MOST, [&](int64_t row, int64_t rows, int64_t, int64_t tiles) {
-    int64_t lines = (bytes / 64 + groups * tiles - 1) / (groups * tiles);
-    tile_of<Weight>(rows, w, k / 2, a + row * lda, lda, c + row * PANEL, fresh, prefetch, lines);
+    tile_of<Weight, false>(rows, w, k / 2, a + row * lda, lda, c + row * PANEL, fresh, prefetch, prefetch.share(k / 2 * tiles));
   });
 }
 
@@ -72,11 +69,11 @@ struct Pairs {
 
   void block(const Packed& w, const char* weights, int64_t k, const bf16* a, int64_t lda, int64_t m, float* c, bool fresh) const {
     int64_t bytes = k * PANEL * itemsize(w.type);
-    Prefetch prefetch{weights + std::max<int64_t>(bytes, 8 << 10)};
-    if (w.type == DType::BF16) return multiply<PairsBfloat16>(weights, k, a, lda, m, c, fresh, prefetch, bytes);
-    if (m <= MOST) return multiply<PairsInt8>(weights, k, a, lda, m, c, fresh, prefetch, bytes);
+    Prefetch prefetch(weights + std::max<int64_t>(bytes, 8 << 10), bytes);
+    if (w.type == DType::BF16) return multiply<PairsBfloat16>(weights, k, a, lda, m, c, fresh, prefetch);
+    if (m <= MOST) return multiply<PairsInt8>(weights, k, a, lda, m, c, fresh, prefetch);
     weights = unpack_int8(weights, k, scratches().weights.get<char>(k * PANEL * 2));
-    multiply<PairsBfloat16>(weights, k, a, lda, m, c, fresh, prefetch, bytes);
+    multiply<PairsBfloat16>(weights, k, a, lda, m, c, fresh, prefetch);
   }
 };
 

@@ -87,8 +87,8 @@ struct Tiles {
 
   void block(const Packed& w, const char* weights, int64_t k, const bf16* a, int64_t lda, int64_t m, float* c, bool fresh) {
     int64_t bytes = k * PANEL * itemsize(w.type), parts = (m + 2 * HEIGHT - 1) / (2 * HEIGHT);
-    Prefetch prefetch{weights + bytes};
-    int64_t lines = (bytes / 64 + k / STEP * parts - 1) / (k / STEP * parts);
+    Prefetch prefetch(weights + bytes, bytes);
+    int64_t lines = prefetch.share(k / STEP * parts);
     if (w.type == DType::I8) weights = unpack_int8(weights, k, scratches().weights.get<char>(k * PANEL * 2));
     TILE_FENCE();
     for (int64_t row = 0; row < m; row += 2 * HEIGHT) {
