@@ -114,6 +114,8 @@ class Worker(Recorded):
         """On CPU, hand the weights to the kernels; where that cannot be, say why and go on with torch's operations."""
         quantization = self.config.model.quantization
         reason = native.why_not(self.device, self.config.cache.block_size)
+        if reason and self.device.type == "cpu" and self._threads:
+            torch.set_num_threads(self._threads)
         if not reason:
             self._mark("pack")
             model.pack(profile.LargestStep.of(self.config, self.spec).tokens, quantization)
