@@ -85,15 +85,14 @@ def main() -> None:
         for repetition in range(args.repetitions):
             for name, engine in engines.items():
                 rates[name].append(engine.rate(kind, batch, length, out, repetition + 1))
-        middle = {name: round(median(values), 1) for name, values in rates.items()}
-        line = {
-            "benchmark": "guarantee",
-            "model": os.path.basename(args.model),
-            "tp": args.tensor_parallel_size,
-            "metric": f"{kind}_tok_s_b{batch}",
-        }
-        line |= middle | {"ratio": round(middle["with"] / middle["without"], 3), "all": rates}
-        print(json.dumps({**line, "commit": machine.commit(), "machine": machine.describe()}), flush=True)
+        middle = {name: median(values) for name, values in rates.items()}
+        base = {"model": os.path.basename(args.model), "tp": args.tensor_parallel_size, "command": "python " + " ".join(sys.argv)}
+        base |= {"commit": machine.commit(), "machine": machine.describe(), "metric": f"{kind}_tok_s_b{batch}"}
+        for name, values in rates.items():
+            line = {"engine": f"{name} fixed atoms", **base, "value": round(middle[name], 1), "unit": "tok/s"}
+            print(json.dumps({**line, "all": [round(value, 1) for value in values]}))
+        ratio = round(middle["with"] / middle["without"], 3)
+        print(json.dumps({"engine": "with / without", **base, "value": ratio, "unit": "x"}), flush=True)
     for engine in engines.values():
         assert engine.process.stdin is not None
         engine.process.stdin.close()

@@ -54,14 +54,11 @@ def main() -> None:
         loss, best = measure(prompts, settings)
         reference = reference or best
         agreement = sum(a == b for a, b in zip(best, reference, strict=True)) / len(best)
-        line = {
-            "benchmark": "int8_accuracy",
-            **settings,
-            "nll": round(loss, 5),
-            "top1_as_float32": round(agreement, 4),
-            "tokens": len(best),
-        }
-        print(json.dumps({**line, "commit": machine.commit(), "machine": machine.describe()}), flush=True)
+        what = "int8" if "quantization" in settings else settings["dtype"]
+        base = {"engine": "lockstep", "model": "demo", "dtype": what, "tokens": len(best), "command": "python " + " ".join(sys.argv)}
+        base |= {"commit": machine.commit(), "machine": machine.describe()}
+        for metric, value, unit in (("nll_per_token", loss, "nats"), ("top1_as_float32", agreement, "share")):
+            print(json.dumps({**base, "metric": metric, "value": round(value, 5), "unit": unit}), flush=True)
 
 
 if __name__ == "__main__":

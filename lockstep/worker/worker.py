@@ -66,6 +66,7 @@ class Worker(Recorded):
         self._free_bytes: int | None = None
         self._activation_bytes = 0
         self._kv_bytes = 0
+        self._threads = self._torch_threads = 0  # this rank's share; torch's own before
         self._watch = ExitStack()
 
     @property
@@ -97,7 +98,10 @@ class Worker(Recorded):
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         else:
-            threads.take(share or RankCores((), self.config.parallel.threads_per_rank or torch.get_num_threads()), own_process)
+            self._torch_threads = torch.get_num_threads()
+            share = share or RankCores((), self.config.parallel.threads_per_rank or self._torch_threads)
+            self._threads = share.threads
+            threads.take(share, own_process)
 
     def load_model(self) -> None:
         """Build the model and fill this rank's share of its weights. Raises WeightError for a checkpoint that does not fit."""
@@ -183,6 +187,11 @@ class Worker(Recorded):
         """Stop; the spans since the start, and how many more there was no room for."""
         self._watch.close()
         return super().take_timeline()
+
+    def shutdown(self) -> None:
+        """Leave torch's threads as they were: the process may be the user's."""
+        if self._torch_threads:
+            torch.set_num_threads(self._torch_threads)
 
     def ping(self) -> int:
         """This rank's number: a sign that it answers."""

@@ -82,6 +82,7 @@ def test_a_pool_that_torch_starts_in_a_seat_is_not_in_it() -> None:
     """Another thread than the one before, or another size of the pool: the pool starts before the seat is taken."""
     share = RankCores(PAIR, 2, PAIR)
     threads.take(share, own_process=False)
+    torch.set_num_threads(2)  # as the program around may
     seat = threads.Seat(share)
     with seat:
         pass

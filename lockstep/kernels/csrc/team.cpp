@@ -134,7 +134,11 @@ void Team::work(int id, int core) {
   }
 }
 
+// Two engines of one process may be used from two threads: their jobs take turns, and nobody reshapes a team at work.
+static std::mutex busy;
+
 void Team::run(const std::function<void(Lane&)>& f) {
+  std::lock_guard<std::mutex> hold(busy);
   job_ = &f;
   failed_ = false;
   error_ = nullptr;
@@ -157,6 +161,7 @@ Team& team() {
 }
 
 void set_team(int64_t threads, const int* cores, int64_t n_cores) {
+  std::lock_guard<std::mutex> hold(busy);
   the_team.reset();
   the_team = std::make_unique<Team>(int(threads), std::vector<int>(cores, cores + n_cores));
 }
