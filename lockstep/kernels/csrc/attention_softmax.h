@@ -20,20 +20,6 @@ struct Partial {
   }
 };
 
-// 2^x for x <= about 0, relative error 1e-7; 0 below -126, so that what is masked (-inf) adds exactly nothing.
-LS_INLINE f32x16 exp2_down(f32x16 x) {
-  f32x16 shifted = x + 12582912.f, r = x - (shifted - 12582912.f);
-  f32x16 p = splat(1.5353361959569156e-4f);
-  p = fma(p, r, splat(1.3398875016719103e-3f));
-  p = fma(p, r, splat(9.61843691766262e-3f));
-  p = fma(p, r, splat(5.5503323674201965e-2f));
-  p = fma(p, r, splat(2.4022647738456726e-1f));
-  p = fma(p, r, splat(6.931471824645996e-1f));
-  p = fma(p, r, splat(1.f));
-  p = as<f32x16>(as<u32x16>(p) + (as<u32x16>(shifted) << 23));
-  return x < -126.f ? splat(0.f) : p;
-}
-
 // What one query sees of the keys of a span: [low, high), counted from the first chunk that is there.
 struct Seen {
   int64_t low, high;
@@ -48,52 +34,52 @@ struct Softmax {
 
   // The largest score of one query in a span; the scores are capped, and -inf where they are not seen.
   __attribute__((noinline)) float largest(float* scores, Seen seen) const {
-    const int64_t c0 = seen.chunk0(), c1 = seen.chunk1();
+    const int64_t from = seen.chunk0() * CHUNK, to = seen.chunk1() * CHUNK;
     if (cap > 0)
-      for (int64_t c = c0; c < c1; c++) store(scores + c * CHUNK, vtanh(load(scores + c * CHUNK) * inner) * cap);
-    if (seen.low % CHUNK) mask(scores + c0 * CHUNK, int32_t(seen.low % CHUNK), W);
-    if (seen.high % CHUNK) mask(scores + (c1 - 1) * CHUNK, 0, int32_t(seen.high % CHUNK));
-    f32x16 top = splat(-INFINITY);
-    for (int64_t c = c0; c < c1; c++) top = vmax(load(scores + c * CHUNK), top);
-    return max_lanes(top);
+      for (int64_t i = from; i < to; i += W) store(scores + i, vtanh(load(scores + i) * inner) * cap);
+    std::fill(scores + from, scores + seen.low, -INFINITY);
+    std::fill(scores + seen.high, scores + to, -INFINITY);
+    lanes top = all(-INFINITY);
+    for (int64_t i = from; i < to; i += LANES) {
+      const lanes s = lanes_at(scores + i);
+      top = s > top ? s : top;
+    }
+    float tops[W];
+    std::fill(tops, tops + W, -INFINITY);
+    store_raw(tops, top);
+    return max_lanes(load_raw<f32x16>(tops));
   }
 
   // Weights exp(score - largest) of a span of `chunks` chunks, 0 where a chunk is not seen; returns their sum.
   template <class T>
   __attribute__((noinline)) float weigh(const float* scores, int64_t chunks, Seen seen, float largest, Value<T>* weights) const {
-    const int64_t c0 = seen.chunk0(), c1 = seen.chunk1();
-    const f32x16 shift = splat(largest > -INFINITY ? -largest * log2_scale : 0.f), scale = splat(log2_scale);
-    f32x16 total{};
-    for (int64_t c = 0; c < c0; c++) put_weights<T>(f32x16{}, weights + c * VALUES_PER_CHUNK<T>);
-    for (int64_t c = c0; c < c1; c++)
-      total += put_weights<T>(exp2_down(fma(load(scores + c * CHUNK), scale, shift)), weights + c * VALUES_PER_CHUNK<T>);
-    for (int64_t c = c1; c < chunks; c++) put_weights<T>(f32x16{}, weights + c * VALUES_PER_CHUNK<T>);
-    return sum_lanes(total);
+    constexpr int64_t PARTS = CHUNK / LANES;
+    const int64_t from = seen.chunk0() * PARTS, to = seen.chunk1() * PARTS;
+    const lanes shift = all(largest > -INFINITY ? -largest * log2_scale : 0.f), scale = all(log2_scale);
+    lanes total[PARTS] = {};  // lane by lane of a chunk
+    for (int64_t i = 0; i < from; i++) put_weights<T>(lanes{}, weights, i);
+    for (int64_t i = from; i < to; i += PARTS)
+      for (int64_t p = 0; p < PARTS; p++)
+        total[p] += put_weights<T>(exp2_down(multiply_add(lanes_at(scores + (i + p) * LANES), scale, shift)), weights, i + p);
+    for (int64_t i = to; i < chunks * PARTS; i++) put_weights<T>(lanes{}, weights, i);
+    return sum_lanes(load_raw<f32x16>(total));
   }
 
   // into = into and then `next`. One that saw no key (largest -inf) changes nothing. The only copy of this code.
   __attribute__((noinline)) void merge(const Partial& into, const Partial& next, int64_t queries, int64_t width) const {
-    for (int64_t q = 0; q < queries; q += W) {
-      f32x16 a = load(into.largest + q), b = load(next.largest + q), top = vmax(b, a);
-      i32x16 empty = b == -INFINITY;
-      top = empty ? a : top;
-      f32x16 keep = empty ? splat(1.f) : exp2_down((a - top) * log2_scale), gain = empty ? splat(0.f) : exp2_down((b - top) * log2_scale);
-      store(into.largest + q, top);
-      store(into.sum + q, fma(load(next.sum + q), gain, load(into.sum + q) * keep));
-      for (int64_t i = 0; i < W && q + i < queries; i++) {
+    for (int64_t q = 0; q < queries; q += LANES) {
+      const lanes a = lanes_at(into.largest + q), b = lanes_at(next.largest + q);
+      const lanes_i32 empty = b == -INFINITY;
+      const lanes top = empty | (a > b) ? a : b;
+      const lanes keep = empty ? all(1.f) : exp2_down((a - top) * log2_scale), gain = empty ? lanes{} : exp2_down((b - top) * log2_scale);
+      store_raw(into.largest + q, top);
+      store_raw(into.sum + q, multiply_add(lanes_at(next.sum + q), gain, lanes_at(into.sum + q) * keep));
+      for (int64_t i = 0; i < LANES && q + i < queries; i++) {
         float *o = into.out + (q + i) * width, *n = next.out + (q + i) * width;
-        const f32x16 k = splat(keep[i]), g = splat(gain[i]);
-        for (int64_t d = 0; d < width; d += W) store(o + d, fma(load(n + d), g, load(o + d) * k));
+        const lanes k = all(keep[i]), g = all(gain[i]);
+        for (int64_t d = 0; d < width; d += LANES) store_raw(o + d, multiply_add(lanes_at(n + d), g, lanes_at(o + d) * k));
       }
     }
-  }
-
- private:
-  // Only lanes [low, high) of the chunk are seen.
-  static LS_INLINE void mask(float* chunk, int32_t low, int32_t high) {
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    f32x16 s = lane < low ? splat(-INFINITY) : load(chunk);
-    store(chunk, lane >= high ? splat(-INFINITY) : s);
   }
 };
 
