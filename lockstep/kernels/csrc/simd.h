@@ -73,7 +73,13 @@ LS_INLINE f32x16 vmax(f32x16 a, f32x16 b) { return a > b ? a : b; }
 LS_INLINE f32x16 vmin(f32x16 a, f32x16 b) { return a < b ? a : b; }
 
 // ---- widening and rounding -----------------------------------------------------------------------------------------
-LS_INLINE f32x16 widen_bits(u16x16 x) { return as<f32x16>(__builtin_convertvector(x, u32x16) << 16); }
+LS_INLINE f32x16 widen_bits(u16x16 x) {
+#if defined(__AVX512F__)
+  return as<f32x16>(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16));  // the compiler goes through two halves
+#else
+  return as<f32x16>(__builtin_convertvector(x, u32x16) << 16);
+#endif
+}
 
 // Round to nearest, ties to even; a NaN stays one.
 LS_INLINE u16x16 round_bf16(f32x16 x) {
