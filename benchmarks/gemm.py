@@ -103,6 +103,7 @@ def stream(lib: Any, limits: Limits, threads: int, repetitions: int, int8: bool)
     """4096 x 1024 weights, 256 MiB of them in all (half as many in int8)."""
     lib.team_set(threads, 0, 0)
     layers = Products(lib, 4096, 1024, STREAMED_BYTES // (4096 * 1024 * 2), max(ROWS), int8)
+    report(metric="huge_pages", asked_mib=lib.huge_used() >> 20, granted_mib=lib.huge_granted() >> 20)
     for rows in ROWS:
         product, read, one = in_turn(
             repetitions, lambda rows=rows: layers.run_s(rows), lambda: limits.read_s(layers.nbytes, threads), lambda: layers.run_s(1)
@@ -170,7 +171,6 @@ def main() -> None:
                 stream(lib, limits, threads, args.repetitions, int8)
         prefill(lib, limits, args.repetitions)
         small(lib, args.repetitions)
-    report(huge_bytes=lib.huge_granted())
 
 
 if __name__ == "__main__":
