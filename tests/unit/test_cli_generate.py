@@ -247,6 +247,9 @@ def test_a_reader_that_leaves_ends_it_quietly(model: str) -> None:
     assert "Exception ignored" not in err
 
 
+SLOWLY = {**os.environ, "LOCKSTEP_KERNELS": "torch"}  # the kernels are through before anybody can press a key
+
+
 def test_ctrl_c_ends_it_quickly_and_leaves_no_process(model: str) -> None:
     run = subprocess.Popen(
         command(
@@ -256,6 +259,7 @@ def test_ctrl_c_ends_it_quickly_and_leaves_no_process(model: str) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=SLOWLY,
     )
     assert run.stderr is not None
     for line in run.stderr:
@@ -313,7 +317,7 @@ def test_chat_on_a_terminal_goes_on_after_ctrl_c_and_ends_with_exit(model: str) 
         "--device",
         "cpu",
     )
-    run = subprocess.Popen(command(*args), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    run = subprocess.Popen(command(*args), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=SLOWLY)
     os.close(theirs)
     terminal = _Terminal(ours)
     try:

@@ -41,7 +41,7 @@ def masks() -> list[set[int]]:
 def test_the_team_is_on_its_lanes_and_the_caller_where_it_was() -> None:
     before = masks().count({PAIR[1]})
     threads.take(RankCores(PAIR, 2, PAIR), own_process=False)
-    assert (library().team_size(), torch.get_num_threads()) == (2, 2)
+    assert (library().team_size(), torch.get_num_threads()) == (2, 1)
     assert os.sched_getaffinity(0) == set(CPUS)
     assert masks().count({PAIR[1]}) == before + 1
 
@@ -63,7 +63,6 @@ def test_a_process_of_its_own_stays_on_its_lane_and_torchs_pool_does_not() -> No
     assert seen["me"] == {PAIR[0]}
     assert {PAIR[1]} in seen["new"], "the team's second thread"
     assert {PAIR[0]} not in seen["new"], "a thread of torch's pool shares the caller's lane"
-    assert set(CPUS) in seen["new"], "torch's pool"
 
 
 def test_a_seat_is_taken_for_a_while() -> None:
