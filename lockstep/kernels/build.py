@@ -11,13 +11,16 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 from lockstep.kernels.variants import Variant, usable
@@ -31,6 +34,7 @@ _FLAGS = (
     "-Wno-psabi", "-Wno-maybe-uninitialized", "-DPy_LIMITED_API=0x030B0000",
 )  # fmt: skip
 TIMEOUT_S = 600.0
+OLD_S = 30 * 86400.0  # libraries of other versions stay this long after they were last read
 
 _log = get_logger(__name__)
 
@@ -56,9 +60,9 @@ def compiler() -> list[str]:
 
 
 def digest(variant: Variant) -> str:
-    """Changes with the sources and flags. (Not with the compiler: a built library goes on serving.)"""
-    found = hashlib.sha256(repr((_FLAGS, variant.flags)).encode())
-    for path in sorted(SOURCES.iterdir()):
+    """Changes with the sources, flags and machine. (Not with the compiler: a built library goes on serving.)"""
+    found = hashlib.sha256(repr((_FLAGS, variant.flags, platform.machine())).encode())
+    for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]
 
@@ -67,43 +71,71 @@ def file_name(variant: Variant) -> str:
     return f"{variant.name}-{digest(variant)}.so"
 
 
+def libraries(variant: Variant) -> Iterator[Path]:
+    """Those that are there: the shipped one, then the one built before."""
+    name = file_name(variant)
+    for folder in (lambda: SHIPPED, cache_folder):
+        if (path := folder() / name).is_file():
+            yield path
+
+
 def built(variant: Variant) -> Path | None:
     """The library if it was shipped or built before."""
-    return next((path for folder in (SHIPPED, cache_folder()) if (path := folder / file_name(variant)).is_file()), None)
+    return next(libraries(variant), None)
 
 
 def cache_folder() -> Path:
     """Where libraries are kept, private to this user."""
-    folder = env.cache_folder() / "kernels"
-    try:
+    wanted: Path | str = "the home folder"
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
+        wanted = folder = env.cache_folder() / "kernels"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
-        pass
-    unusable = folder
     folder = Path(tempfile.gettempdir()) / f"lockstep-{os.getuid()}" / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.parent.stat().st_uid != os.getuid():
         raise BuildError(f"{folder.parent} belongs to somebody else: set LOCKSTEP_CACHE to a folder of your own")
-    _log.info("%s cannot be written: using %s", unusable, folder)
+    _warn_unwritable(str(wanted), str(folder))
     return folder
 
 
-def build(variant: Variant, folder: Path | None = None) -> Path:
-    """The library's path, compiled if it must be. Concurrent callers wait for one build. Raises BuildError."""
-    found = built(variant) if folder is None else None
-    if found is not None:
-        return found
-    folder = folder or cache_folder()
+def build(variant: Variant, folder: Path | None = None, broken: Collection[Path] = ()) -> Path:
+    """The library's path, compiled if it must be. Concurrent callers wait for one build. Raises BuildError.
+
+    broken: libraries that are there but will not do.
+    """
+    if folder is None:
+        found = next((path for path in libraries(variant) if path not in broken), None)
+        if found is not None:
+            return found
+        folder = cache_folder()
     target = folder / file_name(variant)
     with _locked(folder / f"{variant.name}.lock"):
-        if not target.is_file():
+        for left in folder.glob(f"{variant.name}.tmp*"):  # of builds that were killed: no other runs now
+            shutil.rmtree(left, ignore_errors=True)
+        if target in broken or not target.is_file():
             _log.warning("compiling the CPU kernels (%s) into %s: once, about half a minute ...", variant.name, folder)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=f"{variant.name}.tmp") as scratch:
                 result = _compile(variant, Path(scratch))
+                with result.open("rb") as file:
+                    os.fsync(file.fileno())  # else a power cut could leave the name and half of the library
                 os.replace(result, target)
+        _remove_old(variant, target)
     return target
+
+
+@lru_cache
+def _warn_unwritable(wanted: str, instead: str) -> None:
+    _log.warning("%s cannot be written: the CPU kernels are kept in %s (LOCKSTEP_CACHE names another folder)", wanted, instead)
+
+
+def _remove_old(variant: Variant, current: Path) -> None:
+    """Remove this variant's libraries of other sources, once nobody has loaded them for a while."""
+    for path in current.parent.glob(f"{variant.name}-*.so"):
+        with contextlib.suppress(OSError):
+            if path != current and time.time() - max(path.stat().st_atime, path.stat().st_mtime) > OLD_S:
+                path.unlink()
 
 
 def _compile(variant: Variant, scratch: Path) -> Path:

@@ -65,14 +65,15 @@ def library() -> Any | None:
 
 
 def _loaded(variant: Variant) -> Any:
-    """The variant's module; a library that cannot be loaded, cut short by a full disk say, is built anew once."""
-    path = build.build(variant)
-    try:
-        return load(path)
-    except (OSError, ImportError) as error:
-        _log.warning("%s is damaged (%s): it is built anew", path, error)
-        path.unlink(missing_ok=True)
-        return load(build.build(variant))
+    """The variant's module, built if it must be: also where a library is there that does not load, cut short by a full disk say."""
+    broken = []
+    for path in build.libraries(variant):
+        try:
+            return load(path)
+        except (OSError, ImportError) as error:
+            _log.warning("%s cannot be loaded (%s): it is built anew", path, error)
+            broken.append(path)
+    return load(build.build(variant, broken=broken))
 
 
 def _next(variant: Variant) -> Variant | None:

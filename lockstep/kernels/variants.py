@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,12 +42,19 @@ EMULATED = Variant("amx-emulated", (*VARIANTS[1].flags, "-DLOCKSTEP_EMULATE_AMX"
 
 def cpu_flags(cpuinfo: str | None = None) -> frozenset[str]:
     """The features that the kernel lists for the first core; empty where it does not."""
-    if cpuinfo is None:
-        path = Path("/proc/cpuinfo")
-        cpuinfo = path.read_text() if path.exists() else ""
-    for line in cpuinfo.splitlines():
+    if cpuinfo is not None:
+        return _flags(cpuinfo.splitlines())
+    try:
+        with Path("/proc/cpuinfo").open() as lines:  # not read to its end: on many cores that takes long
+            return _flags(lines)
+    except OSError:
+        return frozenset()
+
+
+def _flags(lines: Iterable[str]) -> frozenset[str]:
+    for line in lines:
         if line.split(":")[0].strip() in ("flags", "Features"):
-            return frozenset(line.split(":", 1)[1].split())
+            return frozenset(line.partition(":")[2].split())
     return frozenset()
 
 

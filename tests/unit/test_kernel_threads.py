@@ -22,6 +22,7 @@ PAIR = tuple(CPUS[:2])
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     before, count = os.sched_getaffinity(0), torch.get_num_threads()
+    library().team_set(1, 0, 0)  # no threads that an earlier test left
     yield
     os.sched_setaffinity(0, before)
     threads.take(RankCores((), count), own_process=False)

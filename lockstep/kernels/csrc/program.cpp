@@ -52,7 +52,9 @@ void step_set(Step* s, int64_t tokens, const int64_t* ids, const int64_t* positi
   *s = Step{tokens, ids, positions, slots, rows, query_start, seq_lens, tables, table_stride};
 }
 
-void team_set(int64_t threads, const int* cores, int64_t n_cores) { set_team(threads, cores, n_cores); }
+void team_set(int64_t threads, const int* cores, int64_t n_cores) {
+  team().reshape(threads, std::vector<int>(cores, cores + n_cores));
+}
 int64_t team_size() { return team().size(); }
 void set_spin_ns(int64_t ns) { spin_ns = ns; }
 double clock_s() { return now_s(); }

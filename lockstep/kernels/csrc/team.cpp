@@ -2,7 +2,10 @@
 
 #include <cerrno>
 #include <ctime>
-#include <memory>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <utility>
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <pthread.h>
@@ -32,11 +35,12 @@ void relax() {
 }
 
 #if defined(__linux__)
-void futex_wait(std::atomic<uint32_t>* word, uint32_t seen, double timeout_s, bool shared) {
+bool futex_wait(std::atomic<uint32_t>* word, uint32_t seen, double timeout_s, bool shared) {
   timespec t;
   t.tv_sec = time_t(timeout_s);
   t.tv_nsec = long((timeout_s - double(t.tv_sec)) * 1e9);
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), shared ? FUTEX_WAIT : FUTEX_WAIT_PRIVATE, seen, &t, nullptr, 0);
+  const long rc = syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), shared ? FUTEX_WAIT : FUTEX_WAIT_PRIVATE, seen, &t, nullptr, 0);
+  return rc == 0 || errno != ETIMEDOUT;
 }
 void futex_wake_all(std::atomic<uint32_t>* word, bool shared) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), shared ? FUTEX_WAKE : FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
@@ -48,13 +52,17 @@ static void bind(int core) {
   pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // not allowed: unbound is slower, not wrong
 }
 #else
-void futex_wait(std::atomic<uint32_t>*, uint32_t, double, bool) {
+bool futex_wait(std::atomic<uint32_t>*, uint32_t, double, bool) {
   timespec t{0, 100'000};
   nanosleep(&t, nullptr);
+  return true;
 }
 void futex_wake_all(std::atomic<uint32_t>*, bool) {}
 static void bind(int) {}
 #endif
+
+static std::atomic<int64_t> missed{0};
+int64_t missed_wakes() { return missed.load(); }
 
 // Returns when *word != seen: spins, then sleeps. `sleepers` tells wakers that somebody sleeps.
 static void wait_change(std::atomic<uint32_t>& word, uint32_t seen, std::atomic<uint32_t>& sleepers, int64_t patience = 1) {
@@ -68,7 +76,8 @@ static void wait_change(std::atomic<uint32_t>& word, uint32_t seen, std::atomic<
     } while (now_s() < until);
   }
   sleepers.fetch_add(1);
-  while (word.load() == seen) futex_wait(&word, seen, 1.0, false);
+  while (word.load() == seen)
+    if (!futex_wait(&word, seen, 1.0, false) && word.load() != seen) missed++;
   sleepers.fetch_sub(1);
 }
 
@@ -76,18 +85,40 @@ void Lane::barrier() {
   if (size > 1) team->barrier();
 }
 
-Team::Team(int threads, const std::vector<int>& cores) : size_(threads) {
-  for (int id = 1; id < size_; id++) {
-    int core = size_t(id) < cores.size() ? cores[size_t(id)] : -1;
-    threads_.emplace_back([this, id, core] { work(id, core); });
+// Whether this thread is within a job.
+static thread_local bool in_job = false;
+
+static void refuse_in_job() {
+  if (in_job) throw std::logic_error("a job of the team may neither start another one nor reshape the team");
+}
+
+void Team::reshape(int64_t threads, const std::vector<int>& cores) {
+  if (threads < 1 || threads > 4096) throw std::invalid_argument("a team has 1 to 4096 threads, not " + std::to_string(threads));
+  refuse_in_job();
+  std::lock_guard<std::mutex> hold(busy_);
+  stop();
+  size_ = int(threads);
+  try {
+    for (int id = 1; id < size_; id++) {
+      const int core = size_t(id) < cores.size() ? cores[size_t(id)] : -1;
+      threads_.emplace_back([this, id, core] { work(id, core); });
+    }
+  } catch (const std::system_error& error) {
+    stop();
+    throw std::runtime_error("could not start " + std::to_string(threads) + " threads: " + error.what());
   }
 }
 
-Team::~Team() {
+// Ends the threads: a team of one is left. None of them is within a job.
+void Team::stop() {
   stop_ = true;
   turn_.fetch_add(1);
   futex_wake_all(&turn_, false);
   for (auto& t : threads_) t.join();
+  threads_.clear();
+  size_ = 1;
+  stop_ = false;
+  turn_ = 0;
 }
 
 void Team::barrier() {
@@ -106,6 +137,7 @@ void Team::barrier() {
 
 void Team::lane(int id) {
   Lane lane{id, size_, this};
+  in_job = true;
   try {
     (*job_)(lane);
   } catch (const Aborted&) {
@@ -114,6 +146,7 @@ void Team::lane(int id) {
     if (!error_) error_ = std::current_exception();
     failed_ = true;
   }
+  in_job = false;
   if (size_ == 1) return;
   if (failed_) {  // release those that wait in a barrier: they leave through `failed_`
     generation_.fetch_add(1);
@@ -129,41 +162,43 @@ void Team::work(int id, int core) {
     seen = turn_.load(std::memory_order_acquire);
     if (stop_) return;
     lane(id);
-    done_.fetch_add(1);
-    if (size_t(done_.load()) == threads_.size()) futex_wake_all(&done_, false);
+    if (done_.fetch_add(1) + 1 == uint32_t(size_) - 1 && waiting_.load()) futex_wake_all(&done_, false);
   }
 }
 
-// Two engines of one process may be used from two threads: their jobs take turns, and nobody reshapes a team at work.
-static std::mutex busy;
-
 void Team::run(const std::function<void(Lane&)>& f) {
-  std::lock_guard<std::mutex> hold(busy);
+  refuse_in_job();
+  std::lock_guard<std::mutex> hold(busy_);
   job_ = &f;
   failed_ = false;
   error_ = nullptr;
   arrived_ = 0;
   done_ = 0;
-  if (size_ > 1) {
+  const uint32_t others = uint32_t(size_) - 1;
+  if (others) {
     turn_.fetch_add(1);
     if (idle_.load()) futex_wake_all(&turn_, false);
   }
   lane(0);
-  for (uint32_t n; (n = done_.load(std::memory_order_acquire)) < threads_.size();) wait_change(done_, n, waiting_);
-  if (error_) std::rethrow_exception(error_);
+  for (uint32_t n; (n = done_.load(std::memory_order_acquire)) < others;) wait_change(done_, n, waiting_);
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
-static std::unique_ptr<Team> the_team;
+// Never freed: threads may still be within it when the process ends, and an exit must not wait for them.
+static std::atomic<Team*> the_team{nullptr};
+
+static Team* first_team() {
+#if defined(__linux__)
+  pthread_atfork(nullptr, nullptr, [] { the_team = new Team(); });  // the old one's threads and locks are the parent's
+#endif
+  the_team = new Team();
+  return the_team;
+}
 
 Team& team() {
-  if (!the_team) the_team = std::make_unique<Team>(1, std::vector<int>{});
+  static Team* const first = first_team();
+  (void)first;
   return *the_team;
-}
-
-void set_team(int64_t threads, const int* cores, int64_t n_cores) {
-  std::lock_guard<std::mutex> hold(busy);
-  the_team.reset();
-  the_team = std::make_unique<Team>(int(threads), std::vector<int>(cores, cores + n_cores));
 }
 
 }  // namespace lockstep

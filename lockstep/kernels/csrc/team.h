@@ -18,8 +18,9 @@ void relax();    // tells the CPU that this thread spins
 // How long a wait spins before it sleeps. Where cores are shared with other ranks, 0 is right.
 extern std::atomic<int64_t> spin_ns;
 
-// Sleeps while *word == seen, at most timeout_s. `shared`: the word lives in memory of several processes.
-void futex_wait(std::atomic<uint32_t>* word, uint32_t seen, double timeout_s, bool shared);
+// Sleeps while *word == seen, at most timeout_s; false when that time ran out. `shared`: the word lives in memory of
+// several processes.
+bool futex_wait(std::atomic<uint32_t>* word, uint32_t seen, double timeout_s, bool shared);
 void futex_wake_all(std::atomic<uint32_t>* word, bool shared);
 
 struct Aborted : std::exception {  // another thread of the team failed; only that one's error is reported
@@ -38,19 +39,25 @@ struct Lane {  // one thread's place in its team
 
 class Team {
  public:
-  // cores: where to bind each thread ([0] is not bound: it is the caller's); empty binds nobody.
-  Team(int threads, const std::vector<int>& cores);
-  ~Team();
-  int size() const { return size_; }
-  // Runs f on every thread; throws the first error that a thread threw. Not reentrant.
+  Team() = default;  // of one thread: the caller
+  Team(const Team&) = delete;
+  ~Team() { stop(); }
+  // Replaces the threads. cores: where to bind each ([0] is not bound: it is the caller's); empty binds nobody. Waits for
+  // a job that runs. Throws std::invalid_argument, and std::runtime_error where the system gives no thread (the team is
+  // one of one thread then).
+  void reshape(int64_t threads, const std::vector<int>& cores);
+  int size() const { return size_.load(std::memory_order_relaxed); }
+  // Runs f on every thread; throws the first error that a thread threw. Callers take turns. A job may not start another.
   void run(const std::function<void(Lane&)>& f);
 
  private:
   friend struct Lane;
+  void stop();
   void work(int id, int core);
   void lane(int id);
   void barrier();
-  int size_;
+  std::mutex busy_;  // held while a job runs
+  std::atomic<int> size_{1};
   const std::function<void(Lane&)>* job_ = nullptr;
   std::vector<std::thread> threads_;
   alignas(64) std::atomic<uint32_t> turn_{0};  // counts jobs
@@ -63,7 +70,10 @@ class Team {
   std::mutex error_lock_;
 };
 
-Team& team();                                             // this process's team; of one thread until set_team
-void set_team(int64_t threads, const int* cores, int64_t n_cores);  // replaces it. Not while it runs
+// This process's team, for as long as it lives: of one thread until it is reshaped, and of one again in a forked child,
+// which has none of its parent's threads.
+Team& team();
+// Sleeps within teams that ended by their time running out though what they waited for had happened: 0, or a bug.
+int64_t missed_wakes();
 
 }  // namespace lockstep
