@@ -24,6 +24,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -114,10 +115,9 @@ class _Ring:
 class MessageQueue(_Ring):
     """The writer's side. `MessageQueue.create`, hand `handle(r)` to reader r, `enqueue`; `MessageQueue.attach` there."""
 
-    def __init__(self, memory: SharedBytes, n_readers: int, chunk_bytes: int, chunks: int) -> None:
-        super().__init__(memory, n_readers, chunk_bytes, chunks)
-        self._bell = Bell.create()
-        self._reader_bells = [Bell.create() for _ in range(n_readers)]
+    def __init__(self, memory: SharedBytes, chunk_bytes: int, chunks: int, bell: Bell, reader_bells: list[Bell]) -> None:
+        super().__init__(memory, len(reader_bells), chunk_bytes, chunks)
+        self._bell, self._reader_bells = bell, reader_bells
         self._written = 0
         self._slowest = 0  # a lower bound of min(read): looked up again only when the ring seems full
         self._sign_in()
@@ -127,7 +127,21 @@ class MessageQueue(_Ring):
         """A new queue; this process is its writer. Only pages that are used take memory."""
         if n_readers < 1 or chunk_bytes < 1 or chunks < 1:
             raise ValueError(f"n_readers={n_readers}, chunk_bytes={chunk_bytes}, chunks={chunks}: each must be at least 1.")
-        return cls(SharedBytes.create(_data_start(n_readers, chunks) + chunk_bytes * chunks), n_readers, chunk_bytes, chunks)
+        memory = SharedBytes.create(_data_start(n_readers, chunks) + chunk_bytes * chunks)
+        return cls(memory, chunk_bytes, chunks, Bell.create(), [Bell.create() for _ in range(n_readers)])
+
+    @staticmethod
+    def prepare(chunk_bytes: int = 1 << 16, chunks: int = 32) -> QueueHandle:
+        """A new queue for one reader whose writer is another process: attach here, `adopt` the same handle there."""
+        memory, bell, reader_bell = SharedBytes.create(_data_start(1, chunks) + chunk_bytes * chunks), Bell.create(), Bell.create()
+        memory.buffer.close()  # who attaches maps it again
+        return QueueHandle(memory.fd, 1, chunk_bytes, chunks, 0, reader_bell.fds, bell.fds)
+
+    @classmethod
+    def adopt(cls, handle: QueueHandle) -> MessageQueue:
+        """The writer's side of a prepared queue, in the process that inherited `handle.fds`."""
+        memory = SharedBytes(handle.memory_fd, _data_start(1, handle.chunks) + handle.chunk_bytes * handle.chunks)
+        return cls(memory, handle.chunk_bytes, handle.chunks, Bell(handle.writer_bell), [Bell(handle.reader_bell)])
 
     @staticmethod
     def attach(handle: QueueHandle) -> MessageReader:
@@ -245,13 +259,31 @@ class MessageReader(_Ring):
         Raises TimeoutError after `timeout` s, QueueClosed when the writer is gone and everything is read, or when
         close() is called meanwhile.
         """
+        message = self._receive(timeout, _never)
+        assert message is not None
+        return message
+
+    def poll(self, timeout: float | None = None, unless: Callable[[], bool] | None = None) -> bytes | None:
+        """As `dequeue`, but None when nothing came in time (0: at once), or when `unless()` is true, which `wake` makes it look at."""
+        if timeout == 0 and not self._shut and self._cells[_COUNT] <= self._read:
+            return None
+        try:
+            return self._receive(timeout, unless or _never)
+        except TimeoutError:
+            return None
+
+    def wake(self) -> None:
+        """Let who waits in `poll` look at its `unless`."""
+        self._bell.ring()
+
+    def _receive(self, timeout: float | None, unless: Callable[[], bool]) -> bytes | None:
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._busy:
-            while True:
-                self._wait_for_chunk(deadline)
+            while self._wait_for_chunk(deadline, unless):
                 message = self._take()
                 if message is not None:
                     return message
+        return None
 
     def close(self) -> None:
         """Stop reading for good and wake the writer. May be called twice, from any thread."""
@@ -279,9 +311,12 @@ class MessageReader(_Ring):
         parts, self._parts = self._parts, None
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _wait_for_chunk(self, deadline: float | None) -> None:
+    def _wait_for_chunk(self, deadline: float | None, unless: Callable[[], bool]) -> bool:
+        """Whether there is one; False when `unless()` says so first."""
         since = 0.0
         while not self._shut and self._cells[_COUNT] <= self._read:
+            if unless():
+                return False
             now = time.monotonic()
             since = since or now
             if now - since < SPIN_S:
@@ -295,6 +330,11 @@ class MessageReader(_Ring):
                 raise QueueClosed(f"the writer of the message queue is gone: {why}.")
         if self._shut:
             raise QueueClosed("the message queue was closed by this reader.")
+        return True
+
+
+def _never() -> bool:
+    return False
 
 
 def _data_start(n_readers: int, chunks: int) -> int:

@@ -32,7 +32,8 @@ from lockstep.distributed.progress import ProgressBoard, rank_list
 from lockstep.executor import failure, wire
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.operations import Operation, Operations
-from lockstep.executor.spawn import Plan, WorkerProcess, exit_codes, kill_all, spawn
+from lockstep.executor.results import Results
+from lockstep.executor.spawn import Channels, Plan, WorkerProcess, exit_codes, kill_all, spawn
 from lockstep.observability.logging import get_logger
 from lockstep.utils import procs
 from lockstep.utils.cores import RankCores
@@ -58,6 +59,7 @@ class Fleet:
         self.plan, self.cores = plan, cores
         self.operations = Operations()
         self.queue = MessageQueue.create(plan.world_size)
+        self.results = Results(self.operations, plan.output_rank)
         self.board = ProgressBoard.create(plan.world_size)
         self.workers: list[WorkerProcess] = []
         self.settled = threading.Event()  # ready, or failed
@@ -110,6 +112,7 @@ class Fleet:
         if not self._stopping_since:
             self._stopping_since = time.monotonic()
             self.operations.fail(_shutdown_error())
+            self.results.wake()
             with contextlib.suppress(TimeoutError, QueueClosed):
                 self.queue.enqueue(wire.encode_order(wire.Stop()), 0.2)
             if self._thread.is_alive():
@@ -135,7 +138,8 @@ class Fleet:
     def _spawn(self) -> None:
         with Listener() as listener:  # loopback, bound once and handed to rank 0: nobody can take the port in between
             for rank in range(self.plan.world_size):
-                worker = spawn(self.plan, rank, self.cores[rank], self.queue, self.board, self._death_pipe[0], listener)
+                channels = Channels(self.queue, self.results.handle, self.board, self._death_pipe[0], listener)
+                worker = spawn(self.plan, rank, self.cores[rank], channels)
                 self.workers.append(worker)
                 self._selector.register(worker.reply, selectors.EVENT_READ, (self._read_reply, worker))
                 self._selector.register(worker.log_fd, selectors.EVENT_READ, (self._read_log, worker))
@@ -193,6 +197,7 @@ class Fleet:
     def _handle(self, worker: WorkerProcess, answer: wire.Answer) -> None:
         if isinstance(answer, wire.StepDone):
             self.operations.answer(worker.rank, answer.id, answer.result)
+            self.results.wake()
         elif isinstance(answer, wire.CallDone):
             self.operations.answer(worker.rank, answer.id, wire.decode_value(answer.value))
         elif isinstance(answer, wire.Ready):
@@ -280,6 +285,7 @@ class Fleet:
                     now - self._started,
                 )
             return
+        self.results.take()  # a result that nobody fetches is not one that is owed
         still_s = min(p.age_s for p in everyone)
         call = self.operations.half_answered(ANSWER_GRACE_S)
         if call is not None and still_s > ANSWER_GRACE_S:
@@ -323,8 +329,10 @@ class Fleet:
     def _fail(self, error: ExecutorError) -> None:
         """First failure wins: wake everyone who waits, then end every rank."""
         self._over = True
+        self.results.take()  # what was computed before counts
         if not self.operations.fail(error):
             return
+        self.results.wake()
         self.settled.set()
         self.queue.close()
         kill_all(self.workers)
@@ -356,6 +364,7 @@ class Fleet:
         self.settled.set()
         kill_all(self.workers)
         self.queue.close()
+        self.results.close()
         self._selector.close()
         for worker in self.workers:
             worker.close()

@@ -54,6 +54,7 @@ class MultiprocExecutor(Executor):
 
     def execute_model(self, plan: StepPlan) -> StepFuture:
         operation = self._open(StepOperation, f"step {plan.step}", [self._fleet.plan.output_rank], self._step_limit_s)
+        cast(StepOperation, operation).results = self._fleet.results
         with self.timeline.span(BROADCAST, "engine", plan.step):
             self._give(operation, wire.Step(operation.id, plan), self._step_limit_s)
         return cast(StepOperation, operation)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lockstep.distributed.progress import rank_list
 from lockstep.executor import failure, wire
 from lockstep.executor.contract import ExecutorError
 from lockstep.protocol import StepResult
+
+if TYPE_CHECKING:
+    from lockstep.executor.results import Results
 
 
 class Operation:
@@ -27,21 +30,39 @@ class Operation:
 
     def done(self) -> bool:
         """Whether all answered, or it failed."""
-        return self._finished.is_set()
+        return self.finished()
 
     def wait(self, timeout: float | None) -> None:
         """Until done. Raises the ExecutorError it failed with; TimeoutError after `timeout` s."""
-        if not self._finished.wait(timeout):
+        if not self._sleep(timeout):
             raise TimeoutError(f"{self.what}: no answer from {rank_list(sorted(self.missing))} after {timeout} s")
         if self.error is not None:
             raise self.error
+
+    def finished(self) -> bool:
+        """As `done`, of what has been taken in so far."""
+        return self._finished.is_set()
+
+    def _sleep(self, timeout: float | None) -> bool:
+        """Return when done, or after `timeout` s; whether it is done."""
+        return self._finished.wait(timeout)
 
     def finish(self) -> None:
         self._finished.set()
 
 
 class StepOperation(Operation):
-    """The StepFuture of a step."""
+    """The StepFuture of a step. `results`: who takes step results in, set before anybody waits."""
+
+    results: Results
+
+    def done(self) -> bool:
+        if not self.finished():
+            self.results.take()
+        return self.finished()
+
+    def _sleep(self, timeout: float | None) -> bool:
+        return super()._sleep(self.results.wait(self, timeout))
 
     def result(self, timeout: float | None = None) -> StepResult:
         self.wait(timeout)

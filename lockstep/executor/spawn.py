@@ -16,7 +16,7 @@ import msgspec
 import lockstep
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
-from lockstep.distributed.message_queue import MessageQueue
+from lockstep.distributed.message_queue import MessageQueue, QueueHandle
 from lockstep.distributed.progress import ProgressBoard
 from lockstep.executor import affinity, wire
 from lockstep.executor.failure import LogTail
@@ -66,9 +66,18 @@ class Plan:
     output_rank: int
 
 
-def spawn(
-    plan: Plan, rank: int, share: RankCores, queue: MessageQueue, board: ProgressBoard, death_fd: int, listener: Listener
-) -> WorkerProcess:
+@dataclass(frozen=True)
+class Channels:
+    """How driver and ranks reach each other."""
+
+    queue: MessageQueue  # orders
+    results: QueueHandle  # of steps, from the output rank
+    board: ProgressBoard
+    death_fd: int  # the read end of a pipe whose write end only the driver has
+    listener: Listener  # rank 0 serves the rendezvous on it
+
+
+def spawn(plan: Plan, rank: int, share: RankCores, channels: Channels) -> WorkerProcess:
     """Start one rank: a fresh interpreter that is told everything through inherited descriptors.
 
     Nothing is imported from the caller's main module, nothing listens, and the process gets a group of its own, so that
@@ -76,22 +85,24 @@ def spawn(
     """
     ours, theirs = socket.socketpair()
     log_read, log_write = os.pipe()
-    handle = queue.handle(rank)
+    handle = channels.queue.handle(rank)
+    reports = rank == plan.output_rank
     launch = wire.Launch(
         rank=rank,
         local_rank=rank,
         world_size=plan.world_size,
         output_rank=plan.output_rank,
         parent_pid=os.getpid(),
-        death_fd=death_fd,
+        death_fd=channels.death_fd,
         reply_fd=theirs.fileno(),
         queue=handle,
-        board=board.handle,
+        results=channels.results if reports else None,
+        board=channels.board.handle,
         share=share,
         worker_cls=plan.worker_cls,
         sys_path=[path or os.getcwd() for path in sys.path],
-        rendezvous_port=listener.port,
-        listen_fd=listener.fileno() if rank == 0 else -1,
+        rendezvous_port=channels.listener.port,
+        listen_fd=channels.listener.fileno() if rank == 0 else -1,
         config=plan.config,
         spec=plan.spec,
         folder=str(plan.folder),
@@ -99,8 +110,9 @@ def spawn(
     text = msgspec.msgpack.encode(launch)
     letter = SharedBytes.create(len(text))
     letter.buffer[:] = text
-    passed = [letter.fd, death_fd, theirs.fileno(), board.handle.fd, *handle.fds, *([listener.fileno()] if rank == 0 else [])]
-    board.cell(rank).set(phase="spawn")
+    passed = [letter.fd, channels.death_fd, theirs.fileno(), channels.board.handle.fd, *handle.fds]
+    passed += [*(channels.results.fds if reports else ()), *([channels.listener.fileno()] if rank == 0 else [])]
+    channels.board.cell(rank).set(phase="spawn")
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "lockstep.executor.worker_main", str(letter.fd), f"rank={rank}"],

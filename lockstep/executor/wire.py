@@ -1,8 +1,9 @@
 """What driver and ranks say to each other. msgspec structs only: nothing on these channels can execute anything.
 
 Down, through the message queue, the same to all ranks, executed in order: `Step`, `Call`, `Stop`.
-Up, through each rank's own socket: `Ready` once, then answers. Every order has an id and every answer names the order
-it belongs to, so that a late or failed answer can never be taken for another's.
+Up, through each rank's own socket: `Ready` once, then answers; step results through `results.py` where it has room. Every
+order has an id and every answer names the order it belongs to, so that a late or failed answer can never be taken for
+another's.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class Launch(msgspec.Struct, kw_only=True):
     death_fd: int
     reply_fd: int
     queue: QueueHandle
+    results: QueueHandle | None  # of the output rank: where it writes step results
     board: BoardHandle
     share: RankCores
     worker_cls: str  # "module:Class"

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from lockstep.distributed.message_queue import MessageReader
+from lockstep.distributed.message_queue import MessageQueue, MessageReader
 from lockstep.distributed.progress import ProgressCell
 from lockstep.executor import wire
 from lockstep.executor.fault import Fault
@@ -57,10 +57,16 @@ class WorkerLoop:
     """Takes orders until told to stop."""
 
     def __init__(
-        self, worker: Any, queue: MessageReader, cell: ProgressCell, reply: Callable[[wire.Answer], None], fault: Fault, *, reports: bool
+        self,
+        worker: Any,
+        queue: MessageReader,
+        cell: ProgressCell,
+        reply: Callable[[wire.Answer], None],
+        fault: Fault,
+        results: MessageQueue | None,
     ) -> None:
-        """`reports`: this is the output rank, whose results go back."""
-        self._worker, self._queue, self._cell, self._reply, self._fault, self._reports = worker, queue, cell, reply, fault, reports
+        """`results`: of the output rank, whose step results go back."""
+        self._worker, self._queue, self._cell, self._reply, self._fault, self._results = worker, queue, cell, reply, fault, results
 
     def run(self) -> None:
         """Raises QueueClosed when the driver goes away. An exception in a step is answered, then raised again."""
@@ -88,10 +94,16 @@ class WorkerLoop:
             self._fault.strike_step(plan)
             timeline.lap("receive")
             result = self._worker.execute_model(plan)
-            if self._reports:
+            if self._results is not None:
                 assert result is not None, "the output rank's execute_model returned nothing"
-                self._reply(wire.StepDone(order.id, result))
+                self._report(self._results, wire.StepDone(order.id, result))
             leave(timeline, plan, "reply")
         except Exception as e:
             self._reply(raised_answer(order.id, f"step {plan.step}", e, fatal=True))
             raise
+
+    def _report(self, results: MessageQueue, answer: wire.StepDone) -> None:
+        try:
+            results.enqueue(wire.encode_value(answer), 0.0)
+        except TimeoutError:  # nobody has fetched results for a while
+            self._reply(answer)

@@ -87,7 +87,7 @@ def main() -> None:
 
 def _serve(launch: wire.Launch, worker: Any, cell: ProgressCell, answer: Any, fault: Fault) -> None:
     queue = MessageQueue.attach(launch.queue)
-    loop = WorkerLoop(worker, queue, cell, answer, fault, reports=launch.rank == launch.output_rank)
+    loop = WorkerLoop(worker, queue, cell, answer, fault, MessageQueue.adopt(launch.results) if launch.results else None)
     answer(wire.Ready())
     try:
         loop.run()

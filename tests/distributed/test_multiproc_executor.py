@@ -44,6 +44,57 @@ def test_waiting_for_a_step_can_time_out_and_go_on() -> None:
         assert future.result(20).step == 7
 
 
+def test_results_that_nobody_fetches_wait_for_whom_they_concern() -> None:
+    """More than their queue holds, for longer than a step may take: neither lost nor taken for a hang."""
+    with fake_executor(2, step_s=0.6) as executor:
+        futures = [executor.execute_model(decode_plan(step)) for step in range(1, 101)]
+        time.sleep(1.5)
+        executor.check_health()
+        assert [f.result(20).step for f in reversed(futures)] == list(range(100, 0, -1))
+        assert futures[7].result(20).step == 8, "a result can be asked for again"
+
+
+def test_done_is_seen_without_waiting() -> None:
+    with fake_executor(2) as executor:
+        future = executor.execute_model(decode_plan(1))
+        assert wait_for(future.done) and future.result(0).step == 1
+
+
+def test_waiters_for_several_steps_each_get_theirs() -> None:
+    with fake_executor(2) as executor:
+        executor.collective_rpc("arm", (0, "sleep:0.05"))
+        futures = [executor.execute_model(decode_plan(step)) for step in range(8)]
+        found: dict[int, int] = {}
+        threads = [threading.Thread(target=lambda i=i: found.update({i: futures[i].result(20).step})) for i in (7, 3, 5, 0, 1, 2, 6, 4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert found == {i: i for i in range(8)}
+
+
+def test_all_who_wait_learn_of_a_failure_at_once() -> None:
+    with fake_executor(2) as executor:
+        executor.collective_rpc("arm", (0, "sleep:30"))
+        futures = [executor.execute_model(decode_plan(step)) for step in range(2)]
+        ended: list[str] = []
+
+        def wait(i: int) -> None:
+            with pytest.raises(ExecutorError) as caught:
+                futures[i].result(20)
+            ended.append(caught.value.kind)
+
+        threads = [threading.Thread(target=wait, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        started = time.monotonic()
+        executor.shutdown()
+        for thread in threads:
+            thread.join(20)
+        assert ended == ["shutdown"] * 2 and time.monotonic() - started < 10
+
+
 def test_an_exception_on_a_rank_that_does_not_report_arrives_at_once() -> None:
     with fake_executor(3) as executor:
         executor.collective_rpc("arm", (2, "raise:hidden"))

@@ -186,6 +186,47 @@ def test_dequeue_times_out_and_says_how_long() -> None:
         assert time.monotonic() - started < 5
 
 
+def test_polling_waits_no_longer_than_told() -> None:
+    with pair() as (queue, (reader,)):
+        assert reader.poll(0) is None and reader.poll(0.02) is None
+        queue.enqueue(b"x" * 150, 1)
+        assert reader.poll(0) == b"x" * 150 and reader.poll(0) is None
+
+
+def test_polling_ends_when_the_reason_to_wait_does() -> None:
+    with pair() as (_, (reader,)):
+        over = threading.Event()
+        found: list[bytes | None] = []
+        thread = threading.Thread(target=lambda: found.append(reader.poll(None, over.is_set)))
+        thread.start()
+        time.sleep(0.05)
+        reader.wake()  # for nothing: it waits on
+        thread.join(0.05)
+        assert thread.is_alive()
+        over.set()
+        reader.wake()
+        thread.join(0.15)  # less than SLICE_S, after which it would look by itself
+        assert found == [None]
+
+
+def test_a_prepared_queue_is_written_by_another_process() -> None:
+    handle = MessageQueue.prepare(chunk_bytes=64, chunks=4)
+    reader = MessageQueue.attach(handle)
+    program = (
+        "import sys, msgspec\n"
+        "from lockstep.distributed.message_queue import MessageQueue, QueueHandle\n"
+        "queue = MessageQueue.adopt(msgspec.json.decode(sys.argv[1], type=QueueHandle))\n"
+        "for i in range(200): queue.enqueue(b'%d ' % i * 40, 20)\n"
+    )
+    command = [sys.executable, "-c", program, msgspec.json.encode(handle).decode()]
+    with subprocess.Popen(command, pass_fds=handle.fds) as child:
+        assert [reader.dequeue(20) for _ in range(200)] == [b"%d " % i * 40 for i in range(200)]
+        assert child.wait(20) == 0
+        with pytest.raises(QueueClosed, match="died"):
+            reader.dequeue(20)
+    reader.close()
+
+
 @pytest.mark.parametrize("side", ["writer", "reader"])
 def test_close_wakes_a_waiting_reader(side: str) -> None:
     with pair() as (queue, (reader,)):
