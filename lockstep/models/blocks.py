@@ -13,7 +13,7 @@ from lockstep.attention.layer import Attention, AttentionBackend
 from lockstep.config.model_spec import ModelSpec
 from lockstep.layers.activation import gated_activation
 from lockstep.layers.base import Place
-from lockstep.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from lockstep.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear
 from lockstep.layers.norm import RMSNorm
 from lockstep.layers.qkv import QKVParallelLinear
 from lockstep.layers.rotary import apply_rotary
@@ -148,10 +148,9 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(build, f"{prefix}.mlp")
         self.input_layernorm, self.post_attention_layernorm = build.norm(), build.norm()
 
-    def pack(self, quantization: str | None = None) -> None:
-        """Pack the weights of the four products for the CPU kernels."""
-        for linear in (self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj):
-            linear.pack(quantization)
+    def products(self) -> tuple[LinearBase, ...]:
+        """The layer's linear layers, in the order of computation."""
+        return self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
 
     def enter(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The layer's normed input and the residual stream; the first layer begins the stream."""

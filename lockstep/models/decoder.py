@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -109,10 +110,18 @@ class DecoderModel(nn.Module):
         if self.native is not None:
             self.native.rebuild()
 
-    def pack_ends(self) -> None:
-        """Pack the head; an embedding tied to it is read from the packed form."""
-        if self.is_last:
-            self.head.pack()
+    def packers(self, quantization: str | None = None) -> dict[str, Callable[[], None]]:
+        """By module name, how to pack each module that the CPU kernels read packed and that is not yet. Packing lets go of its weight.
+
+        An embedding tied to the head is read from the packed form. With a quantization, every rank of the TP group must
+        call them, in one order.
+        """
+        found: dict[nn.Module, Callable[[], None]] = {}
+        for layer in self.stack:
+            found |= {linear: partial(linear.pack, quantization) for linear in layer.products() if linear.packed is None}
+        if self.is_last and self.head.packed is None:
+            found[self.head] = self.head.pack
+        return {name: found[module] for name, module in self.named_modules() if module in found}
 
     @property
     def head(self) -> VocabParallelEmbedding:

@@ -66,7 +66,7 @@ class Buffers:
 
 
 class NativeDecoder:
-    """The packed form of one rank's layers. Construct it once the weights are loaded: they are packed and let go.
+    """The packed form of one rank's layers. Construct it once the weights are loaded: what is not packed yet is, and let go.
 
     max_tokens: most tokens of a step. quantization: None or "int8". Collective where quantised: scales are agreed on.
     """
@@ -76,9 +76,8 @@ class NativeDecoder:
         assert self.lib is not None, "no kernel library: ask why_not() first"
         self.model, self.max_tokens = model, max_tokens
         self.code = DTYPE_CODES[str(model.dtype).removeprefix("torch.")]
-        for layer in model.stack:
-            layer.pack(quantization)
-        model.pack_ends()
+        for pack in model.packers(quantization).values():
+            pack()
         self.group = self._shared_memory()
         self.local = self.lib.local_group_new(SLOT_BYTES) if model.groups.tp.world_size == 1 else 0
         self.buffers = self._buffers()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from lockstep.weights.checkpoint import Checkpoint
 from lockstep.weights.errors import WeightError
 from lockstep.weights.name_map import canonical, is_ignored
 from lockstep.weights.plan import LoadableModel, Task, plan_tasks
+from lockstep.weights.staging import Staging
 
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes to do, tensor)
 
@@ -29,10 +30,13 @@ class LoadReport:
     seconds: float
 
 
-def load_weights(model: LoadableModel, folder: str | Path, *, progress: Progress | None = None) -> LoadReport:
+def load_weights(
+    model: LoadableModel, folder: str | Path, *, progress: Progress | None = None, packers: Mapping[str, Callable[[], None]] | None = None
+) -> LoadReport:
     """Fill every parameter of `model` from the safetensors in `folder`, converted to the parameters' types.
 
-    `progress(bytes_done, bytes_total, tensor)` is called as data arrives, at least every 16 MiB.
+    `progress(bytes_done, bytes_total, tensor)` is called as data arrives, at least every 16 MiB. `packers`: by module name,
+    what to call once the module's parameters are there; it must let go of its matrices (see `Staging`).
     Raises WeightError (a ValueError) when a tensor is missing, not known, or has the wrong shape or type, and when a
     file is damaged. Names and shapes are checked before anything is read.
     """
@@ -42,7 +46,7 @@ def load_weights(model: LoadableModel, folder: str | Path, *, progress: Progress
         names = canonical(checkpoint.tensors)
         _check_names(model, tasks, names, checkpoint)
         _check_shapes(tasks, names, checkpoint)
-        _read(tasks, names, checkpoint, progress)
+        _read(tasks, names, checkpoint, progress, packers or {})
         return LoadReport(
             bytes_read=checkpoint.bytes_read,
             header_bytes=checkpoint.header_bytes,
@@ -87,22 +91,32 @@ def _check_shapes(tasks: list[Task], names: dict[str, str], checkpoint: Checkpoi
             )
 
 
-def _read(tasks: list[Task], names: dict[str, str], checkpoint: Checkpoint, progress: Progress | None) -> None:
-    entries = [checkpoint.tensors[names[task.name]] for task in tasks]
-    # In file order, so that a spinning disk or a network file system sees one forward sweep.
-    order = sorted(range(len(tasks)), key=lambda i: (str(entries[i][0].path), entries[i][1].start))
-    total = sum(task.dest.numel() * entry.nbytes // max(1, _numel(entry.shape)) for task, (_, entry) in zip(tasks, entries, strict=True))
+def _read(
+    tasks: list[Task], names: dict[str, str], checkpoint: Checkpoint, progress: Progress | None, packers: Mapping[str, Callable[[], None]]
+) -> None:
+    entries = {task.name: checkpoint.tensors[names[task.name]] for task in tasks}
+    place = {name: (str(file.path), entry.start) for name, (file, entry) in entries.items()}
+    modules: dict[str, list[Task]] = {}
+    for task in sorted(tasks, key=lambda task: place[task.name]):
+        modules.setdefault(task.module, []).append(task)  # in file order: a disk sees one forward sweep, nearly
+    total = sum(task.dest.numel() * entry.nbytes // max(1, _numel(entry.shape)) for task in tasks for _, entry in [entries[task.name]])
+    staging = Staging([modules[name] for name in packers if name in modules])
     done = 0
-    for i in order:
-        task, (file, entry) = tasks[i], entries[i]
+    for module, its_tasks in modules.items():
+        if module in packers:
+            staging.lend(its_tasks)
+        for task in its_tasks:
+            file, entry = entries[task.name]
 
-        def tick(nbytes: int, name: str = task.name) -> None:
-            nonlocal done
-            done += nbytes
-            if progress is not None:
-                progress(done, total, name)
+            def tick(nbytes: int, name: str = task.name) -> None:
+                nonlocal done
+                done += nbytes
+                if progress is not None:
+                    progress(done, total, name)
 
-        file.read_into(entry, task.piece.dim, task.piece.src_start, task.dest, tick)
+            file.read_into(entry, task.piece.dim, task.piece.src_start, task.dest, tick)
+        if module in packers:
+            packers[module]()
     assert done == total, f"read {done} of {total} bytes"
 
 

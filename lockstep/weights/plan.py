@@ -30,6 +30,11 @@ class Task:
     piece: Piece
 
     @property
+    def module(self) -> str:
+        """The name of the module whose parameter it is."""
+        return self.target.rpartition(".")[0]
+
+    @property
     def dest(self) -> Tensor:
         """The part of the parameter that the slice fills, a view."""
         return self.param.data.narrow(self.piece.dim, self.piece.dest_start, self.piece.size)

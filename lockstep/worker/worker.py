@@ -106,27 +106,28 @@ class Worker(Recorded):
     def load_model(self) -> None:
         """Build the model and fill this rank's share of its weights. Raises WeightError for a checkpoint that does not fit."""
         self._mark("load", "0 %")
-        self._model = build_model(self.spec, self.groups, self.dtype, self.device)
+        packed, quantization = self._packs(), self.config.model.quantization
+        self._model = model = build_model(self.spec, self.groups, self.dtype, self.device)
         if self.config.model.load_format == "dummy":
-            fill_dummy(self._model, self.config.model.seed, progress=self._loaded)
+            fill_dummy(model, self.config.model.seed, progress=self._loaded)
         else:
-            load_weights(self._model, self.folder, progress=self._loaded)
-        self._pack(self._model)
+            load_weights(model, self.folder, progress=self._loaded, packers=model.packers(quantization) if packed else {})
+        if packed:
+            self._mark("pack")
+            model.pack(profile.LargestStep.of(self.config, self.spec).tokens, quantization)
         self._mark("loaded")
 
-    def _pack(self, model: DecoderModel) -> None:
-        """On CPU, hand the weights to the kernels; where that cannot be, say why and go on with torch's operations."""
+    def _packs(self) -> bool:
+        """Whether the weights are handed to the CPU kernels; where that cannot be on CPU, say why and go on with torch's operations."""
         quantization = self.config.model.quantization
         reason = native.why_not(self.device, self.config.cache.block_size)
         if reason and self.device.type == "cpu" and self._threads:
             torch.set_num_threads(self._threads)
-        if not reason:
-            self._mark("pack")
-            model.pack(profile.LargestStep.of(self.config, self.spec).tokens, quantization)
-        elif quantization:
+        if reason and quantization:
             raise ConfigError(f"quantization={quantization!r} needs the CPU kernels, but {reason}.")
-        elif self.device.type == "cpu" and library() is not None and self.rank == 0:
+        if reason and self.device.type == "cpu" and library() is not None and self.rank == 0:
             _log.warning("plain torch operations run, slower and not bit for bit the same across splits: %s", reason)
+        return not reason
 
     def memory(self) -> RankMemory:
         """This rank's memory. `free_bytes` is found once, before the KV cache is allocated."""

@@ -85,6 +85,33 @@ def test_types_are_converted_to_the_parameters(tmp_path, stored, wanted):
     assert report.bytes_read == sum(want.nbytes for want, _ in slices(model, full))
 
 
+@pytest.mark.parametrize(("tp", "rank"), [(1, 0), (2, 1), (3, 2), (8, 7)])
+def test_what_is_packed_at_once_passes_through_one_buffer(tmp_path, tp, rank):
+    """Each module is whole when its packer is called, biases and padding stay, and memory is only touched once."""
+    full = full_tensors()
+    write(tmp_path, full, files=2)
+    model, reference = poison(Model(tp, rank)), Model(tp, rank)
+    load_weights(reference, tmp_path)
+    wanted, found, lent = dict(reference.named_parameters()), {}, set()
+
+    def pack(name):
+        for key, param in model.get_submodule(name).named_parameters(prefix=name):
+            found[key] = param.data.clone()
+            if param.dim() == 2 and "embed" not in name and "head" not in name:
+                lent.add(param.data.untyped_storage().data_ptr())
+                param.data = param.data.new_empty(0)
+
+    names = [name for name, module in model.named_modules() if hasattr(module, "weight") and module.weight.dim() == 2]
+    report = load_weights(model, tmp_path, packers={name: lambda name=name: pack(name) for name in names})
+    assert set(found) == {key for key in wanted if key.rpartition(".")[0] in names} and len(names) > 8
+    for key, value in wanted.items():
+        assert torch.equal(found.get(key, model.get_parameter(key).data), value), key
+    assert len(lent) == 1
+    for key, param in model.named_parameters():
+        assert wanted[key].dim() == 2 or torch.equal(param, wanted[key]), f"{key} was in the buffer"
+    assert report.bytes_read == sum(want.nbytes for want, _ in slices(reference, full))
+
+
 def test_a_stage_reads_its_layers_only_and_knows_the_others(tmp_path):
     full = full_tensors()
     write(tmp_path, full)
