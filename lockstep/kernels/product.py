@@ -31,9 +31,14 @@ class Product:
         self._program.run(self._step)
         return self._out[:rows]
 
+    @staticmethod
+    def bytes(rows: int, n: int, k: int, itemsize: int) -> int:
+        """What calls with up to `rows` rows keep, with activations of `itemsize` bytes."""
+        return _room(rows) * (4 * n + itemsize * k)
+
     def _build(self, rows: int, dtype: torch.dtype) -> Program:
         """Room for `rows` rows and some more, so that growing batches seldom come back here."""
-        room = 1 << max(rows - 1, 0).bit_length()
+        room = _room(rows)
         n, k = self._packed.shape
         self._source, self._out = torch.empty((room, k), dtype=dtype), torch.empty((room, n))
         program = Program(self._lib)
@@ -42,3 +47,7 @@ class Product:
         op = self._lib.op_linear(self._packed.handle, self._source.data_ptr(), k, code, self._out.data_ptr(), n, DTYPE_CODES["float32"], 0)
         program.add("product", op)
         return program
+
+
+def _room(rows: int) -> int:
+    return 1 << max(rows - 1, 0).bit_length()

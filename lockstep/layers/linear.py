@@ -17,9 +17,11 @@ from typing import Any, Unpack
 from torch import Tensor, cat, split
 from torch.nn import functional as F
 
+from lockstep.config.errors import ConfigError
 from lockstep.distributed.partition import Shard, atom_bounds, shards
 from lockstep.distributed.reduction_tree import ReductionTree
 from lockstep.kernels.packed import PackedLinear
+from lockstep.kernels.reference.linear import int8_scale
 from lockstep.layers.base import Piece, Place, ShardId, TensorParallelModule, gather_shards
 from lockstep.utils import env
 
@@ -53,6 +55,11 @@ class LinearBase(TensorParallelModule):
         output). Every rank must call it: scales of a layer whose input is cut are agreed on.
         """
         scale = self._int8_scale() if quantization == "int8" else None
+        if scale is not None and not scale.isfinite().all():
+            raise ConfigError(
+                f"quantization='int8' cannot hold the weight of {self.prefix or type(self).__name__}: a row of it is not finite."
+                " Use a checkpoint without infinities, or no quantization."
+            )
         self.packed = self._packed(scale)
         self.weight.data = self.weight.data.new_empty(0)
 
@@ -60,8 +67,8 @@ class LinearBase(TensorParallelModule):
         return PackedLinear(self.weight.data, scale=scale)
 
     def _int8_scale(self) -> Tensor:
-        """Per output `[out]` float32: the largest weight becomes 127."""
-        return self.weight.data.abs().amax(dim=1).float() / 127
+        """Per output `[out]` float32."""
+        return int8_scale(self.weight.data)
 
     def _allocate(self, rows: int, columns: int) -> None:
         """Make the local weight `[rows, columns]` and, if there is one, the bias `[rows]`."""

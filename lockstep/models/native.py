@@ -65,6 +65,17 @@ class Buffers:
         return sum(t.nbytes for t in tensors if t is not None)
 
 
+class LocalGroup:
+    """A group of one rank, for operations that sum over ranks."""
+
+    def __init__(self, lib: Any) -> None:
+        self._lib = lib
+        self.handle: int = lib.local_group_new(SLOT_BYTES)
+
+    def __del__(self) -> None:
+        self._lib.local_group_free(self.handle)
+
+
 class NativeDecoder:
     """The packed form of one rank's layers. Construct it once the weights are loaded: what is not packed yet is, and let go.
 
@@ -79,9 +90,10 @@ class NativeDecoder:
         for pack in model.packers(quantization).values():
             pack()
         self.group = self._shared_memory()
-        self.local = self.lib.local_group_new(SLOT_BYTES) if model.groups.tp.world_size == 1 else 0
+        self.local = LocalGroup(self.lib) if model.groups.tp.world_size == 1 else None
         self.buffers = self._buffers()
         self.program: Program | None = None
+        self._timed = False
         self._caches: Sequence[Tensor] = ()
         self.step = StepArgs(self.lib)
 
@@ -97,7 +109,7 @@ class NativeDecoder:
             return torch.empty((self.max_tokens, width), dtype=self.model.dtype)
 
         sums = None
-        if not self.group and not self.local:
+        if not self.group and self.local is None:
             trees = [row.tree for layer in self.model.stack for row in (layer.self_attn.o_proj, layer.mlp.down_proj)]
             most = max(tree.counts[self.model.groups.tp.rank_in_group] for tree in trees)
             sums = torch.empty((max(most, 1), self.max_tokens, spec.hidden_size))
@@ -124,10 +136,12 @@ class NativeDecoder:
     def rebuild(self) -> None:
         """Build the program anew, after something that it depends on has changed."""
         self.program = Builder(self, self._caches).build()
+        self.program.timed(self._timed)
 
     def time_operations(self, on: bool) -> None:
         """Note, from the next step on, when each operation begins and ends."""
         assert self.program is not None, "bind_kv comes first"
+        self._timed = on
         self.program.timed(on)
 
     def operation_times(self) -> list[tuple[str, float, float]]:
@@ -164,7 +178,7 @@ class Builder:
         self.native, self.model, self.lib, self.code = native, native.model, native.lib, native.code
         self.buffers, self.caches = native.buffers, caches
         self.program = Program(self.lib)
-        self.program.keep(native.buffers, list(caches))
+        self.program.keep(native.buffers, list(caches), native.local, native.model.groups.tp.communicator)
 
     def build(self) -> Program:
         model, stack = self.model, self.model.stack
@@ -311,7 +325,7 @@ class Builder:
             self.model.spec.norm_plus_one,
         )
         product = (packed.handle, source.data_ptr(), source.shape[1], self.code)
-        group = native.group or native.local
+        group = native.group or (native.local.handle if native.local else 0)
         if group:
             code, counts = self._array(tree.code), self._array(tree.counts)
             tag = len(self.program.names)

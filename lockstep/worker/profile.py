@@ -15,6 +15,7 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.distributed.partition import head_shard, shard
+from lockstep.kernels.product import Product
 from lockstep.kernels.reference import sampling
 from lockstep.models.decoder import DecoderModel
 from lockstep.worker import kv, logprobs, memory
@@ -57,8 +58,13 @@ def largest_step_bytes(model: DecoderModel, spec: ModelSpec, config: EngineConfi
     if device.type == "cuda":
         return measured_bytes(model, spec, config, groups, device) + extra
     if model.native is not None:
-        return model.native.nbytes + LIBRARY_BYTES + extra
+        return model.native.nbytes + LIBRARY_BYTES + extra + head_bytes(step, model)
     return forward_bytes(step, spec, groups.tp.world_size, groups.tp.rank_in_group, model.dtype.itemsize) + extra
+
+
+def head_bytes(step: LargestStep, model: DecoderModel) -> int:
+    """Bytes of the packed head's rows and this rank's logits: see `Product`."""
+    return Product.bytes(step.rows, *model.head.packed.shape, model.dtype.itemsize) if model.is_last and model.head.packed else 0
 
 
 def sampling_bytes(step: LargestStep, spec: ModelSpec) -> int:

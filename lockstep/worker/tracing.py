@@ -45,9 +45,8 @@ def watch(model: DecoderModel, groups: ParallelGroups, timeline: Timeline) -> Ex
 
 def add_operations(model: DecoderModel, timeline: Timeline) -> None:
     """Record the operations of the step that the kernels have just run."""
-    if timeline.on and model.native is not None:
-        names, began_s, ended_s = zip(*model.native.operation_times(), strict=True)
-        timeline.add_spans(names, began_s, ended_s, "layer")
+    if timeline.on and model.native is not None and (found := model.native.operation_times()):
+        timeline.add_spans(*zip(*found, strict=True), "layer")
 
 
 def _watch_module(module: nn.Module, name: str, timeline: Timeline, undo: ExitStack) -> None:

@@ -30,6 +30,7 @@ from lockstep.utils.cores import RankCores
 from lockstep.weights.dummy import fill_dummy
 from lockstep.weights.loader import load_weights
 from lockstep.worker import kv, memory, profile, tracing
+from lockstep.worker.agreement import check_kernels
 from lockstep.worker.batch import BatchState
 from lockstep.worker.model_runner import ModelRunner
 from lockstep.worker.recorder import Recorder
@@ -127,6 +128,8 @@ class Worker(Recorded):
             raise ConfigError(f"quantization={quantization!r} needs the CPU kernels, but {reason}.")
         if reason and self.device.type == "cpu" and library() is not None and self.rank == 0:
             _log.warning("plain torch operations run, slower and not bit for bit the same across splits: %s", reason)
+        if self.device.type == "cpu":
+            check_kernels(self.groups.world, native=not reason)
         return not reason
 
     def memory(self) -> RankMemory:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lockstep import LLM, SamplingParams
 from lockstep.kernels.library import library
 from lockstep.testing.tiny import make_tiny
 
@@ -115,6 +116,19 @@ def test_throughput_is_recorded_too(model: Path, tmp_path: Path) -> None:
     argv = ["--num-prompts", "3", "--input-len", "20", "--output-len", "4"]
     found = tracks(recorded(model, tmp_path, "throughput", *argv)[0])
     assert sum(s["args"]["tokens"] for s in found["rank 0"] if s["name"].startswith("step ")) == 3 * 23
+
+
+@pytest.mark.skipif(library() is None, reason="needs the kernels")
+def test_recording_what_is_computed_does_not_end_a_profile(model: Path, tmp_path: Path) -> None:
+    """Both look into the program of operations, and the second one builds it anew."""
+    with LLM(str(model)) as llm:
+        llm.start_profile()
+        llm.collective_rpc("record", ("",))
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+        llm.collective_rpc("record", (str(tmp_path / "seen"),))
+        path = llm.stop_profile().write(tmp_path)
+    names = {event.get("name") for event in json.loads(Path(path).read_text())["traceEvents"]}
+    assert "layers.0.qkv" in names and (tmp_path / "seen-rank0.npz").exists()
 
 
 def test_a_folder_that_cannot_be_is_refused_before_anything_runs(model: Path, tmp_path: Path) -> None:

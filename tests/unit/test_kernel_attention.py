@@ -123,6 +123,24 @@ def test_a_queries_own_nan_shows(lib):
     assert torch.isfinite(found).all()
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 4, 40])
+def test_what_is_not_finite_reaches_those_that_see_it_and_nobody_else(lib, dtype, value, window):
+    """A weight of 0 times infinity is not 0: neither earlier tokens nor those whose window has gone on may be touched."""
+    weights, length, bad = Weights(Shape(window=window, dtype=dtype, head_dim=24, half=12), [600], 11), 600, 277
+    good = run(lib, weights)[0].view(length, 4, 24)
+    weights.qkv[0][bad, 6, 5] = value  # one dim of the first KV head's value
+    sees = torch.zeros(length, dtype=torch.bool)
+    sees[bad : bad + window if window else length] = True
+    for steps in (None, [[bad + 1], [1], [length - bad - 2]], [[250], [350]]):
+        found = run(lib, weights, steps, threads=2)[0].view(length, 4, 24)
+        spoilt = found != good
+        assert torch.equal(spoilt[:, :2, 5], sees[:, None].expand(-1, 2)) and not found[sees][:, :2, 5].isfinite().any()
+        spoilt[:, :2, 5] = False
+        assert not spoilt.any()
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [

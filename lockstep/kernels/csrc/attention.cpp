@@ -113,6 +113,30 @@ struct Attention : Op {
     by_queries(item.count, [&](auto n, auto first, int64_t q) {
       value_rows<T, n(), first()>(chunks.values, ahead + chunks.count, chunks.count, weights + q * per_query, per_query, head_dim, part.out + q * width, width);
     });
+    for (int64_t q = 0; q < item.count; q++)
+      if (!finite(part.out + q * width)) only_seen(chunks, seen[q], weights + q * per_query, part.out + q * width);
+  }
+
+  bool finite(const float* out) const {
+    lanes none{};
+    for (int64_t d = 0; d < width; d += LANES) none += lanes_at(out + d) * all(0.f);  // infinity times 0 is not a number
+    bool good = true;
+    for (int64_t i = 0; i < LANES; i++) good &= none[i] == 0;
+    return good;
+  }
+
+  // The weighted values of one query once more, those that it does not see taken as 0: a weight of 0 times infinity is not 0.
+  __attribute__((noinline)) void only_seen(const Chunks<T>& chunks, Seen seen, const Value<T>* weights, float* out) const {
+    const int64_t head_dim = kv.head_dim, size = CHUNK * head_dim;
+    std::vector<T> copy(size_t(chunks.count * size));
+    const T* values[SPAN_CHUNKS];
+    for (int64_t c = 0; c < chunks.count; c++) {
+      T* to = copy.data() + c * size;
+      values[c] = to;
+      for (int64_t t = std::max<int64_t>(seen.low - c * CHUNK, 0); t < std::min(seen.high - c * CHUNK, CHUNK); t++)
+        for (int64_t d = 0, at = t / PACK<T> * PACK<T> * head_dim + t % PACK<T>; d < head_dim; d++, at += PACK<T>) to[at] = chunks.values[c][at];
+    }
+    value_rows<T, 1, false>(values, values, chunks.count, weights, 0, head_dim, out, width);
   }
 
   void finish(const Step& step, const Item& item, const Partial& done) const {

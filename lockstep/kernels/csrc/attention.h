@@ -7,7 +7,8 @@
 //   3. Spans are merged in order of position into the running (m, l, o); the result is o / l, rounded once.
 // So a result does not depend on how a prompt was cut into steps, on what was cached, on the rows around it, on block
 // tables, tiles or threads. A span is more than a block and less than a context: partial results are few, and chunks
-// of 16 that no query of a tile sees are skipped, which changes nothing: they would add 0 to each chain.
+// of 16 that no query of a tile sees are skipped, which changes nothing: they would add 0 to each chain. Where a result is
+// not finite, the values that its query does not see are kept out of it one by one, for 0 times infinity is not 0.
 #pragma once
 #include <cstdint>
 

@@ -149,7 +149,10 @@ void packed_free(Packed* w) { delete w; }
 int64_t packed_bytes(const Packed* w) { return w->panels * w->panel_bytes + (w->scale.empty() ? 0 : w->n * 4); }
 int64_t packed_subtrees_of(const Packed* w) { return w->subtrees; }
 const float* packed_scale_of(const Packed* w) { return packed_scale(*w); }
-void packed_row_to(const Packed* w, int64_t row, int64_t dtype, void* out) { packed_row(*w, row, DType(dtype), out); }
+void packed_row_to(const Packed* w, int64_t row, int64_t dtype, void* out) {
+  require(row >= 0 && row < w->n, "the weight has no such row");
+  packed_row(*w, row, DType(dtype), out);
+}
 
 }  // namespace
 

@@ -34,6 +34,18 @@ struct Finish {
   float eps;
   bool plus_one;
 
+  // h [n] = the sum scaled, biased and rounded; sum(j, count): `count` elements of it from j on.
+  template <class T, class Sum>
+  LS_INLINE void round_sum(const Sum& sum, T* h) const {
+    for (int64_t j = 0; j < n; j += W) {
+      const int64_t count = std::min<int64_t>(W, n - j);
+      f32x16 v = sum(j, count);
+      if (scale) v = v * load_n(scale + j, count);
+      if (bias) v = v + load_n(static_cast<const T*>(bias) + j, count);
+      store_n(h + j, v, count);
+    }
+  }
+
   // `h` [n] holds the rounded sum of row `row`.
   template <class T>
   void stream(T* h, int64_t row) const {
@@ -56,6 +68,7 @@ struct Tree {
     for (int32_t x : code) {
       if (x >= int32_t(rank.size())) throw std::invalid_argument("the tree names a partial sum that nobody has");
       depth += x < 0 ? -1 : 1;
+      if (depth < 1) throw std::invalid_argument("the tree's code adds what is not there");
       deepest = std::max(deepest, depth);
     }
     if (depth != 1 || deepest > DEPTH) throw std::invalid_argument("the tree's code is not one sum");
@@ -102,8 +115,6 @@ struct Row : Op {
     if (packed_subtrees(w) != counts[group.rank]) throw std::invalid_argument("the weight's partial sums are not those announced");
     rows_fit = int64_t(group.slot_bytes) / (most_leaves * finish.n * 4);
     if (rows_fit < 1) throw std::invalid_argument("a slot of " + std::to_string(group.slot_bytes) + " bytes does not hold one row of partial sums");
-    finish.scale = packed_scaled(w) ? packed_scale(w) : nullptr;
-    this->finish.scale = finish.scale;
   }
 
   void run(const Step& step, Lane& lane) override {
@@ -147,13 +158,7 @@ struct Row : Op {
     const size_t leaves = tree.rank.size();
     for (size_t x = 0; x < leaves; x++)
       base[x] = reinterpret_cast<const float*>(group.slot_after(tree.rank[x])) + (tree.place[x] * rows + i) * n;
-    for (int64_t j = 0; j < n; j += W) {
-      const int64_t count = std::min<int64_t>(W, n - j);
-      f32x16 v = tree.at([&](int32_t x) { return base[x] + j; }, count);
-      if (finish.scale) v = v * load_n(finish.scale + j, count);
-      if (finish.bias) v = v + load_n(static_cast<const T*>(finish.bias) + j, count);
-      store_n(h + j, v, count);
-    }
+    finish.round_sum([&](int64_t j, int64_t count) { return tree.at([&](int32_t x) { return base[x] + j; }, count); }, h);
   }
 
   template <class T>
@@ -201,13 +206,7 @@ struct Finished : Op {
       const int64_t n = finish.n;
       std::vector<T> h(static_cast<size_t>(n));
       for (int64_t i = lane.first(step.tokens); i < lane.last(step.tokens); i++) {
-        for (int64_t j = 0; j < n; j += W) {
-          const int64_t count = std::min<int64_t>(W, n - j);
-          f32x16 v = load_n(sum + i * n + j, count);
-          if (finish.scale) v = v * load_n(finish.scale + j, count);
-          if (finish.bias) v = v + load_n(static_cast<const T*>(finish.bias) + j, count);
-          store_n(h.data() + j, v, count);
-        }
+        finish.round_sum([&](int64_t j, int64_t count) { return load_n(sum + i * n + j, count); }, h.data());
         finish.stream<T>(h.data(), i);
       }
     });
@@ -243,7 +242,10 @@ struct Embed : Op {
       store_n(to + j, v, count);
     }
   }
-  int owner(int64_t id) const { return int(std::upper_bound(bounds.begin(), bounds.end(), id) - bounds.begin()) - 1; }
+  int owner(int64_t id) const {
+    if (id < bounds.front() || id >= bounds.back()) throw std::invalid_argument("token id " + std::to_string(id) + " is not in the vocabulary");
+    return int(std::upper_bound(bounds.begin(), bounds.end(), id) - bounds.begin()) - 1;
+  }
 
   template <class T>
   void alone(const Step& step, Lane& lane) {
@@ -280,7 +282,6 @@ struct Embed : Op {
 
 Group* local_group_new(int64_t bytes) { return new LocalGroup(size_t(bytes)); }
 void local_group_free(Group* g) { delete g; }
-Group* shm_group_of(void* handle) { return group_of(handle); }
 
 Finish* finish_new(const float* scale, const void* bias, const void* post, void* residual, const void* weight, void* out, int64_t n, double eps, bool plus_one) {
   return new Finish{scale, bias, post, residual, weight, out, n, float(eps), plus_one};
@@ -304,7 +305,7 @@ Op* op_embed(const void* table, Packed* packed, const int64_t* bounds, int64_t w
 
 extern const std::vector<PyMethodDef> row_methods;
 const std::vector<PyMethodDef> row_methods = {
-    BIND(local_group_new), BIND(local_group_free), BIND(shm_group_of), BIND(finish_new), BIND(finish_free),
+    BIND(local_group_new), BIND(local_group_free), BIND(finish_new), BIND(finish_free),
     BIND(op_row),          BIND(op_partials),      BIND(op_finish),    BIND(op_embed),
 };
 
