@@ -13,7 +13,7 @@ PANEL = 64
 def packed_bytes(outputs: int, atoms: Sequence[int], itemsize: int, *, gated: bool = False, granule: int = 1, scaled: bool = False) -> int:
     """Bytes of a packed weight of `outputs` rows whose input dim is cut into atoms of these lengths.
 
-    gated: two halves of `outputs` interleaved in runs of 32. granule: 2 for 16-bit activations (32 with AMX), else 1.
+    gated: two halves of `outputs` interleaved in runs of 32. granule: 2 where bfloat16 or int8 is stored (32 with AMX), else 1.
     scaled: int8 with a float32 scale for each output.
     """
     depth = sum(-(-length // granule) * granule for length in atoms)
