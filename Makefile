@@ -12,7 +12,7 @@ help:
 	@echo "make setup      make .venv with the lockstep command"
 	@echo "make demo       run the demo model split over two ranks, and compare with one"
 	@echo "make test       set up and run the tests (a few minutes)"
-	@echo "make test-full  the whole matrices (about a quarter of an hour)"
+	@echo "make test-full  the whole matrices (about an hour)"
 	@echo "make chaos      the tests that kill and stop real processes, all of them"
 	@echo "make lint       ruff and mypy"
 

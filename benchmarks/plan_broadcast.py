@@ -10,8 +10,8 @@ for each way of asking:
   paced          the engine waits between steps, as for a model that takes a while: everybody has gone to sleep
   two in flight  plans are sent one ahead, as with asynchronous scheduling: microseconds per step
 
-`round_trip_us` is from execute_model(plan) to its result, on the caller's clock. With --max-us, exits 1 when the median
-back to back is above it.
+`value` (the median, in microseconds) is from execute_model(plan) to its result, on the caller's clock. With --max-us, exits 1
+when the median back to back is above it.
 """
 
 from __future__ import annotations
@@ -77,9 +77,16 @@ def report(name: str, seconds: list[float], args: argparse.Namespace, noise: flo
     """Print one JSON line; the median in microseconds."""
     ordered = sorted(seconds[min(WARM_UP, len(seconds) // 2) :])
     values = {"median": median(ordered), "p90": ordered[int(len(ordered) * 0.9)], "p99": ordered[int(len(ordered) * 0.99)]}
-    line: dict[str, Any] = {"benchmark": "plan_broadcast", "way": name, "ranks": args.ranks, "rows": args.rows, "steps": len(ordered)}
-    line |= {"round_trip_us": {key: round(value * 1e6, 1) for key, value in values.items()}}
-    print(json.dumps(line | {"other_cores": noise, "machine": machine.describe()}), flush=True)
+    us = {key: round(value * 1e6, 1) for key, value in values.items()}
+    line: dict[str, Any] = {
+        "engine": "lockstep",
+        "metric": f"plan_round_trip_{name.replace(' ', '_')}",
+        "value": us["median"],
+        "unit": "us",
+    }
+    line |= {"ranks": args.ranks, "rows": args.rows, "steps": len(ordered), "p90_us": us["p90"], "p99_us": us["p99"]}
+    line |= {"other_cores": noise, "command": "python " + " ".join(sys.argv), "commit": machine.commit(), "machine": machine.describe()}
+    print(json.dumps(line), flush=True)
     return values["median"] * 1e6
 
 

@@ -28,7 +28,12 @@ def row(result: dict[str, Any]) -> str:
     """One result as a table row."""
     spread = f"{min(result['all']):g} - {max(result['all']):g}" if len(result.get("all", [])) > 1 else ""
     shape = " ".join(str(result[k]) if k != "tp" else f"tp={result[k]}" for k in ("model", "dtype", "tp") if k in result)
-    return f"| {result['engine']} | {result['metric']} | {result['value']:g} {result['unit']} | {spread} | {shape} |"
+    if "ranks" in result:
+        shape = f"{shape} {result['ranks']} ranks".strip()
+    more = f", {result['over_torch_s']:g} s over torch" if "over_torch_s" in result else ""
+    if result.get("clean", len(result.get("all", []))) < len(result.get("all", [])):
+        more += f" ({len(result['all']) - result['clean']} of {len(result['all'])} disturbed by other programs)"
+    return f"| {result['engine']} | {result['metric']} | {result['value']:g} {result['unit']}{more} | {spread} | {shape} |"
 
 
 def page() -> str:

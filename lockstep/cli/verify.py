@@ -43,6 +43,7 @@ class VerifyOptions:
     max_tokens: int = opt(64, "Tokens to decode for each prompt.")
     num_prompts: int = opt(4, "Prompts, with random tokens; they run alone, and all together.")
     input_len: int = opt(100, "Tokens of the longest prompt; the others are shorter.")
+    stagger: bool = opt(False, "Fewer tokens for each further prompt, so that every size of batch occurs.")
     quiet: bool = opt(False, "Print the table only.")
 
     def check(self) -> None:
@@ -73,8 +74,8 @@ def verify(configs: list[EngineConfig], options: VerifyOptions, folder: Path) ->
     for number, config in enumerate(configs):
         for found in runs(config, options, folder, first=number == 0):
             reference = reference or found
-            difference = None if found is reference else compare(reference, found)
-            verdict = "reference" if found is reference else "yes" if difference is None else "NO"
+            difference = compare(reference, found)
+            verdict = "NO" if difference else "reference" if found is reference else "yes"
             print(f"{found.row()}  {verdict}", flush=True)
             if difference is not None:
                 explain(difference, reference, found)
@@ -91,7 +92,8 @@ def explain(difference: Difference, reference: Run, found: Run) -> None:
 def runs(config: EngineConfig, options: VerifyOptions, folder: Path, *, first: bool) -> Iterator[Run]:
     """This engine's runs: the first engine begins with requests that run alone, the others with all together.
 
-    The second run of an engine finds prompts in its cache, where that is on.
+    The second run of an engine finds prompts in its cache, where that is on. In the third nobody records, so that tokens
+    are chosen as they usually are, without whole logits.
     """
     from lockstep.llm import LLM
 
@@ -99,12 +101,21 @@ def runs(config: EngineConfig, options: VerifyOptions, folder: Path, *, first: b
     with LLM(**settings(config)) as llm:
         vocab = llm.spec.vocab_size
         prompts = make_prompts(options, vocab, llm.config.model.max_model_len or 0)
-        for turn, together in enumerate((not first, first)):
-            path = folder / f"{id(config)}-{turn}"
+        threads = llm.collective_rpc("num_threads")[0]
+        for turn, together in enumerate((not first, first, True)):
+            path = folder / f"{id(config)}-{turn}" if turn < 2 else None
             begin = time.monotonic()
-            record(llm, prompts, options.max_tokens, path, together=together)
-            cached = turn == 1 and bool(llm.config.cache.enable_prefix_caching)
-            yield Run.load(llm.config, path, len(prompts) if together else 1, cached, time.monotonic() - begin)
+            tokens = decode(llm, prompts, counts(options), path, together=together)
+            run = Run(
+                tp=llm.config.parallel.tensor_parallel_size,
+                threads=threads,
+                chunk=llm.config.scheduler.max_num_batched_tokens or 0,
+                batch=len(prompts) if together else 1,
+                cached=turn > 0 and bool(llm.config.cache.enable_prefix_caching),
+                seconds=time.monotonic() - begin,
+                tokens=tokens,
+            )
+            yield run if path is None else run.read(path)
 
 
 def make_prompts(options: VerifyOptions, vocab: int, max_model_len: int) -> list[list[int]]:
@@ -117,17 +128,25 @@ def make_prompts(options: VerifyOptions, vocab: int, max_model_len: int) -> list
     return [[source.randrange(vocab) for _ in range(length)] for length in lengths]
 
 
-def record(llm: LLM, prompts: list[list[int]], max_tokens: int, path: Path, *, together: bool) -> None:
-    """Decode every prompt greedily while the ranks record, and have them save it."""
-    params = [SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, seed=i) for i in range(len(prompts))]
-    llm.collective_rpc("record", ("",))
+def counts(options: VerifyOptions) -> list[int]:
+    """How many tokens to decode for each prompt."""
+    n, most = options.num_prompts, options.max_tokens
+    return [-(-most * (n - i) // n) if options.stagger else most for i in range(n)]
+
+
+def decode(llm: LLM, prompts: list[list[int]], max_tokens: list[int], path: Path | None, *, together: bool) -> list[list[int]]:
+    """Decode every prompt greedily; the tokens chosen. path: the ranks record meanwhile, and save it there."""
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False, seed=i) for i, n in enumerate(max_tokens)]
+    if path is not None:
+        llm.collective_rpc("record", ("",))
     given: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
     if together:
-        llm.generate(given, params, use_tqdm=False)
+        found = llm.generate(given, params, use_tqdm=False)
     else:
-        for prompt, p in zip(given, params, strict=True):
-            llm.generate(prompt, p, use_tqdm=False)
-    llm.collective_rpc("record", (str(path),))
+        found = [llm.generate(prompt, p, use_tqdm=False)[0] for prompt, p in zip(given, params, strict=True)]
+    if path is not None:
+        llm.collective_rpc("record", (str(path),))
+    return [list(output.outputs[0].token_ids) for output in found]
 
 
 def take_lists(argv: list[str]) -> tuple[list[str], dict[str, list[int]]]:

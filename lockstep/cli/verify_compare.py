@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lockstep.config.tree import EngineConfig
-
 Key = tuple[int, int]  # (request, position)
 
 
 @dataclass
 class Run:
-    """What one engine computed for all requests. layers: per rank, its layers' numbers and each position's digests."""
+    """What one engine computed for all requests. layers: per rank, its layers' numbers and each position's digests.
+
+    Without logits and layers nobody recorded, and the engine chose tokens the short way.
+    """
 
     tp: int
     threads: int
@@ -21,32 +22,24 @@ class Run:
     batch: int
     cached: bool
     seconds: float
+    tokens: list[list[int]] = field(default_factory=list)  # by request, those chosen
     logits: dict[Key, Any] = field(default_factory=dict)
     layers: list[tuple[tuple[int, ...], dict[Key, Any]]] = field(default_factory=list)
 
-    @classmethod
-    def load(cls, config: EngineConfig, path: Path, batch: int, cached: bool, seconds: float) -> Run:
-        """Read what the ranks saved at `path`."""
+    def read(self, path: Path) -> Run:
+        """Add what the ranks saved at `path`, and remove it."""
         import numpy as np
         import torch
 
-        run = cls(
-            tp=config.parallel.tensor_parallel_size,
-            threads=config.parallel.threads_per_rank or 1,
-            chunk=config.scheduler.max_num_batched_tokens or 0,
-            batch=batch,
-            cached=cached,
-            seconds=seconds,
-        )
         for file in sorted(path.parent.glob(f"{path.name}-rank*.npz")):
             with np.load(file) as saved:
                 for key, row in zip(saved["logit_keys"].tolist(), saved["logits"], strict=True):
-                    run.logits[tuple(key)] = torch.from_numpy(row)
+                    self.logits[tuple(key)] = torch.from_numpy(row)
                 digests = dict(zip(map(tuple, saved["layer_keys"].tolist()), saved["digests"], strict=True))
-                run.layers.append((tuple(saved["layer_numbers"].tolist()), digests))
+                self.layers.append((tuple(saved["layer_numbers"].tolist()), digests))
             file.unlink()
-        assert run.logits and run.layers, f"no rank saved anything at {path}"
-        return run
+        assert self.logits and self.layers, f"no rank saved anything at {path}"
+        return self
 
     @property
     def name(self) -> str:
@@ -55,39 +48,38 @@ class Run:
 
     def row(self) -> str:
         """The run's line of the table, but for the verdict."""
-        positions = len(self.layers[0][1])
+        positions = len(self.layers[0][1]) if self.layers else "tokens"
         how = "together" if self.batch > 1 else "alone"
         return (
             f"{self.tp:>3} {self.threads:>7} {self.chunk:>6} {how:>9} {'hits' if self.cached else '-':>6}"
-            f" {positions:>10} {len(self.logits):>7} {self.seconds:>8.1f}"
+            f" {positions:>10} {len(self.logits) or 'only':>7} {self.seconds:>8.1f}"
         )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two runs part. layer: the first whose output differs there, None: only the logits do."""
+    """Where two runs part. layer: the first whose output differs there, None: `what` does, and no layer."""
 
     request: int
     position: int
     layer: int | None
     rank: int
     detail: str
+    what: str = "the logits"
 
     def __str__(self) -> str:
-        where = "the logits" if self.layer is None else f"layer {self.layer} on rank {self.rank}"
+        where = self.what if self.layer is None else f"layer {self.layer} on rank {self.rank}"
         return f"request {self.request}, position {self.position}, first in {where}{self.detail}"
 
 
 def compare(reference: Run, other: Run) -> Difference | None:
-    """The first difference in position order, None when every bit agrees. Asserts that both hold the same positions' logits."""
-    assert reference.logits.keys() == other.logits.keys() or _parted(reference, other), "the runs sampled different positions"
-    found = [*_in_layers(reference, other), *_in_logits(reference, other)]
+    """The first difference in position order, None when every bit agrees. Asserts that both hold the same positions' logits.
+
+    A run compared with itself tells whether its ranks agree.
+    """
+    found = [*_in_layers(reference, other), *_in_logits(reference, other), *_in_tokens(reference, other)]
+    assert found or not other.logits or reference.logits.keys() == other.logits.keys(), "the runs sampled different positions"
     return min(found, key=lambda d: (d.position, d.layer if d.layer is not None else 1 << 30), default=None)
-
-
-def _parted(reference: Run, other: Run) -> bool:
-    """Whether the runs have different numbers of positions because they already differ: then the comparison tells."""
-    return bool(_in_layers(reference, other) or _in_logits(reference, other))
 
 
 def _in_layers(reference: Run, other: Run) -> list[Difference]:
@@ -111,8 +103,16 @@ def _in_logits(reference: Run, other: Run) -> list[Difference]:
 
     for key in sorted(reference.logits.keys() & other.logits.keys(), key=lambda k: k[1]):
         ours, theirs = reference.logits[key], other.logits[key]
-        if not torch.equal(ours, theirs):
+        if not torch.equal(ours.view(torch.int32), theirs.view(torch.int32)):  # as bits: NaN is not equal to itself
             gap = (ours - theirs).abs()
-            count = int((ours != theirs).sum())
+            count = int((ours.view(torch.int32) != theirs.view(torch.int32)).sum())
             return [Difference(*key, None, 0, f": {count} of {ours.numel()} logits, by up to {gap.max().item():.3g}")]
+    return []
+
+
+def _in_tokens(reference: Run, other: Run) -> list[Difference]:
+    for request, (ours, theirs) in enumerate(zip(reference.tokens, other.tokens, strict=True)):
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if a != b:
+                return [Difference(request, number, None, 0, f": number {number} is {b}, not {a}", "the tokens chosen")]
     return []

@@ -51,6 +51,7 @@ class Profile:
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The trace's events: each track a process, its spans, and arrows from each plan's broadcast to the ranks' steps."""
+        sent = {row[4] for row in self.tracks[0].rows if row[0] == BROADCAST} if self.tracks else set()
         zero = min((_ns(row[2]) for track in self.tracks for row in track.rows), default=0)
         for pid, track in enumerate(self.tracks):
             yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": track.name}}
@@ -64,7 +65,7 @@ class Profile:
                 if name == BROADCAST:
                     for rank in range(1, len(self.tracks)):
                         yield {"ph": "s", "name": "plan", "cat": "plan", "id": f"{step} to {rank}", **place}
-                elif name == f"step {step}":
+                elif name == f"step {step}" and step in sent:
                     yield {"ph": "f", "bp": "e", "name": "plan", "cat": "plan", "id": f"{step} to {pid}", **place}
 
     def summary(self) -> str:

@@ -40,7 +40,7 @@ class Recorder:
         for key, row in zip(self._tokens, rows, strict=True):
             digest = int.from_bytes(blake2b(row, digest_size=8).digest(), "little")
             known = self._layers.setdefault(key, {}).setdefault(index, digest)
-            assert known == digest, f"the stream of request {key[0]} at position {key[1]} differs when it is computed again"
+            assert known == digest, f"request {key[0]}, position {key[1]}, layer {index}: computed again, with other bits"
 
     def logits(self, logits: Tensor) -> None:
         """The logits `[sampled rows, vocab]`."""

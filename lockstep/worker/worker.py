@@ -26,6 +26,7 @@ from lockstep.models.registry import build_model
 from lockstep.observability.logging import get_logger
 from lockstep.observability.timeline import Recorded, Row
 from lockstep.protocol import RankMemory, StepPlan, StepResult
+from lockstep.utils import env
 from lockstep.utils.cores import RankCores
 from lockstep.weights.dummy import fill_dummy
 from lockstep.weights.loader import load_weights
@@ -128,6 +129,8 @@ class Worker(Recorded):
             raise ConfigError(f"quantization={quantization!r} needs the CPU kernels, but {reason}.")
         if reason and self.device.type == "cpu" and library() is not None and self.rank == 0:
             _log.warning("plain torch operations run, slower and not bit for bit the same across splits: %s", reason)
+        if env.loose_atoms() and self.rank == 0:
+            _log.warning("LOCKSTEP_LOOSE_ATOMS is set: answers depend on the split. It is there to measure what equal bits cost.")
         if self.device.type == "cpu":
             check_kernels(self.groups.world, native=not reason)
         return not reason
@@ -196,6 +199,10 @@ class Worker(Recorded):
         """Leave torch's threads as they were: the process may be the user's."""
         if self._torch_threads:
             torch.set_num_threads(self._torch_threads)
+
+    def num_threads(self) -> int:
+        """Threads that this rank computes with."""
+        return torch.get_num_threads() if self._model is None or self._model.native is None else int(library().team_size())
 
     def ping(self) -> int:
         """This rank's number: a sign that it answers."""

@@ -68,10 +68,12 @@ def test_the_demo_model_under_an_uneven_split(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_demo_model_whole(dtype: str, tmp_path: Path) -> None:
-    """256 tokens, 33 requests, every split, threads and chunks."""
-    rest = [config(tp=tp, threads=1 + tp % 2, chunk=(33, 48, 512)[tp % 3], dtype=dtype) for tp in SPLITS]
-    assert agree([config(dtype=dtype), *rest], tmp_path, max_tokens=256, num_prompts=33, input_len=200)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("chunk", [33, 512])
+def test_the_demo_model_whole(chunk: int, threads: int, dtype: str, tmp_path: Path) -> None:
+    """256 tokens, 33 requests that end one after the other, so that batches of 33 down to 1 occur; every split."""
+    rest = [config(tp=tp, threads=threads, chunk=chunk, dtype=dtype) for tp in SPLITS]
+    assert agree([config(dtype=dtype), *rest], tmp_path, max_tokens=256, num_prompts=33, input_len=200, stagger=True)
 
 
 @pytest.mark.parametrize("tp", [2, 3])

@@ -48,6 +48,33 @@ def test_positions_that_a_cache_hit_left_out_are_not_compared() -> None:
     assert compare(recorded(), other) is None
 
 
+def test_logits_are_compared_as_bits() -> None:
+    runs = [recorded(), recorded()]
+    for run in runs:
+        run.logits[0, 6] = torch.tensor([torch.nan, 1.0])
+    assert compare(*runs) is None, "not a number, the same one"
+    runs[0].logits[1, 3], runs[1].logits[1, 3] = torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0])
+    found = compare(*runs)
+    assert found is not None and (found.request, found.position) == (1, 3)
+
+
+def test_ranks_of_the_first_run_that_disagree_are_found() -> None:
+    first = recorded()
+    first.layers.append(((0, 1), {key: row.copy() for key, row in first.layers[0][1].items()}))
+    assert compare(first, first) is None
+    first.layers[1][1][0, 2][1] += 1
+    found = compare(first, first)
+    assert found is not None and (found.request, found.position, found.layer) == (0, 2, 1)
+
+
+def test_tokens_of_a_run_that_recorded_nothing_are_compared() -> None:
+    first, plain = recorded(), Run(tp=2, threads=1, chunk=16, batch=2, cached=True, seconds=0.0)
+    first.tokens, plain.tokens = [[5, 6], [7, 8]], [[5, 6], [7, 8]]
+    assert compare(first, plain) is None and "tokens" in plain.row()
+    plain.tokens[1][1] = 9
+    assert str(compare(first, plain)) == "request 1, position 1, first in the tokens chosen: number 1 is 9, not 8"
+
+
 def test_a_run_without_logits_is_our_fault() -> None:
     other = recorded()
     del other.logits[1, 3]

@@ -35,7 +35,7 @@ class CollectivesArgs:
     ops: str = opt(",".join(OPS), "Operations, separated by commas.")
     sizes: str = opt("256,2048,8192,65536,262144,1048576,4194304,16777216", "Bytes: of a rank's input or output, whichever is larger.")
     dtypes: str = opt(",".join(DTYPES), "Types of the values, separated by commas.")
-    communicators: str = opt("shm,gloo", "Of shm, gloo, hierarchical; one that cannot be had here is left out.")
+    communicators: str = opt(",".join(COMMUNICATORS), "Of shm, hierarchical, gloo; one that cannot be had here is left out.")
     budget_seconds: float = opt(35.0, "About how long the measurement may take in all.")
     json: bool = opt(False, "Print one JSON line per result on standard output.")
 
@@ -121,7 +121,14 @@ def _collect(rank: subprocess.Popen[str]) -> list[str]:
     lines: list[str] = []
     source = rank.stderr
     assert source is not None
-    threading.Thread(target=lambda: lines.extend(source), daemon=True).start()
+
+    def collect() -> None:
+        for line in source:
+            lines.append(line)
+            if "is left out:" in line:
+                print(line, end="", file=sys.stderr, flush=True)
+
+    threading.Thread(target=collect, daemon=True).start()
     return lines
 
 
@@ -132,9 +139,6 @@ class _Table:
         self._heading = ""
 
     def add(self, line: dict[str, Any]) -> None:
-        if "note" in line:
-            print(line["note"], flush=True)
-            return
         heading = f"{line['op']} {line['dtype']}, {line['world_size']} ranks"
         if heading != self._heading:
             print(f"\n{heading}\n{'bytes':>10}  {'communicator':<13} {'median us':>10} {'p99 us':>10} {'busbw GB/s':>11}  {'memcpy us':>9}")

@@ -21,8 +21,7 @@ from lockstep.config.tree import ParallelConfig
 from lockstep.distributed import parallel_state, rendezvous
 from lockstep.distributed.communicators.base import Communicator
 from lockstep.distributed.communicators.gloo import GlooCommunicator
-from lockstep.distributed.communicators.segment import SegmentError
-from lockstep.distributed.communicators.select import assemble, host_communicator
+from lockstep.distributed.communicators.select import host_communicator
 from lockstep.distributed.group import GroupCoordinator
 from lockstep.executor.affinity import plan_here
 from lockstep.utils import procs
@@ -69,16 +68,11 @@ class Bench:
     def _make(self, name: str) -> Communicator | None:
         if name == "gloo":
             return self.gloo
-        hosts, chosen = ["here"] * self.group.world_size, host_communicator(self.group.cpu_group, TIMEOUT_S)
         try:
-            may_spin = "spin" in chosen.explanation
-            return (
-                chosen
-                if name == "shm" and hasattr(chosen, "native_handle")
-                else assemble(self.gloo, hosts, name, TIMEOUT_S, may_spin=may_spin, spanning=True)
-            )
-        except (SegmentError, AttributeError):
-            self.say({"note": f"{name} is left out: {chosen.explanation}"})
+            return host_communicator(self.group.cpu_group, TIMEOUT_S, name)
+        except ValueError as error:
+            if self.rank == 0:
+                print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
             return None
 
     def say(self, line: dict[str, Any]) -> None:

@@ -32,13 +32,13 @@ _log = get_logger(__name__)
 CHOICES = ("auto", "gloo", "shm", "hierarchical")
 
 
-def host_communicator(group: Any, timeout_s: float) -> Communicator:
+def host_communicator(group: Any, timeout_s: float, chosen: str = "") -> Communicator:
     """The communicator for host memory over the gloo torch group `group`. Collective over it.
 
-    Its `explanation` says why it is the one. Raises ValueError for a `LOCKSTEP_COMMUNICATOR` that is not known or cannot
-    serve this group.
+    chosen: one of CHOICES, by default what `LOCKSTEP_COMMUNICATOR` says. The result's `explanation` says why it is the one.
+    Raises ValueError for a choice that is not known or cannot serve this group.
     """
-    chosen = env.communicator()
+    chosen = chosen or env.communicator()
     if chosen not in CHOICES:
         raise ValueError(f"LOCKSTEP_COMMUNICATOR={chosen} is not known: use one of {', '.join(CHOICES)}.")
     gloo = GlooCommunicator(group, torch.device("cpu"))
