@@ -124,7 +124,8 @@ class ModelRunner:
             return Sampled(np.empty(0, np.int64), None)
         sampled = None
         if hidden is not None:
-            sampled = self._choose(hidden[self._to_device(inputs.last_tokens)], self.state.sample_rows(inputs.sampled_slots))
+            last = hidden if count == len(hidden) else hidden[self._to_device(inputs.last_tokens)]  # all of them, where all decode
+            sampled = self._choose(last, self.state.sample_rows(inputs.sampled_slots))
         if self.groups.tp.world_size == self.groups.pp.world_size == 1:
             assert sampled is not None
             return sampled

@@ -94,6 +94,18 @@ def test_shares_cover_everything_once(lib, threads, n):
 
 @pytest.mark.parametrize("spin_ns", [0, SPIN_NS])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [0, 1, 7, 500])
+def test_items_are_taken_once_and_the_quick_help_the_slow(lib, threads, n):
+    lib.team_set(threads, 0, 0)
+    counts, ids = np.zeros(n, np.int64), np.full(n, -1, np.int64)
+    lib.selftest_takes(n, 200, 0, counts.ctypes.data, ids.ctypes.data)
+    assert (counts == 200).all() and (n == 0 or 0 <= ids.min() <= ids.max() < threads)
+    if n == 500 and threads > 1:
+        lib.selftest_takes(n, 1, 20_000, counts.ctypes.data, ids.ctypes.data)
+        assert (counts == 201).all() and 0 < (ids == 0).sum() < n // threads, "nobody helped the slow one"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_an_error_comes_out_once_and_the_team_lives(lib, threads, spin_ns):
     lib.set_spin_ns(spin_ns)
     lib.team_set(threads, 0, 0)

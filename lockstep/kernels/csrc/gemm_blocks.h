@@ -3,7 +3,7 @@
 // A kernel is a class with
 //   using Row                                the type of its activations
 //   int64_t row_block(const Packed&)         rows whose activations fit the L2 cache
-//   int64_t k_block(const Packed&)           k of a block of the panel that fits the L1 cache
+//   int64_t k_block(const Packed&, m)        k of a block of the panel that fits the L1 cache, for m rows
 //   const Row* rows(...)                     activations as the kernel wants them, k padded as the weight is
 //   void block(w, weights, k, a, lda, m, c, fresh, prefetch)
 //                                            c [m][64] (= or +=) rows times the block; k a multiple of the granule
@@ -19,11 +19,12 @@ class PanelLoop {
  public:
   PanelLoop(const Packed& w, const Rows& a, const Sink& sink) : w_(w), a_(a), sink_(sink) {}
 
-  // This thread's share: a run of (block of rows, panel) in that order.
+  // This thread's share: a run of (block of rows, panel) in that order, and what others would be late with.
   void run(int64_t m, Lane& lane) {
     if (m < 1) return;
     int64_t blocks = (m + kernel_.row_block(w_) - 1) / kernel_.row_block(w_), prepared = -1;
-    for (int64_t i = lane.first(blocks * w_.panels), end = lane.last(blocks * w_.panels); i < end; i++) {
+    lane.begin(blocks * w_.panels);
+    for (int64_t i; (i = lane.take()) >= 0;) {
       int64_t b = i / w_.panels, first = m * b / blocks, last = m * (b + 1) / blocks;
       if (b != prepared) {
         rows_ = kernel_.rows(w_, a_, first, last - first, &lda_);
@@ -46,7 +47,7 @@ class PanelLoop {
   }
 
   void atom(const char* panel, const Atom& atom, int64_t m, float* c) {
-    int64_t step = kernel_.k_block(w_);
+    int64_t step = kernel_.k_block(w_, m);
     for (int64_t k = 0; k < atom.padded; k += step) {
       const char* weights = panel + w_.offset(atom.at + k);
       int64_t size = std::min(step, atom.padded - k);

@@ -63,7 +63,9 @@ void multiply(const char* w, int64_t k, const bf16* a, int64_t lda, int64_t m, f
 struct Pairs {
   using Row = bf16;
   int64_t row_block(const Packed& w) const { return std::min<int64_t>(std::max<int64_t>((384 << 10) / (w.kp * 2), 96), 384); }
-  int64_t k_block(const Packed&) const { return 256; }
+  // Short blocks where the weights are worth more than the sums: tiles that read a block again then find it nearby while
+  // the next one is on its way (measured at 8 rows, memory bound: 256 reads 15 % less a second than 32).
+  int64_t k_block(const Packed&, int64_t m) const { return m <= MOST ? 64 : m <= 16 ? 32 : m <= 96 ? 128 : 256; }
 
   const bf16* rows(const Packed& w, const Rows& a, int64_t first, int64_t count, int64_t* ld) const { return pair_rows(w, a, first, count, ld); }
 

@@ -24,7 +24,7 @@ struct Tiles {
   }
 
   int64_t row_block(const Packed& w) const { return std::min<int64_t>(std::max<int64_t>((768 << 10) / (w.kp * 2) / 32 * 32, 128), 512); }
-  int64_t k_block(const Packed&) const { return 1024; }
+  int64_t k_block(const Packed&, int64_t) const { return 1024; }
   const bf16* rows(const Packed& w, const Rows& a, int64_t first, int64_t count, int64_t* ld) const { return pair_rows(w, a, first, count, ld); }
 
   // Sums in tiles 0 and 1 (rows at the top) and 2 and 3, rows in 4 and 5, weights in 6 and 7; a single row of tiles: sums in

@@ -35,6 +35,19 @@ void selftest_shares(int64_t n, int64_t* counts, int64_t* ids) {
   });
 }
 
+// counts[0, n) is incremented for each item taken, `loops` times over; thread 0 works `slow` relaxations on each of its items.
+void selftest_takes(int64_t n, int64_t loops, int64_t slow, int64_t* counts, int64_t* ids) {
+  team().run([&](Lane& lane) {
+    for (int64_t l = 0; l < loops; l++, lane.barrier()) {
+      lane.begin(n);
+      for (int64_t i; (i = lane.take()) >= 0;) {
+        for (int64_t s = 0; s < slow && lane.id == 0; s++) relax();
+        counts[i]++, ids[i] = lane.id;  // not atomic: nobody else may have the item
+      }
+    }
+  });
+}
+
 // Thread `id` (-1: all, -2: none) throws before its barrier number `at` of `barriers`; the others go on to theirs.
 // invalid: throw std::invalid_argument. Returns how many threads came to the end.
 int64_t selftest_throw(int64_t id, int64_t at, int64_t barriers, bool invalid) {
@@ -86,7 +99,7 @@ void selftest_exp(const float* x, int64_t n, float* out, float* tanhs) {
 
 extern const std::vector<PyMethodDef> selftest_methods;
 const std::vector<PyMethodDef> selftest_methods = {
-    BIND(selftest_barriers), BIND(selftest_shares),  BIND(selftest_throw), BIND(selftest_nested),
+    BIND(selftest_barriers), BIND(selftest_shares), BIND(selftest_takes),  BIND(selftest_throw), BIND(selftest_nested),
     BIND(selftest_convert),  BIND(selftest_exp),     BIND(missed_wakes),
 };
 

@@ -85,6 +85,25 @@ void Lane::barrier() {
   if (size > 1) team->barrier();
 }
 
+void Lane::begin(int64_t n) {
+  if (size == 1) next_ = 0, end_ = n;
+  else team->runs_[size_t(id)].left.store(uint64_t(last(n)) << 32 | uint64_t(first(n)));
+}
+
+int64_t Lane::take() {
+  if (size == 1) return next_ < end_ ? next_++ : -1;
+  for (int i = 0; i < size; i++) {
+    std::atomic<uint64_t>& left = team->runs_[size_t((id + i) % size)].left;
+    for (uint64_t seen = left.load();;) {
+      const uint64_t next = seen & 0xffffffff, end = seen >> 32;
+      if (next >= end) break;
+      if (i == 0 && left.compare_exchange_weak(seen, end << 32 | (next + 1))) return int64_t(next);
+      if (i != 0 && left.compare_exchange_weak(seen, (end - 1) << 32 | next)) return int64_t(end - 1);
+    }
+  }
+  return -1;
+}
+
 // Whether this thread is within a job.
 static thread_local bool in_job = false;
 
@@ -98,6 +117,7 @@ void Team::reshape(int64_t threads, const std::vector<int>& cores) {
   std::lock_guard<std::mutex> hold(busy_);
   stop();
   size_ = int(threads);
+  runs_.reset(new Run[size_t(threads)]);
   try {
     for (int id = 1; id < size_; id++) {
       const int core = size_t(id) < cores.size() ? cores[size_t(id)] : -1;
@@ -174,6 +194,7 @@ void Team::run(const std::function<void(Lane&)>& f) {
   error_ = nullptr;
   arrived_ = 0;
   done_ = 0;
+  for (int i = 0; i < size_; i++) runs_[size_t(i)].left = 0;  // a job that failed leaves something
   const uint32_t others = uint32_t(size_) - 1;
   if (others) {
     turn_.fetch_add(1);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -29,12 +30,21 @@ struct Aborted : std::exception {  // another thread of the team failed; only th
 
 class Team;
 struct Lane {  // one thread's place in its team
+  Lane(int id, int size, Team* team) : id(id), size(size), team(team) {}
   int id, size;
   Team* team;
   void barrier();  // throws Aborted when a thread of the team failed
   // This thread's run of n items cut evenly: [first, last)
   int64_t first(int64_t n) const { return n * id / size; }
   int64_t last(int64_t n) const { return n * (id + 1) / size; }
+  // The same, for items whose time varies: after begin(n) every take() gives one more item, -1 at the end. A thread goes
+  // through its own run in order and then helps the others from the ends of theirs. Between two such loops there must be a
+  // barrier.
+  void begin(int64_t n);
+  int64_t take();
+
+ private:
+  int64_t next_ = 0, end_ = 0;  // of a thread that is alone
 };
 
 class Team {
@@ -60,6 +70,8 @@ class Team {
   std::atomic<int> size_{1};
   const std::function<void(Lane&)>* job_ = nullptr;
   std::vector<std::thread> threads_;
+  struct alignas(64) Run { std::atomic<uint64_t> left{0}; };  // [low half, high half)
+  std::unique_ptr<Run[]> runs_{new Run[1]};                   // by thread: what is left of its run
   alignas(64) std::atomic<uint32_t> turn_{0};  // counts jobs
   alignas(64) std::atomic<uint32_t> done_{0};  // threads that finished this one, the caller not counted
   alignas(64) std::atomic<uint32_t> arrived_{0};
