@@ -14,7 +14,7 @@ import msgspec
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.frontend.errors import PromptError
-from lockstep.frontend.tokenizer import eos_ids
+from lockstep.frontend.tokenizer import encode, eos_ids
 from lockstep.protocol import EngineRequest, SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -87,7 +87,7 @@ class InputProcessor:
                 return prompt.get("prompt"), _ids(prompt["prompt_token_ids"]), salt
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
-            return prompt, list(self._tokenizer(prompt, verbose=False)["input_ids"]), salt
+            return prompt, encode(self._tokenizer, prompt, "prompt"), salt
         if isinstance(prompt, bytes):
             raise PromptError("prompt is bytes: decode it to text, or give a list of token ids.")
         return None, _ids(prompt), salt
@@ -99,7 +99,7 @@ class InputProcessor:
         for word in sampling.bad_words:
             # A word is spelled with other tokens inside a line (after a space) than at its start.
             for spelling in (word.lstrip(), " " + word.lstrip()):
-                tokens = list(self._tokenizer(spelling, add_special_tokens=False, verbose=False)["input_ids"])
+                tokens = encode(self._tokenizer, spelling, "bad_words", add_special_tokens=False)
                 if tokens and tokens not in ids:
                     ids.append(tokens)
         return msgspec.structs.replace(sampling, bad_words_token_ids=ids)

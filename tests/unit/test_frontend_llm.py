@@ -128,6 +128,27 @@ def test_a_bad_request_is_refused_before_any_runs(start: Callable[..., LLM], pro
         assert tokens(llm.generate("ok", SamplingParams(max_tokens=2, ignore_eos=True))), "the engine still works"
 
 
+@pytest.mark.parametrize("form", ["\ud800", {"prompt": "\ud800"}, ["ok", "a\udc00"]])
+def test_half_a_surrogate_pair_is_no_text(start: Callable[..., LLM], form: Any) -> None:
+    which = r"prompts\[1\]: prompt has the lone surrogate '\\udc00' at position 1" if isinstance(form, list) else "^prompt has the lone"
+    with start() as llm, pytest.raises(PromptError, match=which):
+        llm.generate(form)
+
+
+def test_half_a_surrogate_pair_in_a_conversation_or_a_bad_word(start: Callable[..., LLM]) -> None:
+    with start() as llm:
+        with pytest.raises(PromptError, match="messages has the lone surrogate"):
+            llm.chat([{"role": "user", "content": "\ud800"}])
+        with pytest.raises(PromptError, match="bad_words has the lone surrogate"):
+            llm.generate("ok", SamplingParams(bad_words=["\ud800"]))
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0}, [{"temperature": 0}], {}, "greedy", 3])
+def test_sampling_params_of_another_kind_are_named(start: Callable[..., LLM], given: Any) -> None:
+    with start() as llm, pytest.raises(PromptError, match=r"sampling_params=.* is a \w+: give SamplingParams"):
+        llm.generate("ok", given)
+
+
 def test_impossible_parameters_are_value_errors() -> None:
     with pytest.raises(ValueError, match="temperature=-1"):
         SamplingParams(temperature=-1)
