@@ -28,9 +28,10 @@ from lockstep.executor.factory import make_executor
 from lockstep.frontend.chat import Conversation, conversations, render
 from lockstep.frontend.collector import Collector
 from lockstep.frontend.errors import PromptError
-from lockstep.frontend.inputs import InputProcessor, Job, Prompt
+from lockstep.frontend.inputs import InputProcessor, Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.progress import Progress
+from lockstep.frontend.prompts import Prompt, named
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer, tokenizer_folder
 from lockstep.observability import logging
 from lockstep.observability.trace import Profile
@@ -189,10 +190,10 @@ class LLM:
             sampling = [msgspec.structs.replace(p, output_kind=kind) for p in sampling]
         jobs = []
         for index, (prompt, p, rank) in enumerate(zip(listed, sampling, priorities, strict=True)):
-            try:
-                jobs.append(self._inputs.job(prompt, p, priority=rank, arrival_s=now_s))
-            except PromptError as e:
-                raise PromptError(f"prompts[{index}]: {e}" if len(listed) > 1 else str(e)) from None
+            with named(index, len(listed)):
+                job = self._inputs.job(prompt, p, priority=rank, arrival_s=now_s)
+                self._core.check_request(job.requests[0])  # the others of n differ from it in nothing that is checked
+            jobs.append(job)
         return jobs
 
 
