@@ -23,7 +23,7 @@ from lockstep.config.model_spec import ModelSpec, read_config_json
 from lockstep.config.source import find_folder
 from lockstep.config.tree import EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig
 from lockstep.utils import env
-from lockstep.utils.cores import usable_cpus
+from lockstep.utils.cores import quota, usable_cpus
 from lockstep.utils.host_memory import host_available_bytes
 from lockstep.utils.sizes import size
 
@@ -64,7 +64,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, Path]:
     Returns the frozen result, the model's numbers and its folder. Raises ConfigError for the first rule that is broken.
     """
     device, spec, folder = check(config)
-    warn_of_crowding(config.parallel.tensor_parallel_size, device)
+    warn_of_crowding(config.parallel, device)
     return fill(config, spec, device), spec, folder
 
 
@@ -197,10 +197,19 @@ def check_room(kv_bytes: int | None, tp: int, device: str) -> None:
         )
 
 
-def warn_of_crowding(tp: int, device: str) -> None:
-    """More ranks than cores is right but slow: said once everything else holds."""
-    cores = usable_cpus()
-    if device == "cpu" and tp > cores:
+def warn_of_crowding(parallel: ParallelConfig, device: str) -> None:
+    """More ranks or threads than cores is right but slow: said once everything else holds."""
+    if device != "cpu":
+        return
+    tp, threads, cores = parallel.tensor_parallel_size, parallel.threads_per_rank or 1, usable_cpus()
+    cpus = min(cores, quota() or cores)
+    if threads > 1 and tp * threads > cpus:
+        log.warning(
+            "threads_per_rank=%d on %d rank%s makes %d threads, more than the %g CPUs here: they will take turns, and be slow; "
+            "use at most %d, or leave it out.",
+            *(threads, tp, "s" if tp > 1 else "", tp * threads, cpus, max(1, int(cpus / tp))),
+        )
+    elif tp > cores:
         log.warning("tensor_parallel_size=%d is more than the %d CPU cores: ranks will take turns, and be slow.", tp, cores)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,33 @@ def test_more_ranks_than_cores_is_a_warning(model: str, monkeypatch: pytest.Monk
     with caplog.at_level(logging.WARNING, logger="lockstep.config"):
         resolve(build_config(model=model, tensor_parallel_size=2))
     assert "more than the 1 CPU core" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tp", "threads", "quota", "words"),
+    [
+        (1, 64, None, "threads_per_rank=64 on 1 rank makes 64 threads, more than the 4 CPUs here: .* use at most 4,"),
+        (2, 3, None, "threads_per_rank=3 on 2 ranks makes 6 threads, more than the 4 CPUs here: .* use at most 2,"),
+        (1, 2, 1.5, "threads_per_rank=2 on 1 rank makes 2 threads, more than the 1.5 CPUs here: .* use at most 1,"),
+        (2, 2, 8.0, None),
+        (1, None, 0.5, None),
+    ],
+)
+def test_more_threads_than_cores_is_a_warning(
+    tp: int,
+    threads: int | None,
+    quota: float | None,
+    words: str | None,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(validate, "usable_cpus", lambda: 4)
+    monkeypatch.setattr(validate, "quota", lambda: quota)
+    monkeypatch.setattr(logging.getLogger("lockstep"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="lockstep.config"):
+        resolve(build_config(model=model, tensor_parallel_size=tp, threads_per_rank=threads))
+    assert re.search(words, caplog.text) if words else not caplog.text
 
 
 def test_the_kv_cache_of_all_ranks_must_be_in_the_hosts_memory(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
