@@ -346,7 +346,10 @@ class Fleet:
                 _log.exception("a failure callback raised")
 
     def _check_stopping(self, now: float) -> None:
-        """Shutdown: let ranks leave by themselves, then make them."""
+        """Shutdown: let ranks leave by themselves, then make them. Ranks that are starting look for no order: end them."""
+        if not self.settled.is_set():
+            self._over = True
+            return
         waited = now - self._stopping_since
         self._check_deaths()
         if self._over or waited < STOP_S:

@@ -20,8 +20,10 @@ import lockstep.llm
 from lockstep.cli.main import main
 from lockstep.cli.session import memory_table, size
 from lockstep.executor.contract import ExecutorError, RankMemory
+from lockstep.testing.executors import children_of, wait_for
 from lockstep.testing.fakes import FakeExecutor
 from lockstep.testing.tiny import make_tiny
+from lockstep.utils import procs
 
 GREEDY = ["--max-tokens", "6", "--seed", "1", "--ignore-eos", "--device", "cpu"]
 KEYS = {"index", "token_ids", "text", "finish_reason", "stop_reason", "cumulative_logprob", "logprobs"}
@@ -314,6 +316,30 @@ def test_ctrl_c_ends_it_quickly_and_leaves_no_process(model: str) -> None:
     while _alive_in_group(run.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _alive_in_group(run.pid)
+
+
+def test_ctrl_c_while_ranks_load_ends_it_at_once(model: str) -> None:
+    """Ranks that load look for no order: to wait for them to leave by themselves is to wait in vain."""
+    before = set(os.listdir("/dev/shm"))
+    run = subprocess.Popen(
+        command("generate", model, "--prompt", "a", "-tp", "2", "--device", "cpu"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "LOCKSTEP_FAULT": "load:1:sleep=100"},
+    )
+    assert wait_for(lambda: len(children_of(run.pid)) >= 2, 60)
+    ranks = children_of(run.pid)
+    time.sleep(1.0)
+    started = time.monotonic()
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert time.monotonic() - started < 1.5  # about 0.2 s
+    assert run.returncode == 130, err
+    assert err.splitlines()[1:] == ["interrupted"]
+    assert procs.wait_gone(ranks, 5) == []
+    assert set(os.listdir("/dev/shm")) <= before
 
 
 def _alive_in_group(group: int) -> bool:
