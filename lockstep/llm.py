@@ -28,9 +28,10 @@ from lockstep.executor.factory import make_executor
 from lockstep.frontend.chat import Conversation, conversations, render
 from lockstep.frontend.collector import Collector
 from lockstep.frontend.errors import PromptError
-from lockstep.frontend.inputs import InputProcessor, Job, Prompt
+from lockstep.frontend.inputs import InputProcessor, Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.progress import Progress
+from lockstep.frontend.prompts import Prompt, named
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer, tokenizer_folder
 from lockstep.observability import logging
 from lockstep.observability.trace import Profile
@@ -179,15 +180,21 @@ class LLM:
     ) -> list[Job]:
         """Every prompt as a job, or ValueError for the first that cannot be one."""
         listed = _as_list(prompts)
-        sampling = _per_prompt("sampling_params", params if isinstance(params, Sequence) else None, listed, params or SamplingParams())
+        params = SamplingParams() if params is None else params
+        several = params if isinstance(params, Sequence) and not isinstance(params, str) else None
+        sampling = _per_prompt("sampling_params", several, listed, params)
+        _check_sampling(sampling)
         priorities = _per_prompt("priority", priority, listed, 0)
         now_s = time.monotonic()
         if kind is not None:
             sampling = [msgspec.structs.replace(p, output_kind=kind) for p in sampling]
-        return [
-            self._inputs.job(prompt, p, priority=rank, arrival_s=now_s)
-            for prompt, p, rank in zip(listed, sampling, priorities, strict=True)
-        ]
+        jobs = []
+        for index, (prompt, p, rank) in enumerate(zip(listed, sampling, priorities, strict=True)):
+            with named(index, len(listed)):
+                job = self._inputs.job(prompt, p, priority=rank, arrival_s=now_s)
+                self._core.check_request(job.requests[0])  # the others of n differ from it in nothing that is checked
+            jobs.append(job)
+        return jobs
 
 
 def _as_list(prompts: Any) -> list[Any]:
@@ -198,6 +205,14 @@ def _as_list(prompts: Any) -> list[Any]:
         raise PromptError(f"prompts={prompts!r} is no prompt: give text, token ids, a dict with either, or a list of these.")
     listed = list(prompts)
     return [listed] if listed and all(isinstance(t, int) for t in listed) else listed
+
+
+def _check_sampling(sampling: Sequence[Any]) -> None:
+    """Raises PromptError for parameters of another kind: a dict is what other libraries take."""
+    for given in sampling:
+        if not isinstance(given, SamplingParams):
+            remedy = f"SamplingParams(**{given!r})" if isinstance(given, Mapping) else "SamplingParams(temperature=0)"
+            raise PromptError(f"sampling_params={given!r} is a {type(given).__name__}: give SamplingParams, like {remedy}.")
 
 
 def _per_prompt(name: str, values: Sequence[Any] | None, prompts: list[Any], one_for_all: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from lockstep.cli.errors import UsageError
 from lockstep.cli.refused import refuse_unavailable
-from lockstep.config.build import GROUPS, build_config
+from lockstep.config.build import GROUPS, build_config, is_size
 from lockstep.config.tree import EngineConfig
 from lockstep.protocol import SamplingParams
 
@@ -162,6 +162,8 @@ def _flag(name: str, hint: Any, default: Any, help_text: str, alias: tuple[str, 
     optional, metavar = type(None) in get_args(hint), None
     if optional:
         metavar = "|".join(t.__name__.upper() for t in get_args(hint) if t is not type(None)).replace("STR", "TEXT")
+    if is_size(name):  # written with or without a unit; `build_config` reads it
+        hint, metavar = str | None if optional else str, "SIZE"
     marks: list[Any] = [
         arg(help=help_text, aliases=alias or None, metavar=metavar, help_behavior_hint="" if optional and default is None else None)
     ]

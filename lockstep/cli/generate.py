@@ -17,8 +17,11 @@ import msgspec
 from lockstep.cli import flags
 from lockstep.cli.errors import UsageError, show_error
 from lockstep.cli.session import note, running
-from lockstep.config.tree import opt
+from lockstep.config.source import find_folder
+from lockstep.config.tree import ModelConfig, opt
 from lockstep.frontend.outputs import CompletionOutput, Position, RequestOutput
+from lockstep.frontend.prompts import check_early
+from lockstep.frontend.tokenizer import load_tokenizer, tokenizer_folder
 from lockstep.protocol import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -67,6 +70,7 @@ def run(argv: list[str]) -> int:
     parsed = flags.parse("generate", argv, GenerateOptions, max_tokens=MAX_TOKENS, description="Complete prompts.")
     options, sampling = parsed.options, parsed.sampling
     prompts = read_prompts(options)
+    check_early(prompts, lambda: _tokenizer(parsed.config.model))  # a refusal need not wait for the weights
     with running(parsed.config, quiet=options.quiet, table=not options.json) as (llm, ready_s):
         counts, start_s = Counts(), time.monotonic()
         if options.json:
@@ -94,6 +98,10 @@ def read_prompts(options: GenerateOptions) -> list[Any]:
     if not prompts:
         raise UsageError("there is no prompt: give --prompt TEXT, --prompts-file FILE, or one prompt per line on standard input.")
     return prompts
+
+
+def _tokenizer(model: ModelConfig) -> Any:
+    return load_tokenizer(tokenizer_folder(model, find_folder(model.model, model.revision)))
 
 
 def _from_file(path: Path) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from lockstep.config.source import DEMO_NAME
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import check
 from lockstep.observability import logging
+from lockstep.utils.sizes import size
 
 if TYPE_CHECKING:
     from lockstep.executor.contract import RankMemory
@@ -56,11 +57,3 @@ def memory_table(ranks: list[RankMemory], exact: bool = False) -> str:
     rows += [(str(r.rank), show(r.weight_bytes), show(r.kv_bytes), size(r.peak_bytes)) for r in ranks]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  " + "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that reads best."""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from lockstep.config.tree import EngineConfig
+from lockstep.utils.sizes import parse_size
 
 GROUPS: dict[str, type[Any]] = dict(get_type_hints(EngineConfig))
 
@@ -30,8 +31,16 @@ def nearest(word: str, choices: Any) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
-def _plain(value: Any) -> Any:
-    """Paths and torch types as the text that a command line would have."""
+def is_size(name: str) -> bool:
+    """Whether a setting is an amount of memory, which may be written with a unit."""
+    return name.endswith("_bytes")
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Paths and torch types as the text that a command line would have; amounts of memory as bytes."""
+    if is_size(name) and isinstance(value, str):
+        count = parse_size(value)
+        return value if count is None else count  # checked later
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return str(value).removeprefix("torch.") if type(value).__module__ == "torch" and type(value).__name__ == "dtype" else value
@@ -47,5 +56,5 @@ def build_config(**settings: Any) -> EngineConfig:
     for name, value in settings.items():
         if name not in where:
             raise TypeError(f"{name!r} is not a setting of this engine.{nearest(name, where)}")
-        chosen[where[name]][name] = _plain(value)
+        chosen[where[name]][name] = _plain(name, value)
     return EngineConfig(**{group: cls(**chosen[group]) for group, cls in GROUPS.items()})

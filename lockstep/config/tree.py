@@ -73,7 +73,7 @@ class CacheConfig:
         "Share of the device's memory this engine may use, 0 to 1; default 0.9 on CUDA, 0.5 of free memory on CPU.",
         "--device-memory-utilization",
     )
-    kv_cache_memory_bytes: int | None = opt(None, "Bytes of KV cache per rank; overrides the share.")
+    kv_cache_memory_bytes: int | None = opt(None, "Bytes of KV cache per rank, like 2G or 512MiB (1K is 1024); overrides the share.")
     num_gpu_blocks_override: int | None = opt(None, "Number of KV blocks, for tests of a full cache.")
     enable_prefix_caching: bool = opt(True, "Reuse the KV blocks of prompts that begin alike.")
 

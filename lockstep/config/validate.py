@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lockstep.config import devices
-from lockstep.config.build import GROUPS, nearest
+from lockstep.config.build import GROUPS, is_size, nearest
 from lockstep.config.defaults import MEMORY_SHARE, default_backend, default_token_budget
 from lockstep.config.errors import ConfigError
 from lockstep.config.hf import load_spec
@@ -23,8 +23,9 @@ from lockstep.config.model_spec import ModelSpec, read_config_json
 from lockstep.config.source import find_folder
 from lockstep.config.tree import EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig
 from lockstep.utils import env
-from lockstep.utils.cores import usable_cpus
+from lockstep.utils.cores import quota, usable_cpus
 from lockstep.utils.host_memory import host_available_bytes
+from lockstep.utils.sizes import size
 
 log = logging.getLogger("lockstep.config")
 
@@ -63,7 +64,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, Path]:
     Returns the frozen result, the model's numbers and its folder. Raises ConfigError for the first rule that is broken.
     """
     device, spec, folder = check(config)
-    warn_of_crowding(config.parallel.tensor_parallel_size, device)
+    warn_of_crowding(config.parallel, device)
     return fill(config, spec, device), spec, folder
 
 
@@ -72,6 +73,7 @@ def check(config: EngineConfig) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path
     check_values(config)
     check_available(config.parallel)
     device = pick_device(config.runtime, config.parallel)
+    check_room(config.cache.kv_cache_memory_bytes, config.parallel.tensor_parallel_size, device)
     folder = find_folder(config.model.model, config.model.revision)
     check_checkpoint(config.model, folder)
     spec = load_spec(folder)
@@ -119,6 +121,10 @@ def _check_type(name: str, hint: Any, value: Any) -> None:
     choices = [c for a in allowed if get_origin(a) is Literal for c in get_args(a)]
     if choices:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}.{nearest(str(value), choices)}")
+    if is_size(name) and isinstance(value, str):
+        raise ConfigError(
+            f"{name}={value!r} is no amount of memory: write bytes, or a number with K, M, G or T (1K is 1024), like 512M or 2GiB."
+        )
     words = " or ".join(sorted("None" if a is type(None) else a.__name__ for a in allowed))
     raise ConfigError(f"{name}={value!r} has the wrong type {type(value).__name__}: it must be {words}.")
 
@@ -178,10 +184,32 @@ def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cp
     return device
 
 
-def warn_of_crowding(tp: int, device: str) -> None:
-    """More ranks than cores is right but slow: said once everything else holds."""
-    cores = usable_cpus()
-    if device == "cpu" and tp > cores:
+def check_room(kv_bytes: int | None, tp: int, device: str) -> None:
+    """The KV caches asked for are not more than the host's memory. (A GPU's is known when the ranks have started.)"""
+    if kv_bytes is None or device != "cpu":
+        return
+    free = host_available_bytes()
+    if kv_bytes * tp > free:
+        ranks = f" on each of {tp} ranks" if tp > 1 else ""
+        raise ConfigError(
+            f"kv_cache_memory_bytes={kv_bytes} ({size(kv_bytes)}){ranks} is more than the {size(free)} of memory that are free here: "
+            f"use less than {size(free // tp)}, or leave it out for the automatic value."
+        )
+
+
+def warn_of_crowding(parallel: ParallelConfig, device: str) -> None:
+    """More ranks or threads than cores is right but slow: said once everything else holds."""
+    if device != "cpu":
+        return
+    tp, threads, cores = parallel.tensor_parallel_size, parallel.threads_per_rank or 1, usable_cpus()
+    cpus = min(cores, quota() or cores)
+    if threads > 1 and tp * threads > cpus:
+        log.warning(
+            "threads_per_rank=%d on %d rank%s makes %d threads, more than the %g CPUs here: they will take turns, and be slow; "
+            "use at most %d, or leave it out.",
+            *(threads, tp, "s" if tp > 1 else "", tp * threads, cpus, max(1, int(cpus / tp))),
+        )
+    elif tp > cores:
         log.warning("tensor_parallel_size=%d is more than the %d CPU cores: ranks will take turns, and be slow.", tp, cores)
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
-from lockstep.utils import procs
+from lockstep.utils import procs, shared_files
 from lockstep.utils.shm import SharedBytes, fence
 
 _SEPARATOR = "\x1f"
@@ -97,7 +96,7 @@ class SharedMemoryBoard:
     @staticmethod
     def create_file(world_size: int) -> tuple[str, int]:
         """-> (path, fd) of new shared memory for `attach`; unlink the path when all have."""
-        path = os.path.join("/dev/shm", f"lockstep_ledger_{secrets.token_hex(8)}")
+        path = shared_files.new_path("ledger")
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         os.ftruncate(fd, world_size * _ROW)
         return path, fd

@@ -5,22 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import tempfile
 from typing import Any
 
 import torch
 
 from lockstep.distributed import objects
 from lockstep.distributed.stateless import StatelessProcessGroup
-
-
-def _shared_folder() -> str:
-    return "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+from lockstep.utils import shared_files
 
 
 def _write_token() -> tuple[str, str]:
     """-> (path, token): a new file in shared memory that holds the token, readable by this user only."""
-    token, path = secrets.token_hex(64), os.path.join(_shared_folder(), f"lockstep_{secrets.token_hex(8)}")
+    token, path = secrets.token_hex(64), shared_files.new_path("node")
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
         os.write(fd, token.encode())

@@ -45,10 +45,12 @@ class Progress(msgspec.Struct, frozen=True):
     what: str = ""  # the last collective entered, like "tp:0.all_reduce"
 
     def where(self) -> str:
-        """What the rank is doing, in words: "step 913 collective 14", "load (61 %)"."""
+        """What the rank is doing, in words: "step 913 collective 14", "idle after step 913", "load (61 %)"."""
         text = self.phase or "not started"
         if self.phase == "step":
             text = f"step {self.step} collective {self.collective}"
+        elif self.phase == "idle" and self.step >= 0:
+            text = f"idle after step {self.step}"
         if self.what and self.collective:
             text += f" ({self.what})"
         return f"{text} ({self.note})" if self.note else text

@@ -36,28 +36,29 @@ class Limits:
 def check_request(request: EngineRequest, limits: Limits) -> int:
     """The number of tokens (prompt and output) at which the request ends by length.
 
-    max_tokens is cut to what max_model_len leaves. Raises RequestError with the number that was broken.
+    max_tokens is cut to what max_model_len leaves. Raises RequestError with the number that was broken; the caller knows
+    the request's name.
     """
-    name, size = f"request {request.request_id!r}", len(request.prompt_token_ids)
+    size = len(request.prompt_token_ids)
     if size == 0:
-        raise RequestError(f"{name} has an empty prompt (0 tokens): a prompt needs at least 1 token.")
+        raise RequestError("an empty prompt (0 tokens) cannot run: a prompt needs at least 1 token.")
     if size + 1 > limits.max_model_len:
         raise RequestError(
-            f"{name} has a prompt of {size} tokens, and with 1 output token it exceeds max_model_len={limits.max_model_len}: "
+            f"the prompt has {size} tokens, and with 1 output token it exceeds max_model_len={limits.max_model_len}: "
             f"shorten the prompt by {size + 1 - limits.max_model_len} tokens or raise max_model_len."
         )
     if size + 1 > limits.kv_tokens:
         raise RequestError(
-            f"{name} has a prompt of {size} tokens, which with 1 output token needs {-(-(size + 1) // limits.block_size)} KV blocks of "
+            f"the prompt has {size} tokens, which with 1 output token needs {-(-(size + 1) // limits.block_size)} KV blocks of "
             f"{limits.block_size} tokens; the cache has {limits.num_blocks}: shorten the prompt or give the KV cache more memory."
         )
     if not limits.chunked_prefill and size > limits.max_num_batched_tokens:
         raise RequestError(
-            f"{name} has a prompt of {size} tokens, more than max_num_batched_tokens={limits.max_num_batched_tokens}, and chunked "
+            f"the prompt has {size} tokens, more than max_num_batched_tokens={limits.max_num_batched_tokens}, and chunked "
             f"prefill is off: raise max_num_batched_tokens or enable chunked prefill."
         )
     for what, ids in _token_lists(request):
-        _check_ids(name, what, ids, limits.vocab_size)
+        _check_ids(what, ids, limits.vocab_size)
     return min(limits.max_request_tokens, size + (request.sampling.max_tokens or limits.max_model_len))
 
 
@@ -73,13 +74,13 @@ def _token_lists(request: EngineRequest) -> Iterator[tuple[str, Iterable[int]]]:
         yield "bad_words", word
 
 
-def _check_ids(name: str, what: str, ids: Iterable[int], vocab_size: int) -> None:
+def _check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
     """Every id is an integer of the vocabulary."""
     if not ids:
         return
     if not set(map(type, ids)) <= {int}:
         wrong = next(t for t in ids if type(t) is not int)
-        raise RequestError(f"{name}: {what} holds {wrong!r}, which is not an integer: token ids are integers from 0 to {vocab_size - 1}.")
+        raise RequestError(f"{what} holds {wrong!r}, which is not an integer: token ids are integers from 0 to {vocab_size - 1}.")
     if min(ids) < 0 or max(ids) >= vocab_size:
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise RequestError(f"{name}: {what} holds token id {wrong}, outside the vocabulary: ids go from 0 to {vocab_size - 1}.")
+        raise RequestError(f"{what} holds token id {wrong}, outside the vocabulary: ids go from 0 to {vocab_size - 1}.")

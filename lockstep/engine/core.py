@@ -10,7 +10,7 @@ from dataclasses import replace
 from lockstep.config.defaults import default_token_budget
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
-from lockstep.engine.admission import Limits
+from lockstep.engine.admission import Limits, check_request
 from lockstep.engine.plan_builder import ScheduledStep
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.sizing import MemoryPlan, plan_memory
@@ -56,6 +56,11 @@ class EngineCore:
         """
         self._raise_failure()
         self.scheduler.add(request)
+
+    def check_request(self, request: EngineRequest) -> None:
+        """Raise RequestError (which does not name the request) when it can never run; the ExecutorError after a failure."""
+        self._raise_failure()
+        check_request(request, self.scheduler.limits)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests: blocks are free at once, the next `step` returns their terminal outputs ("abort"). Unknown ids are ignored."""

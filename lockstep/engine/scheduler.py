@@ -52,7 +52,10 @@ class Scheduler:
         """Queue a request. Raises RequestError when it can never run, or its id is in use."""
         if source.request_id in self._requests or any(o.request_id == source.request_id for o in self._outputs):
             raise RequestError(f"request id {source.request_id!r} is in use by an unfinished request: choose another id.")
-        max_total = check_request(source, self.limits)
+        try:
+            max_total = check_request(source, self.limits)
+        except RequestError as e:
+            raise RequestError(f"request {source.request_id!r}: {e}") from None
         priority = source.priority if self.limits.by_priority else 0
         request = Request(source, (priority, source.arrival_s or self._clock(), self._accepted), max_total)
         self._accepted += 1

@@ -16,7 +16,10 @@ from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import RankMemory
+from lockstep.observability.logging import get_logger
+from lockstep.utils.sizes import size
 
+log = get_logger(__name__)
 TYPICAL_TOKENS = 512  # of one request; only used to choose max_num_seqs when it is not set
 
 
@@ -82,8 +85,18 @@ def plan_memory(config: EngineConfig, spec: ModelSpec, ranks: Sequence[RankMemor
     fitting = max(1, blocks * block_size // min(model_len, TYPICAL_TOKENS))
     seqs = config.scheduler.max_num_seqs or min(most, fitting)
     if cache.num_gpu_blocks_override is None and blocks > seqs * per_request:
+        if cache.kv_cache_memory_bytes is not None:
+            _warn_of_unused(cache.kv_cache_memory_bytes, seqs * per_request * max(r.kv_bytes_per_block for r in ranks), seqs, model_len)
         blocks, reason = seqs * per_request, f"max_num_seqs={seqs} x max_model_len={model_len}, which can use no more"
     return MemoryPlan(blocks, block_size, seqs, budget, model_len, tuple(ranks), reason)
+
+
+def _warn_of_unused(given: int, used: int, seqs: int, model_len: int) -> None:
+    log.warning(
+        "kv_cache_memory_bytes=%d (%s): only %s are taken, because max_num_seqs=%d requests of max_model_len=%d tokens can use no more; "
+        "raise one of these, or leave kv_cache_memory_bytes out.",
+        *(given, size(given), size(used), seqs, model_len),
+    )
 
 
 def _blocks_in_memory(

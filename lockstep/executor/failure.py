@@ -42,18 +42,28 @@ def phase_of(progress: Progress) -> str:
     return f"step {progress.step}" if progress.phase == "step" else progress.phase or "spawn"
 
 
-def died(rank: int, exitcode: int | None, progress: Progress, others: str, tail: Sequence[str], hint: str = "") -> ExecutorError:
-    """A process that ended, or (exitcode None) let go of its channel. `hint`: what else is known about a SIGKILL."""
+def place_of(progress: Progress, order: str) -> str:
+    """What a rank was doing. Between orders a rank is idle; `order` ("step 914", "" for none) says what waited for it."""
+    return progress.where() + (f" ({order} under way)" if order and progress.phase == "idle" else "")
+
+
+def died(
+    rank: int, exitcode: int | None, progress: Progress, others: str, tail: Sequence[str], hint: str = "", order: str = ""
+) -> ExecutorError:
+    """A process that ended, or (exitcode None) let go of its channel.
+
+    `hint`: what else is known about a SIGKILL. `order`: the oldest that is not answered.
+    """
     cause = procs.exit_cause(exitcode) if exitcode is not None else "it closed its reply channel but still runs"
     cause += hint if exitcode == -signal.SIGKILL else ""
-    message = f"rank {rank} died in {progress.where()}: {cause}.{_others(others)}{_quote(rank, tail)}"
+    message = f"rank {rank} died in {place_of(progress, order)}: {cause}.{_others(others)}{_quote(rank, tail)}"
     return ExecutorError(message, rank=rank, phase=phase_of(progress), exitcode=exitcode, kind="died", log_tail=tail)
 
 
-def stopped(rank: int, progress: Progress, others: str, tail: Sequence[str]) -> ExecutorError:
-    """A process that was stopped by a signal."""
+def stopped(rank: int, progress: Progress, others: str, tail: Sequence[str], order: str = "") -> ExecutorError:
+    """A process that was stopped by a signal. `order`: the oldest that is not answered."""
     message = (
-        f"rank {rank} was stopped (SIGSTOP, or a debugger) in {progress.where()}: no sign of life for "
+        f"rank {rank} was stopped (SIGSTOP, or a debugger) in {place_of(progress, order)}: no sign of life for "
         f"{progress.beat_age_s:.1f} s.{_others(others)}{_quote(rank, tail)}"
     )
     return ExecutorError(message, rank=rank, phase=phase_of(progress), kind="stopped", log_tail=tail)

@@ -243,7 +243,8 @@ class Fleet:
             others = [w.rank for w in self.workers if w is not worker]
             tail = list(worker.tail.lines)
             hint = " by the out-of-memory killer (the cgroup counts it)" if procs.oom_kills() > self._oom_kills else ""
-            error = failure.died(worker.rank, code, self.board.read(worker.rank), self.board.describe(others), tail, hint)
+            at, order = self.board.read(worker.rank), self._order()
+            error = failure.died(worker.rank, code, at, self.board.describe(others), tail, hint, order)
             # A rank that said why before it ended: the exception is the cause.
             said = self._suspect is not None and self._suspect[1].rank == worker.rank
             self._fail(self._suspect[1] if said and self._suspect else error)
@@ -252,6 +253,11 @@ class Fleet:
             if time.monotonic() - since > 1.0:
                 tail = list(self.workers[rank].tail.lines)
                 self._fail(failure.died(rank, None, self.board.read(rank), "", tail))
+
+    def _order(self) -> str:
+        """The oldest order that is not answered, in words; "" when there is none."""
+        operation = self.operations.oldest()
+        return operation.what if operation is not None else ""
 
     def _drain(self, worker: WorkerProcess) -> None:
         """Read what a dead rank left in its pipes. A child of its own may hold them open: never wait."""
@@ -275,7 +281,7 @@ class Fleet:
         for worker, progress in zip(self.workers, everyone, strict=True):
             if progress.beat_age_s > STALE_S and procs.state(worker.pid) == "T":
                 others = [w.rank for w in self.workers if w is not worker]
-                self._fail(failure.stopped(worker.rank, progress, self.board.describe(others), list(worker.tail.lines)))
+                self._fail(failure.stopped(worker.rank, progress, self.board.describe(others), list(worker.tail.lines), self._order()))
                 return
         if not self.settled.is_set():
             if now - self._started > self._startup_limit_s:
@@ -348,7 +354,10 @@ class Fleet:
                 _log.exception("a failure callback raised")
 
     def _check_stopping(self, now: float) -> None:
-        """Shutdown: let ranks leave by themselves, then make them."""
+        """Shutdown: let ranks leave by themselves, then make them. Ranks that are starting look for no order: end them."""
+        if not self.settled.is_set():
+            self._over = True
+            return
         waited = now - self._stopping_since
         self._check_deaths()
         if self._over or waited < STOP_S:

@@ -21,7 +21,7 @@ from lockstep.distributed.progress import ProgressBoard
 from lockstep.executor import affinity, wire
 from lockstep.executor.failure import LogTail
 from lockstep.kernels.library import library
-from lockstep.utils import env, procs
+from lockstep.utils import env, procs, shared_files
 from lockstep.utils.cores import RankCores
 from lockstep.utils.net import Listener
 from lockstep.utils.shm import SharedBytes
@@ -39,6 +39,7 @@ class WorkerProcess:
     frames: wire.FrameReader = field(default_factory=wire.FrameReader)
     tail: LogTail = field(default_factory=LogTail)
     ready: bool = False
+    born: int = 0  # see `procs.birth`
 
     @property
     def pid(self) -> int:
@@ -133,7 +134,7 @@ def spawn(plan: Plan, rank: int, share: RankCores, channels: Channels) -> Worker
         letter.close()
     ours.setblocking(False)
     os.set_blocking(log_read, False)
-    return WorkerProcess(rank, process, ours, log_read, _pid_fd(process.pid))
+    return WorkerProcess(rank, process, ours, log_read, _pid_fd(process.pid), born=procs.birth(process.pid))
 
 
 def exit_codes(workers: Sequence[WorkerProcess]) -> list[tuple[WorkerProcess, int]]:
@@ -144,12 +145,13 @@ def exit_codes(workers: Sequence[WorkerProcess]) -> list[tuple[WorkerProcess, in
 
 
 def kill_all(workers: Sequence[WorkerProcess]) -> None:
-    """End every worker and its children now, and reap them."""
+    """End every worker and its children now, reap them, and remove what they could not."""
     for worker in workers:
         procs.kill_group(worker.pid)
     for worker in workers:
         with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in a device driver: not ours to wait for
             worker.process.wait(timeout=2.0)
+        shared_files.remove_of(worker.pid, worker.born)
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lockstep.frontend.errors import PromptError
+from lockstep.frontend.tokenizer import encode
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -46,4 +47,4 @@ def render(
         )
     except Exception as e:  # templates raise what they like: a refusal is the caller's message to read
         raise PromptError(f"the chat template cannot render these messages: {e}") from e
-    return {"prompt": text, "prompt_token_ids": list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])}
+    return {"prompt": text, "prompt_token_ids": encode(tokenizer, text, "messages", add_special_tokens=False)}

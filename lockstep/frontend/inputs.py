@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,9 @@ import msgspec
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.frontend.errors import PromptError
-from lockstep.frontend.tokenizer import eos_ids
+from lockstep.frontend.prompts import Prompt, parse
+from lockstep.frontend.tokenizer import encode, eos_ids
 from lockstep.protocol import EngineRequest, SamplingParams
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
 @dataclass
@@ -48,7 +44,9 @@ class InputProcessor:
 
         Raises PromptError for a prompt that cannot be read. Lengths and ids are checked by the engine, when it takes it.
         """
-        text, ids, salt = self._read(prompt)
+        text, ids, salt = parse(prompt)
+        if ids is None:
+            ids = encode(self._tokenizer, text or "", "prompt")
         if sampling.stop and not sampling.detokenize:
             raise PromptError(f"stop={sampling.stop!r} needs text to look in, but detokenize=False: use stop_token_ids, or detokenize.")
         number, self._count = self._count, self._count + 1
@@ -73,25 +71,6 @@ class InputProcessor:
         ]
         return Job(name, text, ids, sampling, requests)
 
-    def _read(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
-        """(text, token ids, cache salt) of a prompt in any of its forms."""
-        salt = None
-        if isinstance(prompt, Mapping):
-            unknown = [k for k in prompt if k not in PROMPT_KEYS]
-            if unknown or not ("prompt" in prompt or "prompt_token_ids" in prompt):
-                raise PromptError(
-                    f"prompt has the keys {list(prompt)}: give `prompt` (text) or `prompt_token_ids`, and optionally `cache_salt`."
-                )
-            salt = prompt.get("cache_salt")
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), _ids(prompt["prompt_token_ids"]), salt
-            prompt = prompt["prompt"]
-        if isinstance(prompt, str):
-            return prompt, list(self._tokenizer(prompt, verbose=False)["input_ids"]), salt
-        if isinstance(prompt, bytes):
-            raise PromptError("prompt is bytes: decode it to text, or give a list of token ids.")
-        return None, _ids(prompt), salt
-
     def _for_engine(self, sampling: SamplingParams) -> SamplingParams:
         if not sampling.bad_words:
             return sampling
@@ -99,7 +78,7 @@ class InputProcessor:
         for word in sampling.bad_words:
             # A word is spelled with other tokens inside a line (after a space) than at its start.
             for spelling in (word.lstrip(), " " + word.lstrip()):
-                tokens = list(self._tokenizer(spelling, add_special_tokens=False, verbose=False)["input_ids"])
+                tokens = encode(self._tokenizer, spelling, "bad_words", add_special_tokens=False)
                 if tokens and tokens not in ids:
                     ids.append(tokens)
         return msgspec.structs.replace(sampling, bad_words_token_ids=ids)
@@ -108,12 +87,3 @@ class InputProcessor:
 def _draw_seed(engine_seed: int, number: int) -> int:
     """The seed of the engine's `number`-th request: the same on every run, and unrelated to its neighbours'."""
     return int.from_bytes(hashlib.blake2b(f"{engine_seed}:{number}".encode(), digest_size=8).digest(), "little") >> 1
-
-
-def _ids(prompt: Any) -> list[int]:
-    """Token ids as plain integers, from a list, an array or a tensor. Raises PromptError for anything else."""
-    try:
-        return [operator.index(t) for t in prompt]
-    except TypeError:
-        kind = type(prompt).__name__
-        raise PromptError(f"prompt is a {kind} that is not a list of integers: give text, token ids, or a dict with one of them.") from None

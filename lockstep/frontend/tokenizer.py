@@ -11,6 +11,7 @@ from typing import Any
 
 from lockstep.config.errors import ConfigError
 from lockstep.config.tree import ModelConfig
+from lockstep.frontend.errors import PromptError
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -55,6 +56,23 @@ def load_in_background(load: Callable[[], Any]) -> Future[Any]:
 
     Thread(target=run, name="load-tokenizer", daemon=True).start()
     return future
+
+
+def encode(tokenizer: Any, text: str, what: str, add_special_tokens: bool = True) -> list[int]:
+    """The token ids of a text. Raises PromptError, naming it by `what`, for one that UTF-8 cannot hold."""
+    check_readable(text, what)
+    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+
+def check_readable(text: str, what: str) -> None:
+    """Raise PromptError for text with half of a surrogate pair in it: it stands for no character, so no token spells it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise PromptError(
+            f"{what} has the lone surrogate {text[e.start]!r} at position {e.start}, which is no character: "
+            "read the text with the encoding it was written in, or decode it with errors='replace'."
+        ) from None
 
 
 def decoder_of(tokenizer: Any, skip_special_tokens: bool = True) -> Callable[[Sequence[int]], str]:

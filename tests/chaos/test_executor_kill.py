@@ -135,6 +135,19 @@ def test_a_stop_is_noticed_within_two_seconds() -> None:
     assert min(noticed) < 2.0, noticed
 
 
+def test_a_rank_that_stops_between_steps_is_told_with_the_step_that_waits_for_it() -> None:
+    """A rank that has done its part of a step is idle until the next order: that alone would say nothing of when."""
+    with fake_executor(2) as executor:
+        pid = executor.collective_rpc("who")[1]["pid"]
+        executor.execute_model(decode_plan(1)).result(20)
+        executor.collective_rpc("arm", (0, "sleep:100"))
+        time.sleep(0.1)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.1)
+        with pytest.raises(ExecutorError, match=r"rank 1 was stopped .* in idle after step 1 \(step 2 under way\): .*rank 0 at step 2"):
+            executor.execute_model(decode_plan(2)).result(20)
+
+
 def test_a_short_stop_is_survived() -> None:
     with fake_executor(2) as executor:
         pid = executor.collective_rpc("who")[1]["pid"]

@@ -212,7 +212,7 @@ def two_hosts(rank: int, world_size: int) -> Any:
     from lockstep.distributed import nodes as module
 
     folder = tempfile.gettempdir() if rank % 2 else "/dev/shm"
-    module._shared_folder = lambda: folder  # type: ignore[assignment]
+    module.shared_files.folder = lambda: folder  # type: ignore[attr-defined]
     holds = module._holds
     module._holds = lambda path, token: path.startswith(folder + "/lockstep") and holds(path, token)
     group = ps.get_world_group().cpu_group

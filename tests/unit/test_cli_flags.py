@@ -15,6 +15,7 @@ from lockstep.cli.flags import Parsed, parse
 from lockstep.cli.generate import GenerateOptions
 from lockstep.cli.main import LATER, VERBS, main
 from lockstep.cli.refused import UNAVAILABLE
+from lockstep.config.build import build_config
 from lockstep.config.tree import EngineConfig
 from lockstep.protocol import SamplingParams
 
@@ -68,6 +69,22 @@ def test_lists_and_maps() -> None:
     assert (found.sampling.stop_token_ids, found.sampling.allowed_token_ids, found.sampling.bad_words) == ([1, 2, 3], [5], ["x", "y"])
     found = parse("generate", ["--logit-bias", '{"3": -100, "4": 1.5}'], GenerateOptions, max_tokens=1, description="x")
     assert found.sampling.logit_bias == {3: -100.0, 4: 1.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4096", 4096), ("1G", 1 << 30), ("1GiB", 1 << 30), ("2gb", 2 << 30), ("1.5M", 3 << 19), ("8k", 8192), ("1 T", 1 << 40), ("7B", 7)],
+)
+def test_amounts_of_memory_may_have_a_unit(text: str, count: int) -> None:
+    line = ["--kv-cache-memory-bytes", text]
+    assert parse("generate", line, GenerateOptions, max_tokens=1, description="x").config.cache.kv_cache_memory_bytes == count
+    assert build_config(kv_cache_memory_bytes=text).cache.kv_cache_memory_bytes == count
+
+
+@pytest.mark.parametrize("text", ["1X", "G", "1e9", "1.5", "5i", "-", "1GG"])
+def test_what_is_no_amount_of_memory(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", "x", f"--kv-cache-memory-bytes={text}"]) == 2
+    assert f"error: --kv-cache-memory-bytes={text!r} is no amount of memory" in capsys.readouterr().err
 
 
 def test_no_limit_of_tokens_can_be_asked_for() -> None:

@@ -20,8 +20,10 @@ import lockstep.llm
 from lockstep.cli.main import main
 from lockstep.cli.session import memory_table, size
 from lockstep.executor.contract import ExecutorError, RankMemory
+from lockstep.testing.executors import children_of, wait_for
 from lockstep.testing.fakes import FakeExecutor
 from lockstep.testing.tiny import make_tiny
+from lockstep.utils import procs
 
 GREEDY = ["--max-tokens", "6", "--seed", "1", "--ignore-eos", "--device", "cpu"]
 KEYS = {"index", "token_ids", "text", "finish_reason", "stop_reason", "cumulative_logprob", "logprobs"}
@@ -152,6 +154,46 @@ def test_prompts_that_cannot_run(
     assert shown.out == ""
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['"ok"', '""'], "prompts[1]: an empty prompt (0 tokens)"),
+        (['"ok"', '{"prompt_token_ids": []}'], "prompts[1]: an empty prompt (0 tokens)"),
+        (['"ok"', "5"], "prompts[1]: prompt is a int"),
+        (['{"text": "x"}'], "prompt has the keys ['text']"),
+    ],
+)
+def test_what_no_model_can_take_is_refused_before_one_is_loaded(
+    lines: list[str], words: str, model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lockstep.llm, "LLM", None)
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    assert main(["generate", model, "--prompts-file", str(tmp_path / "p.jsonl"), *GREEDY]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_an_argument_that_is_not_text_is_refused_before_a_model_is_loaded(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lockstep.llm, "LLM", None)
+    assert main(["generate", model, "--prompt", os.fsdecode(b"caf\xe9"), *GREEDY]) == 2
+    assert "lone surrogate '\\udce9' at position 3" in capsys.readouterr().err
+
+
+def test_empty_text_is_a_prompt_where_the_tokenizer_begins_each(tmp_path: Path, fake: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_tiny("llama", tmp_path / "llama")
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    begin, text = {"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    special = {"<bos>": {"id": "<bos>", "ids": [5], "tokens": ["<bos>"]}}
+    tokenizer["post_processor"] = {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text], "special_tokens": special}
+    path.write_text(json.dumps(tokenizer))
+    assert main(["generate", str(folder), "--prompt", "", "--json", *GREEDY]) == 0
+    assert len(records(capsys.readouterr().out)[0]["prompt_token_ids"]) == 1
+
+
 def test_a_dead_rank_is_one_line_and_its_log_with_exit_code_1(
     model: str, fake: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +316,30 @@ def test_ctrl_c_ends_it_quickly_and_leaves_no_process(model: str) -> None:
     while _alive_in_group(run.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _alive_in_group(run.pid)
+
+
+def test_ctrl_c_while_ranks_load_ends_it_at_once(model: str) -> None:
+    """Ranks that load look for no order: to wait for them to leave by themselves is to wait in vain."""
+    before = set(os.listdir("/dev/shm"))
+    run = subprocess.Popen(
+        command("generate", model, "--prompt", "a", "-tp", "2", "--device", "cpu"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "LOCKSTEP_FAULT": "load:1:sleep=100"},
+    )
+    assert wait_for(lambda: len(children_of(run.pid)) >= 2, 60)
+    ranks = children_of(run.pid)
+    time.sleep(1.0)
+    started = time.monotonic()
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert time.monotonic() - started < 1.5  # about 0.2 s
+    assert run.returncode == 130, err
+    assert err.splitlines()[1:] == ["interrupted"]
+    assert procs.wait_gone(ranks, 5) == []
+    assert set(os.listdir("/dev/shm")) <= before
 
 
 def _alive_in_group(group: int) -> bool:

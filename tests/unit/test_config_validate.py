@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,8 @@ BROKEN = [
     ({"gpu_memory_utilization": 90}, ["at most 1", "for 90 % write 0.9"]),
     ({"gpu_memory_utilization": float("nan")}, ["greater than 0 and at most 1"]),
     ({"kv_cache_memory_bytes": -1}, ["greater than 0"]),
+    ({"kv_cache_memory_bytes": "1X"}, ["no amount of memory", "2GiB", "1K is 1024"]),
+    ({"kv_cache_memory_bytes": 1 << 60}, ["memory that are free here", "use less than", "leave it out"]),
     ({"num_gpu_blocks_override": 0}, ["greater than 0"]),
     ({"max_num_seqs": 0}, ["greater than 0"]),
     ({"max_num_batched_tokens": 0}, ["greater than 0"]),
@@ -163,6 +166,40 @@ def test_more_ranks_than_cores_is_a_warning(model: str, monkeypatch: pytest.Monk
     with caplog.at_level(logging.WARNING, logger="lockstep.config"):
         resolve(build_config(model=model, tensor_parallel_size=2))
     assert "more than the 1 CPU core" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tp", "threads", "quota", "words"),
+    [
+        (1, 64, None, "threads_per_rank=64 on 1 rank makes 64 threads, more than the 4 CPUs here: .* use at most 4,"),
+        (2, 3, None, "threads_per_rank=3 on 2 ranks makes 6 threads, more than the 4 CPUs here: .* use at most 2,"),
+        (1, 2, 1.5, "threads_per_rank=2 on 1 rank makes 2 threads, more than the 1.5 CPUs here: .* use at most 1,"),
+        (2, 2, 8.0, None),
+        (1, None, 0.5, None),
+    ],
+)
+def test_more_threads_than_cores_is_a_warning(
+    tp: int,
+    threads: int | None,
+    quota: float | None,
+    words: str | None,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(validate, "usable_cpus", lambda: 4)
+    monkeypatch.setattr(validate, "quota", lambda: quota)
+    monkeypatch.setattr(logging.getLogger("lockstep"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="lockstep.config"):
+        resolve(build_config(model=model, tensor_parallel_size=tp, threads_per_rank=threads))
+    assert re.search(words, caplog.text) if words else not caplog.text
+
+
+def test_the_kv_cache_of_all_ranks_must_be_in_the_hosts_memory(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate, "host_available_bytes", lambda: 1 << 30)
+    resolve(build_config(model=model, kv_cache_memory_bytes="1GiB"))
+    with pytest.raises(ConfigError, match=r"\(1\.0 GiB\) on each of 2 ranks is more than the 1\.0 GiB .* less than 512\.0 MiB"):
+        resolve(build_config(model=model, kv_cache_memory_bytes="1GiB", tensor_parallel_size=2))
 
 
 def test_quantized_checkpoint_is_refused_by_its_method(tmp_path: Path) -> None:

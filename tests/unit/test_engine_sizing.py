@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -52,6 +53,15 @@ def test_never_more_than_the_requests_can_use():
 def test_kv_cache_memory_bytes_replaces_what_is_free():
     assert plan_memory(config(cache={"kv_cache_memory_bytes": 70_500}), SPEC, [rank(free=10**9)]).num_blocks == 70
     assert plan_memory(config(cache={"kv_cache_memory_bytes": 70_500}), SPEC, [rank(free=0)]).num_blocks == 70
+
+
+def test_memory_that_was_given_and_is_not_taken_is_told(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lockstep"), "propagate", True)
+    assert plan_memory(config(max_num_seqs=2, cache={"kv_cache_memory_bytes": 128_000}), SPEC, [rank()]).num_blocks == 128
+    assert plan_memory(config(max_num_seqs=2), SPEC, [rank(free=10**9)]).num_blocks == 128
+    assert not caplog.text
+    assert plan_memory(config(max_num_seqs=2, cache={"kv_cache_memory_bytes": 1 << 20}), SPEC, [rank()]).num_blocks == 128
+    assert "kv_cache_memory_bytes=1048576 (1.0 MiB): only 125.0 KiB are taken, because max_num_seqs=2 " in caplog.text
 
 
 def test_num_gpu_blocks_override_is_taken_at_its_word():

@@ -128,6 +128,43 @@ def test_a_bad_request_is_refused_before_any_runs(start: Callable[..., LLM], pro
         assert tokens(llm.generate("ok", SamplingParams(max_tokens=2, ignore_eos=True))), "the engine still works"
 
 
+def test_a_refused_prompt_is_named_by_its_place_and_no_bar_is_shown(start: Callable[..., LLM], capsys: pytest.CaptureFixture[str]) -> None:
+    with start() as llm:
+        llm.generate(["a", "b", "c"], LONG, use_tqdm=False)
+        capsys.readouterr()
+        for prompts, words in (
+            (["ok", ""], r"^prompts\[1\]: an empty prompt"),
+            (["ok", "ok", "x" * 400], r"^prompts\[2\]: the prompt has \d+ tokens, .*max_model_len=64"),
+            (["ok", [1, 99999]], r"^prompts\[1\]: prompt holds token id 99999"),
+            (["ok", 5], r"^prompts\[1\]: prompt is a int"),
+            ("", r"^an empty prompt"),
+        ):
+            with pytest.raises((RequestError, PromptError), match=words):
+                llm.generate(prompts, LONG)
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("form", ["\ud800", {"prompt": "\ud800"}, ["ok", "a\udc00"]])
+def test_half_a_surrogate_pair_is_no_text(start: Callable[..., LLM], form: Any) -> None:
+    which = r"prompts\[1\]: prompt has the lone surrogate '\\udc00' at position 1" if isinstance(form, list) else "^prompt has the lone"
+    with start() as llm, pytest.raises(PromptError, match=which):
+        llm.generate(form)
+
+
+def test_half_a_surrogate_pair_in_a_conversation_or_a_bad_word(start: Callable[..., LLM]) -> None:
+    with start() as llm:
+        with pytest.raises(PromptError, match="messages has the lone surrogate"):
+            llm.chat([{"role": "user", "content": "\ud800"}])
+        with pytest.raises(PromptError, match="bad_words has the lone surrogate"):
+            llm.generate("ok", SamplingParams(bad_words=["\ud800"]))
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0}, [{"temperature": 0}], {}, "greedy", 3])
+def test_sampling_params_of_another_kind_are_named(start: Callable[..., LLM], given: Any) -> None:
+    with start() as llm, pytest.raises(PromptError, match=r"sampling_params=.* is a \w+: give SamplingParams"):
+        llm.generate("ok", given)
+
+
 def test_impossible_parameters_are_value_errors() -> None:
     with pytest.raises(ValueError, match="temperature=-1"):
         SamplingParams(temperature=-1)

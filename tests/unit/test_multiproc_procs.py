@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from lockstep.distributed.progress import ProgressBoard
 from lockstep.executor import failure, wire
+from lockstep.executor.spawn import WorkerProcess, kill_all
 from lockstep.observability import logging as ours
 from lockstep.utils import procs
 from lockstep.utils.shm import Bell
@@ -168,6 +170,23 @@ def test_an_out_of_memory_kill_is_said() -> None:
     assert "rank 0 died in load (61 %): killed by SIGKILL by the out-of-memory killer." in str(error)
     assert "out-of-memory" not in str(failure.died(0, 1, board.read(0), "", [], " by the out-of-memory killer"))
     board.close()
+
+
+def test_a_rank_killed_while_it_shares_a_file_leaves_none() -> None:
+    """Ranks find out who shares memory by a file that has a name for a millisecond."""
+    code = "import time; from lockstep.distributed import nodes; print(nodes._write_token()[0], flush=True); time.sleep(100)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    ours, theirs = socket.socketpair()
+    worker = WorkerProcess(0, process, ours, -1, -1, born=procs.birth(process.pid))
+    assert process.stdout is not None
+    path = process.stdout.readline().decode().strip()
+    assert os.path.exists(path)
+    kill_all([worker])
+    assert not os.path.exists(path)
+    assert process.returncode == -signal.SIGKILL
+    worker.close()
+    theirs.close()
+    process.stdout.close()
 
 
 def test_a_closed_bell_is_silent():

@@ -45,6 +45,7 @@ def test_what_was_set_is_read() -> None:
     assert board.read(0).collective == 2
     cell.set(phase="idle")
     assert (board.read(0).collective, board.read(0).step) == (0, 12)
+    assert board.read(0).where() == "idle after step 12"
     assert board.read(1).phase == ""
     board.close()
     board.close()
