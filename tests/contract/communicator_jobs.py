@@ -17,7 +17,7 @@ from lockstep.distributed.communicators.staged import StagedCommunicator
 from lockstep.distributed.reduction_tree import ReductionTree, subtrees
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool, torch.float64, torch.int16]
-SUMMED = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.float64]
+SUMMED = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float64]
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, rank: int, salt: int = 0) -> torch.Tensor:
@@ -46,16 +46,20 @@ def all_reduce(c: Communicator, rank: int, size: int) -> None:
         parts = by_rank((3, 5), dtype, size)
         x = parts[rank].clone().to(c.device)
         c.all_reduce_(x)
-        same(x, sum(p.to(torch.float64) for p in parts).to(dtype), c.device)
+        same(x, sum(p.to(torch.int64 if not dtype.is_floating_point else torch.float64) for p in parts).to(dtype), c.device)
+    scalar = torch.tensor(float(rank + 1), device=c.device)
+    c.all_reduce_(scalar)
+    assert scalar.shape == () and scalar.item() == size * (size + 1) / 2
     strided = values((4, 6), torch.float32, rank).to(c.device).t()
     c.all_reduce_(strided)
     assert torch.equal(strided.cpu(), sum(by_rank((4, 6), torch.float32, size)).t())
     empty = torch.empty(0, 3, device=c.device)
     c.all_reduce_(empty)
-    noise = torch.randn(1000, generator=torch.Generator().manual_seed(rank)).to(c.device)
-    c.all_reduce_(noise)
-    bits = c.all_gather(noise.view(torch.int32)[None], 0)
-    assert (bits == bits[0]).all(), "ranks ended with different bits"
+    for dtype in (torch.float32, torch.float64):
+        noise = torch.randn(1000, dtype=dtype, generator=torch.Generator().manual_seed(rank)).to(c.device)
+        c.all_reduce_(noise)
+        bits = c.all_gather(noise.view(torch.int32)[None], 0)
+        assert (bits == bits[0]).all(), f"ranks ended with different bits of {dtype}"
 
 
 def all_gather(c: Communicator, rank: int, size: int) -> None:

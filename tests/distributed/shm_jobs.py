@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -83,8 +84,49 @@ DIFFERENT: dict[str, tuple[Callable[[Communicator], Any], Callable[[Communicator
     "size": (lambda c: c.all_reduce_(torch.zeros(4)), lambda c: c.all_reduce_(torch.zeros(5))),
     "dtype": (lambda c: c.all_reduce_(torch.zeros(4)), lambda c: c.all_reduce_(torch.zeros(8, dtype=torch.bfloat16))),
     "transfer": (lambda c: c.recv_(torch.zeros(4), 1), lambda c: c.send(torch.zeros(5), 0)),
+    "source": (lambda c: c.broadcast_(torch.zeros(4), 0), lambda c: c.broadcast_(torch.zeros(4), 1)),
+    "destination": (lambda c: c.gather(torch.zeros(4), 0, 0), lambda c: c.gather(torch.zeros(4), 1, 0)),
+    "shares": (lambda c: c.all_gatherv(torch.zeros(3), [3, 1], 0), lambda c: c.all_gatherv(torch.zeros(3), [1, 3], 0)),
+    "summed shares": (lambda c: c.reduce_scatterv(torch.zeros(4), [3, 1], 0), lambda c: c.reduce_scatterv(torch.zeros(4), [1, 3], 0)),
     "rows": (lambda c: c.all_to_allv(torch.zeros(4), [2, 2], [2, 1]), lambda c: c.all_to_allv(torch.zeros(4), [2, 2], [2, 2])),
 }
+
+
+def lost_beyond(rank: int, world_size: int, hosts: str, how: str) -> Any:
+    """The last rank, on another host than the first, dies or is late."""
+    gloo = GlooCommunicator(ps.get_world_group().cpu_group, torch.device("cpu"))
+    c = assemble(gloo, list(hosts), "test", 1.0 if how == "late" else 30.0, may_spin=False)
+    c.all_reduce_(torch.zeros(4))
+    if rank == world_size - 1:
+        time.sleep(0.3)  # the others wait by now
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(5.0)
+        return "late"
+    found = outcome(lambda: c.all_reduce_(torch.zeros(4)))
+    ps.cleanup_dist_env_and_memory()
+    return found
+
+
+def interrupted(rank: int, world_size: int, call: str) -> Any:
+    """Rank 0 gets SIGINT while it waits for rank 1."""
+    c = shared()
+    c.barrier()
+    if rank == 1:
+        time.sleep(1.5)
+        outcome(c.barrier)  # rank 0 may have come to this one
+        return outcome(c.barrier)[0]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    try:
+        CALLS[call](c)
+        kind = "nothing"
+    except KeyboardInterrupt:
+        kind = "KeyboardInterrupt"
+    took, after = time.monotonic() - began, outcome(c.barrier)[0]
+    time.sleep(2.0)  # rank 1 has looked
+    return kind, took, after
 
 
 def different(rank: int, world_size: int, what: str) -> Any:

@@ -59,11 +59,43 @@ def test_ranks_that_differ_are_told(what):
         "operation": ("all_reduce of 16 bytes of float32", "all_gather of 32 bytes of float32"),
         "size": ("all_reduce of 16 bytes", "all_reduce of 20 bytes"),
         "dtype": ("16 bytes of float32", "16 bytes of bfloat16"),
+        "source": ("broadcast of 16 bytes of float32 from place 0", "from place 1"),
+        "destination": ("gather of 32 bytes of float32 to place 0", "to place 1"),
+        "shares": ("all_gather of 16 bytes of float32 in uneven shares (no. ", "), rank"),
+        "summed shares": ("reduce_scatter of 16 bytes of float32 in uneven shares (no. ",),
         "transfer": ("send of 16 bytes", "send of 20 bytes"),
     }[what]
     assert all(part in text for part in wanted)
     if what != "transfer":
         assert all(part in outcomes[1][0] for part in wanted)
+
+
+def test_a_rank_that_dies_on_another_host_is_named_everywhere():
+    """Hosts a, a, b, b; rank 3 is killed while its leader, rank 2, and the other host's ranks wait."""
+    outcomes = run_ranks_outcomes(f"{J}:lost_beyond", 4, "aabb", "killed")
+    assert isinstance(outcomes[3], RankError)
+    text, took = outcomes[2]
+    assert "rank 3 of group test (pid " in text and "is dead" in text and took < 10, text
+    for rank in (0, 1):
+        text, took = outcomes[rank]
+        assert "rank 2, on another host, is gone or late: rank 0 waited" in text and took < 10, text
+
+
+def test_a_late_rank_of_another_host_is_named_everywhere():
+    """Hosts a, a, b; patience is 1 s. Rank 1 waits for its leader, and is told what the leader waited for."""
+    outcomes = run_ranks_outcomes(f"{J}:lost_beyond", 3, "aab", "late")
+    for rank in (0, 1):
+        text, took = outcomes[rank]
+        assert "rank 2, on another host, is gone or late: rank 0 waited for it, at most 1 s" in text and took < 3.5, text
+
+
+@pytest.mark.parametrize("call", ["barrier", "recv"])
+def test_control_c_ends_a_wait(call):
+    """The signal's exception comes out of the wait, and the ranks it leaves alone are told."""
+    first, second = run_ranks(f"{J}:interrupted", 2, call)
+    kind, took, after = first
+    assert kind == "KeyboardInterrupt" and took < 3 and "rank 0 of group test" in after and "interrupted by a signal" in after
+    assert "rank 0" in second and "interrupted by a signal" in second
 
 
 @pytest.mark.parametrize("how", ["sleeps", "as chosen"])
@@ -98,7 +130,7 @@ def test_the_choice():
     found = run_ranks(f"{J}:chosen", 3, "aba")
     assert [text.split(";")[0] for text in found] == [f"hierarchical: 3 ranks on 2 hosts, {n} of them here" for n in (2, 1, 2)]
     assert all(text == "gloo: no shared memory: every rank has a host of its own" for text in run_ranks(f"{J}:chosen", 2, "ab"))
-    for name, start in (("gloo", "gloo: LOCKSTEP_COMMUNICATOR says so"), ("hierarchical", "hierarchical: 2 ranks on 1 hosts")):
+    for name, start in (("gloo", "gloo: LOCKSTEP_COMMUNICATOR says so"), ("hierarchical", "hierarchical: 2 ranks on 1 host,")):
         assert run_ranks(f"{J}:chosen", 2, "aa", environ={"LOCKSTEP_COMMUNICATOR": name})[0].startswith(start)
     with pytest.raises(RankError, match="its ranks are on 2 hosts"):
         run_ranks(f"{J}:chosen", 3, "aab", environ={"LOCKSTEP_COMMUNICATOR": "shm"})

@@ -92,7 +92,6 @@ def test_shares_cover_everything_once(lib, threads, n):
         assert sizes.max() - sizes.min() <= 1
 
 
-@pytest.mark.parametrize("spin_ns", [0, SPIN_NS])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("n", [0, 1, 7, 500])
 def test_items_are_taken_once_and_the_quick_help_the_slow(lib, threads, n):

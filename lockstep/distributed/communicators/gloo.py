@@ -7,11 +7,18 @@ from torch import Tensor
 
 from lockstep.distributed.communicators.torch_pg import TorchCommunicator, as_bytes, tree_sum
 
+_ADDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64)  # by itself
+
 
 class GlooCommunicator(TorchCommunicator):
     """Host memory only; `StagedCommunicator` brings other devices' tensors here."""
 
     works_know_their_state = False
+
+    def all_reduce_(self, x: Tensor) -> None:
+        if x.dtype in _ADDS:
+            return super().all_reduce_(x)
+        x.copy_(tree_sum(self.all_gather(x.unsqueeze(0), 0)))
 
     def _sum_slices(self, x: Tensor) -> Tensor:
         received = torch.empty_like(x)

@@ -7,9 +7,13 @@ own, in float32, and leaders finish the tree. So the bits do not depend on which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial, reduce
 from itertools import pairwise
+from operator import add
 from typing import Any
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from lockstep.distributed.communicators.base import Communicator
 from lockstep.distributed.communicators.segment import members_here
-from lockstep.distributed.communicators.shm import SUMMED
+from lockstep.distributed.communicators.shm import SUMMED, ShmCommunicator
 from lockstep.distributed.communicators.torch_pg import TorchCommunicator, as_bytes
 from lockstep.distributed.handles import Handle
 from lockstep.distributed.reduction_tree import ADD, ReductionTree
@@ -43,10 +47,13 @@ class _Plan:
 class HierarchicalCommunicator(Communicator):
     """Sums, broadcasts and transfers within a host use shared memory; everything else is gloo's."""
 
-    def __init__(self, outer: TorchCommunicator, inner: Communicator, hosts: Sequence[str]) -> None:
-        """outer: gloo over all ranks. inner: this host's ranks, ascending. hosts: by rank, which one it sits on."""
+    def __init__(self, outer: TorchCommunicator, inner: ShmCommunicator, hosts: Sequence[str], timeout_s: float) -> None:
+        """outer: gloo over all ranks. inner: this host's ranks, ascending. hosts: by rank, which one it sits on.
+
+        timeout_s: how long a leader waits for another.
+        """
         super().__init__(outer.rank, outer.world_size, torch.device("cpu"))
-        self.outer, self.inner = outer, inner
+        self.outer, self.inner, self._timeout_s = outer, inner, timeout_s
         names = list(dict.fromkeys(hosts))
         self._host_of = [names.index(host) for host in hosts]
         self._members = [members_here(hosts, hosts.index(name)) for name in names]
@@ -67,8 +74,9 @@ class HierarchicalCommunicator(Communicator):
         total = x.contiguous()
         self.inner.all_reduce_(total)
         if self._place == 0:
-            for other in self._exchange([total] * len(self._leaders)):
-                total = total + other
+            parts = self._exchange([total] * len(self._leaders))
+            parts.insert(self._here, total)
+            total = reduce(add, parts)  # in the order of the hosts, on each of them
         self._hand_out(x, total)
 
     def combine(self, partials: Tensor, tree: ReductionTree) -> Tensor:
@@ -81,7 +89,7 @@ class HierarchicalCommunicator(Communicator):
             plan = self._plans[tree] = _plan(tree, self._host_of, self.rank)
         nodes = torch.stack([self.inner.combine(partials[a:b], local) for local, (a, b) in zip(plan.local, plan.mine, strict=True)])
         out = torch.empty(partials.shape[1:], dtype=dtype)
-        total = self._finish(plan, nodes.flatten(1), dtype) if self._place == 0 else out
+        total = self._finish(plan, nodes.reshape(len(nodes), -1), dtype) if self._place == 0 else out
         self._hand_out(out, total.view(out.shape))
         return out
 
@@ -107,19 +115,34 @@ class HierarchicalCommunicator(Communicator):
 
         rows, width: what host h sends has `rows[h]` rows of `width` (None: it is flat). rows None: the shape of what is given.
         """
-        handles, came = [], []
+        moves, came = [], []
         for host, leader in enumerate(self._leaders):
             if host == self._here:
                 continue
             shape = parts[host].shape if rows is None else (rows[host],) if width is None else (rows[host], width)
             came.append(parts[host].new_empty(shape))
             if came[-1].numel():
-                handles.append(self.outer.group.recv([as_bytes(came[-1])], leader, _TAG))
+                moves.append((leader, partial(self.outer.group.recv, [as_bytes(came[-1])], leader, _TAG)))
             if parts[host].numel():
-                handles.append(self.outer.group.send([as_bytes(parts[host])], leader, _TAG))
-        for handle in handles:
-            handle.wait()
+                moves.append((leader, partial(self.outer.group.send, [as_bytes(parts[host])], leader, _TAG)))
+        self._between_hosts(moves)
         return came
+
+    def _between_hosts(self, moves: Sequence[tuple[int, Callable[[], Any]]]) -> None:
+        """Start the transfers, each with the rank at its other end, and wait for them.
+
+        One that fails is this host's failure: its other ranks, which wait for this one, are told the cause.
+        """
+        until = time.monotonic() + self._timeout_s
+        at = 0
+        try:
+            under_way = [start() for _, start in moves]
+            for at, handle in enumerate(under_way):  # noqa: B007
+                handle.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
+        except RuntimeError as error:
+            cause = str(error).strip().partition("\n")[0]
+            waited = f"rank {self.rank} waited for it, at most {self._timeout_s:g} s"
+            self.inner.fail(f"rank {moves[at][0]}, on another host, is gone or late: {waited} ({cause}).")
 
     def _hand_out(self, x: Tensor, total: Tensor) -> None:
         """The leader's `total` into every member's `x`."""
@@ -133,10 +156,9 @@ class HierarchicalCommunicator(Communicator):
         if dense.numel():
             if self.rank == src:
                 leaders = [leader for host, leader in enumerate(self._leaders) if host != home]
-                for handle in [self.outer.group.send([as_bytes(dense)], leader, _TAG) for leader in leaders]:
-                    handle.wait()
+                self._between_hosts([(leader, partial(self.outer.group.send, [as_bytes(dense)], leader, _TAG)) for leader in leaders])
             elif self._place == 0 and self._here != home:
-                self.outer.group.recv([as_bytes(dense)], src, _TAG).wait()
+                self._between_hosts([(src, partial(self.outer.group.recv, [as_bytes(dense)], src, _TAG))])
             self.inner.broadcast_(dense, self._members[home].index(src) if self._here == home else 0)
         if dense is not x:
             x.copy_(dense)

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ def open_groups(
     may_spin: the same on all ranks of a host. Raises SegmentError on every rank when one could not create or open its segment.
     """
     here = members_here(hosts, comm.rank)
-    place, world = here.index(comm.rank), len(here)
+    place, world, numbers = here.index(comm.rank), len(here), array("q", here)
     size = lib.shm_bytes(world, slot_bytes, ring_bytes)
     offer, fd, group, error = _Offer(), -1, 0, ""
     try:
@@ -103,7 +104,7 @@ def open_groups(
         if not error:
             try:
                 fd = fd if place == 0 else os.open(f"/proc/{offer.pid}/fd/{offer.fd}", os.O_RDWR | os.O_CLOEXEC)
-                group = lib.shm_new(fd, place, world, slot_bytes, ring_bytes, timeout_s, may_spin, name)
+                group = lib.shm_new(fd, place, world, slot_bytes, ring_bytes, timeout_s, may_spin, name, numbers.buffer_info()[0])
                 if place == 0:
                     lib.shm_sign(group, offer.token)
             except (OSError, RuntimeError, ValueError) as e:

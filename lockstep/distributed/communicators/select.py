@@ -29,6 +29,7 @@ from lockstep.utils import env
 from lockstep.utils.cores import quota
 
 _log = get_logger(__name__)
+LEADER_GRACE_S = 2.0
 CHOICES = ("auto", "gloo", "shm", "hierarchical")
 
 
@@ -68,13 +69,16 @@ def assemble(
     hosts: by rank. Collective over `gloo`. Raises SegmentError on all ranks where one of them cannot share memory.
     """
     lib = library()
-    handle = open_groups(lib, gloo, hosts, name, timeout_s, may_spin)
     here, count = members_here(hosts, gloo.rank), len(set(hosts))
-    if count == 1 and not spanning:
+    spanning |= count > 1
+    # Who waits for a leader waits longer than the leader does, which knows the cause.
+    handle = open_groups(lib, gloo, hosts, name, timeout_s + (LEADER_GRACE_S if spanning else 0.0), may_spin)
+    if not spanning:
         shared = ShmCommunicator(lib, handle, gloo.rank, gloo.world_size, gloo)
         return _because(shared, f"{gloo.world_size} ranks on one host")
     inner = ShmCommunicator(lib, handle, here.index(gloo.rank), len(here), None)
-    return _because(HierarchicalCommunicator(gloo, inner, hosts), f"{gloo.world_size} ranks on {count} hosts, {len(here)} of them here")
+    where = f"{gloo.world_size} ranks on {count} host{'s' if count > 1 else ''}, {len(here)} of them here"
+    return _because(HierarchicalCommunicator(gloo, inner, hosts, timeout_s), where)
 
 
 def explain(communicator: Communicator) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Sequence
 from math import prod
@@ -36,6 +37,9 @@ class ShmCommunicator(Communicator):
         self._lib, self.native_handle, self.inner = lib, group, inner
         self._reduce = lib.shm_all_reduce
         self._unfinished: set[_Transfer] = set()
+        # Dropped without close(), it frees itself; not before its transfers are done, which hold it.
+        self._free = weakref.finalize(self, lib.shm_free, group)
+        self._free.atexit = False
 
     def all_reduce_(self, x: Tensor) -> None:
         dtype = SUMMED.get(x.dtype)
@@ -66,14 +70,14 @@ class ShmCommunicator(Communicator):
     def gather(self, x: Tensor, dst: int, dim: int) -> Tensor | None:
         sizes = [x.shape[dim]] * self.world_size
         out = x.new_empty(_resized(x, dim, sum(sizes))) if self.rank == dst else None
-        self._join(self._lib.shm_gather, x, out, sizes, dim)
+        self._join(self._lib.shm_gather, x, out, sizes, dim, dst)
         return out
 
-    def _join(self, function: Any, x: Tensor, out: Tensor | None, sizes: Sequence[int], dim: int) -> None:
+    def _join(self, function: Any, x: Tensor, out: Tensor | None, sizes: Sequence[int], dim: int, *more: int) -> None:
         x = x.contiguous()
         outer, unit = prod(x.shape[:dim]), prod(x.shape[dim + 1 :]) * x.element_size()
         inner = array("q", [size * unit for size in sizes])
-        function(self._group, x.data_ptr(), 0 if out is None else out.data_ptr(), outer, _at(inner), SUMMED.get(x.dtype, _OTHER))
+        function(self._group, x.data_ptr(), 0 if out is None else out.data_ptr(), outer, _at(inner), *more, SUMMED.get(x.dtype, _OTHER))
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         return self.reduce_scatterv(x, [x.shape[dim] // self.world_size] * self.world_size, dim)
@@ -127,9 +131,13 @@ class ShmCommunicator(Communicator):
     def barrier(self) -> None:
         self._lib.shm_barrier(self._group)
 
+    def fail(self, reason: str) -> None:
+        """Keep the group failed and tell the other ranks why. Raises RuntimeError."""
+        self._lib.shm_fail(self._group, reason)
+
     def close(self) -> None:
         if self.native_handle:
-            self._lib.shm_free(self.native_handle)
+            self._free()
             self.native_handle, self._reduce = 0, _closed
             self._unfinished.clear()
         if self.inner is not None:

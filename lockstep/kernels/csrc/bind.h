@@ -44,27 +44,38 @@ PyObject* to_python(T v) {
   else return PyLong_FromLongLong(v);
 }
 
+// A Python exception is set in this thread.
+struct PythonError : std::exception {
+  const char* what() const noexcept override { return "a Python exception"; }
+};
+
+// The state of the interpreter's thread that this one is, while it is within a call without the interpreter's lock.
+inline thread_local PyThreadState* python_thread = nullptr;
+
 template <auto F, class R, class... A, size_t... I>
 PyObject* call(PyObject* const* args, std::index_sequence<I...>) {
   std::tuple<A...> a;
   if (!(from_python(args[I], std::get<I>(a)) && ...)) return nullptr;
-  PyThreadState* lock = PyEval_SaveThread();
+  python_thread = PyEval_SaveThread();
+  auto back = [] { PyEval_RestoreThread(std::exchange(python_thread, nullptr)); };
   try {
     if constexpr (std::is_void_v<R>) {
       F(std::get<I>(a)...);
-      PyEval_RestoreThread(lock);
+      back();
       Py_INCREF(Py_None);
       return Py_None;
     } else {
       R r = F(std::get<I>(a)...);
-      PyEval_RestoreThread(lock);
+      back();
       return to_python(r);
     }
+  } catch (const PythonError&) {
+    back();
   } catch (const std::invalid_argument& e) {
-    PyEval_RestoreThread(lock);
+    back();
     PyErr_SetString(PyExc_ValueError, e.what());
   } catch (const std::exception& e) {
-    PyEval_RestoreThread(lock);
+    back();
     PyErr_SetString(PyExc_RuntimeError, e.what());
   }
   return nullptr;

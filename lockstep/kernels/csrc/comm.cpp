@@ -11,7 +11,7 @@ namespace lockstep {
 void all_reduce(ShmGroup& g, void* x, int64_t n, int64_t dtype);
 void combine(ShmGroup& g, const float* in, float* out, const int64_t* counts, const int64_t* code, int64_t n_code, int64_t n);
 void reduce_scatter(ShmGroup& g, const void* in, void* out, const int64_t* counts, int64_t dtype);
-void gather(ShmGroup& g, Call call, int64_t dtype, const char* in, char* out, int64_t outer, const int64_t* inner);
+void gather(ShmGroup& g, Call call, int64_t dtype, const char* in, char* out, int64_t outer, const int64_t* inner, uint64_t detail);
 void broadcast(ShmGroup& g, char* x, int64_t bytes, int src, int64_t dtype);
 void all_to_all(ShmGroup& g, const char* in, char* out, const int64_t* send, const int64_t* recv, int64_t dtype);
 
@@ -21,9 +21,11 @@ Group* group_of(void* handle) { return static_cast<ShmGroup*>(handle); }
 namespace {
 
 int64_t shm_bytes(int64_t world, int64_t slot_bytes, int64_t ring_bytes) { return int64_t(ShmGroup::bytes(int(world), size_t(slot_bytes), size_t(ring_bytes))); }
-ShmGroup* shm_new(int64_t fd, int64_t rank, int64_t world, int64_t slot_bytes, int64_t ring_bytes, double timeout_s, bool may_spin, const char* name) {
-  return new ShmGroup(int(fd), int(rank), int(world), size_t(slot_bytes), size_t(ring_bytes), timeout_s, may_spin, name);
+ShmGroup* shm_new(int64_t fd, int64_t rank, int64_t world, int64_t slot_bytes, int64_t ring_bytes, double timeout_s, bool may_spin, const char* name,
+                   const int64_t* ranks) {
+  return new ShmGroup(int(fd), int(rank), int(world), size_t(slot_bytes), size_t(ring_bytes), timeout_s, may_spin, name, ranks);
 }
+void shm_fail(ShmGroup* g, const char* reason) { g->fail(reason); }
 void shm_free(ShmGroup* g) { delete g; }
 void shm_barrier(ShmGroup* g) { g->sync(make_tag(Call::Barrier, 255, 0)); }
 void shm_all_reduce(ShmGroup* g, void* x, int64_t n, int64_t dtype) { all_reduce(*g, x, n, dtype); }
@@ -32,11 +34,11 @@ void shm_combine(ShmGroup* g, const float* in, float* out, const int64_t* counts
 }
 void shm_reduce_scatter(ShmGroup* g, const void* in, void* out, const int64_t* counts, int64_t dtype) { reduce_scatter(*g, in, out, counts, dtype); }
 void shm_all_gather(ShmGroup* g, const void* in, char* out, int64_t outer, const int64_t* inner, int64_t dtype) {
-  gather(*g, Call::AllGather, dtype, static_cast<const char*>(in), out, outer, inner);
+  gather(*g, Call::AllGather, dtype, static_cast<const char*>(in), out, outer, inner, shares_of(inner, g->world));
 }
 // out: null where this rank only gives.
-void shm_gather(ShmGroup* g, const void* in, char* out, int64_t outer, const int64_t* inner, int64_t dtype) {
-  gather(*g, Call::Gather, dtype, static_cast<const char*>(in), out, outer, inner);
+void shm_gather(ShmGroup* g, const void* in, char* out, int64_t outer, const int64_t* inner, int64_t dst, int64_t dtype) {
+  gather(*g, Call::Gather, dtype, static_cast<const char*>(in), out, outer, inner, uint64_t(dst) + 1);
 }
 void shm_broadcast(ShmGroup* g, char* x, int64_t bytes, int64_t src, int64_t dtype) { broadcast(*g, x, bytes, int(src), dtype); }
 void shm_all_to_all(ShmGroup* g, const void* in, char* out, const int64_t* send, const int64_t* recv, int64_t dtype) {
@@ -60,7 +62,7 @@ extern const std::vector<PyMethodDef> comm_methods;
 const std::vector<PyMethodDef> comm_methods = {
     BIND(shm_bytes),   BIND(shm_new),     BIND(shm_free),           BIND(shm_sign),       BIND(shm_signed),
     BIND(shm_barrier), BIND(shm_combine), BIND(shm_reduce_scatter), BIND(shm_all_reduce), BIND(shm_all_gather), BIND(shm_gather),
-    BIND(shm_broadcast), BIND(shm_all_to_all), BIND(shm_send), BIND(shm_receive), BIND(shm_test), BIND(shm_wait), BIND(shm_drop),
+    BIND(shm_broadcast), BIND(shm_all_to_all), BIND(shm_send), BIND(shm_receive), BIND(shm_test), BIND(shm_wait), BIND(shm_drop), BIND(shm_fail),
 };
 
 }  // namespace lockstep

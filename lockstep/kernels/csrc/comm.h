@@ -15,8 +15,17 @@ namespace lockstep {
 enum class Call : uint8_t { Step, Barrier, AllReduce, AllGather, ReduceScatter, Gather, Broadcast, AllToAll, Combine, Send };
 
 // A tag for sync: ranks that do the same have the same one. dtype: a number of SUMMED in shm.py (255: bytes of any kind).
-constexpr uint64_t make_tag(Call call, int dtype, uint64_t bytes) {
-  return uint64_t(call) << 56 | uint64_t(dtype & 255) << 48 | (bytes & 0xffffffffffff);
+// detail: what else they must agree on, 0 to 255: a rank + 1, or shares_of.
+constexpr uint64_t make_tag(Call call, int dtype, uint64_t bytes, uint64_t detail = 0) {
+  return uint64_t(call) << 56 | uint64_t(dtype & 255) << 48 | (detail & 255) << 40 | (bytes & 0xffffffffff);
+}
+
+// A mark of ranks' shares that two different lists hardly have in common; 0 for equal shares.
+inline uint64_t shares_of(const int64_t* shares, int world) {
+  bool equal = true;
+  uint64_t mark = 14695981039346656037u;  // FNV-1a
+  for (int r = 0; r < world; r++) equal &= shares[r] == shares[0], mark = (mark ^ uint64_t(shares[r])) * 1099511628211u;
+  return equal ? 0 : 1 + (mark ^ mark >> 32) % 255;
 }
 
 class Group {

@@ -10,12 +10,15 @@ namespace lockstep {
 std::string tag_text(uint64_t tag) {
   static const char* calls[] = {"", "barrier", "all_reduce", "all_gather", "reduce_scatter", "gather", "broadcast", "all_to_all", "combine", "send"};
   static const char* dtypes[] = {"float32", "bfloat16", "float16", "int8", "uint8", "bool", "int16", "int32", "int64", "float64"};
-  size_t call = size_t(tag >> 56), dtype = size_t(tag >> 48) & 255, bytes = size_t(tag & 0xffffffffffff);
+  size_t call = size_t(tag >> 56), dtype = size_t(tag >> 48) & 255, bytes = size_t(tag & 0xffffffffff), detail = size_t(tag >> 40) & 255;
   if (Call(call) == Call::Step) return "operation " + std::to_string(tag >> 32) + " of a model step (detail " + std::to_string(tag & 0xffffffff) + ")";
   std::string text = call < sizeof calls / sizeof *calls ? calls[call] : "call " + std::to_string(call);
   if (Call(call) == Call::Barrier) return text;
   text += " of " + std::to_string(bytes) + " bytes";
   if (dtype < sizeof dtypes / sizeof *dtypes) text += std::string(" of ") + dtypes[dtype];
+  if (detail && Call(call) == Call::Broadcast) text += " from place " + std::to_string(detail - 1);
+  else if (detail && Call(call) == Call::Gather) text += " to place " + std::to_string(detail - 1);
+  else if (detail) text += " in uneven shares (no. " + std::to_string(detail) + ")";
   return text;
 }
 

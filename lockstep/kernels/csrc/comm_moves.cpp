@@ -20,12 +20,12 @@ static void place(char* out, const char* from, int64_t at, int64_t n, int64_t in
   }
 }
 
-// Every rank's [outer, inner[r]] bytes joined along the second dim, into out; a null `out` only gives.
-void gather(ShmGroup& g, Call call, int64_t dtype, const char* in, char* out, int64_t outer, const int64_t* inner) {
+// Every rank's [outer, inner[r]] bytes joined along the second dim, into out; a null `out` only gives. detail: of the tag.
+void gather(ShmGroup& g, Call call, int64_t dtype, const char* in, char* out, int64_t outer, const int64_t* inner, uint64_t detail) {
   int64_t stride = 0, step = round_bytes(g), before = 0;
   for (int r = 0; r < g.world; r++) stride += inner[r];
   int64_t rounds = rounds_for(outer * *std::max_element(inner, inner + g.world), step);
-  uint64_t tag = make_tag(call, int(dtype), uint64_t(outer * stride));
+  uint64_t tag = make_tag(call, int(dtype), uint64_t(outer * stride), detail);
   for (int64_t k = 0; k < rounds; k++) {
     int64_t at = k * step;
     auto some = [&](int r) { return std::max<int64_t>(0, std::min(step, outer * inner[r] - at)); };
@@ -40,7 +40,7 @@ void gather(ShmGroup& g, Call call, int64_t dtype, const char* in, char* out, in
 void broadcast(ShmGroup& g, char* x, int64_t bytes, int src, int64_t dtype) {
   std::vector<int64_t> sizes(size_t(g.world), 0);
   sizes[size_t(src)] = bytes;
-  gather(g, Call::Broadcast, dtype, x, g.rank == src ? nullptr : x, 1, sizes.data());
+  gather(g, Call::Broadcast, dtype, x, g.rank == src ? nullptr : x, 1, sizes.data(), uint64_t(src) + 1);
 }
 
 // send[r] bytes, one after another in `in`, go to rank r; recv[r] come from it. Ranks tell each other how much in the first
@@ -62,7 +62,7 @@ void all_to_all(ShmGroup& g, const char* in, char* out, const int64_t* send, con
       const int64_t* theirs = reinterpret_cast<const int64_t*>(g.slot_after(r));
       rounds = std::max(rounds, rounds_for(*std::max_element(theirs, theirs + w), piece));
       if (theirs[g.rank] != recv[r])
-        g.fail("all_to_all: rank " + std::to_string(r) + " sends " + std::to_string(theirs[g.rank]) + " bytes to rank " + std::to_string(g.rank) + ", which expects " +
+        g.fail("all_to_all: rank " + g.number(r) + " sends " + std::to_string(theirs[g.rank]) + " bytes to rank " + g.number(g.rank) + ", which expects " +
                std::to_string(recv[r]));
     }
     for (int r = 0; r < w; r++)
@@ -83,7 +83,7 @@ void reduce_scatter(ShmGroup& g, const void* in_, void* out_, const int64_t* cou
     for (int r = 0; r < w; r++) begin[size_t(r) + 1] = begin[size_t(r)] + counts[r];
     std::vector<const T*> leaves(static_cast<size_t>(w));
     int64_t rounds = rounds_for(*std::max_element(counts, counts + w), piece);
-    uint64_t tag = make_tag(Call::ReduceScatter, int(dtype), uint64_t(begin[size_t(w)]) * sizeof(T));
+    uint64_t tag = make_tag(Call::ReduceScatter, int(dtype), uint64_t(begin[size_t(w)]) * sizeof(T), shares_of(counts, w));
     for (int64_t k = 0; k < rounds; k++) {
       auto some = [&](int r) { return std::max<int64_t>(0, std::min(piece, counts[r] - k * piece)); };
       for (int r = 0; r < w; r++)

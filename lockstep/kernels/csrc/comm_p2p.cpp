@@ -26,6 +26,7 @@ struct Transfer {
 
 constexpr size_t PIECE = 128 << 10;  // published at once: the other side copies one while this side copies the next
 constexpr double SLICE_S = 0.05, BUSY_SLICE_S = 0.0005;
+constexpr double LONGEST_NAP_S = 0.02;
 
 static void copy_in(char* ring, size_t size, uint32_t at, const char* from, size_t n) {
   size_t place = at & (size - 1), first = std::min(n, size - place);
@@ -98,12 +99,17 @@ void ShmGroup::help() {
   sched_setaffinity(0, sizeof all, &all);
 #endif
   std::unique_lock<std::mutex> hold(moving_);
+  double nap = BUSY_SLICE_S;  // longer and longer while nothing moves: a transfer may wait for minutes, or for ever
   while (!stop_) {
     if (!pending()) {
       posted_.wait(hold);
-      continue;
+      nap = BUSY_SLICE_S;
+    } else if (advance()) {
+      nap = BUSY_SLICE_S;
+    } else {
+      posted_.wait_for(hold, std::chrono::duration<double>(nap));
+      nap = std::min(2 * nap, LONGEST_NAP_S);
     }
-    if (!advance()) posted_.wait_for(hold, std::chrono::duration<double>(BUSY_SLICE_S));
   }
 }
 
@@ -132,6 +138,7 @@ bool ShmGroup::test(Transfer* t) {
   if (!t->error.empty()) fail(t->error);
   if (double now = now_s(); now - t->looked > SLICE_S) {
     t->looked = now;
+    heed_signals();
     look_at(t->peer, (t->send ? "send" : "receive") + tag_text(t->tag).substr(4), t->since, [&] {
       std::lock_guard<std::mutex> hold(moving_);
       return advance() || t->finished;

@@ -29,8 +29,9 @@ struct Layout {
 
 size_t ShmGroup::bytes(int world, size_t slot_bytes, size_t ring_bytes) { return Layout(size_t(world), slot_bytes, ring_bytes).end; }
 
-ShmGroup::ShmGroup(int fd, int rank_, int world_, size_t slot_bytes_, size_t ring_bytes, double timeout_s, bool may_spin, const char* name)
-    : name_(name), timeout_s_(timeout_s), may_spin_(may_spin), ring_bytes_(ring_bytes), sends_(size_t(world_)), receives_(size_t(world_)) {
+ShmGroup::ShmGroup(int fd, int rank_, int world_, size_t slot_bytes_, size_t ring_bytes, double timeout_s, bool may_spin, const char* name,
+                   const int64_t* ranks)
+    : name_(name), ranks_(ranks, ranks + world_), timeout_s_(timeout_s), may_spin_(may_spin), ring_bytes_(ring_bytes), sends_(size_t(world_)), receives_(size_t(world_)) {
   if (world_ < 1 || world_ > MAX_WORLD || rank_ < 0 || rank_ >= world_) throw std::invalid_argument("rank or world size out of range");
   if (ring_bytes & (ring_bytes - 1)) throw std::invalid_argument("ring_bytes must be a power of two");
   rank = rank_, world = world_, slot_bytes = slot_bytes_;
@@ -68,20 +69,34 @@ ShmGroup::~ShmGroup() {
   munmap(base_, mapped_);
 }
 
-std::string ShmGroup::who(int r) const { return "rank " + std::to_string(r) + " of group " + name_ + " (pid " + std::to_string(lines_[r].pid) + ")"; }
+std::string ShmGroup::who(int r) const { return "rank " + number(r) + " of group " + name_ + " (pid " + std::to_string(lines_[r].pid) + ")"; }
 
 void ShmGroup::check() const {
   if (!failed_.empty()) throw std::runtime_error(failed_);
 }
 
-void ShmGroup::fail(const std::string& text) {
+void ShmGroup::tell_failed(const std::string& text) {
   Line& mine = lines_[rank];
   failed_ = text;
   strncpy(mine.reason, text.c_str(), sizeof mine.reason - 1);
   mine.presence.store(uint32_t(Presence::Failed));
   header_->bell.fetch_add(1);  // whoever waits for this rank looks at once
   futex_wake_all(&header_->bell, true);
+}
+
+void ShmGroup::fail(const std::string& text) {
+  tell_failed(text);
   throw std::runtime_error(text);
+}
+
+// Runs Python's signal handlers. One that raises (Ctrl-C) has left the others alone in this operation.
+void ShmGroup::heed_signals() {
+  try {
+    check_signals();
+  } catch (...) {
+    tell_failed("rank " + number(rank) + " of group " + name_ + " (pid " + std::to_string(getpid()) + ") was interrupted by a signal.");
+    throw;
+  }
 }
 
 void ShmGroup::look_at(int peer, const std::string& what, double since, const std::function<bool()>& done) {
@@ -96,7 +111,7 @@ void ShmGroup::look_at(int peer, const std::string& what, double since, const st
                                       (line.arrived.load() ? tag_text(line.tag[line.arrived.load() & 1].load()) : std::string("nothing"));
   // What it did before it went counts.
   if (why.empty() || done()) return;
-  fail(what + ": " + who(peer) + why + ". Rank " + std::to_string(rank) + " (pid " + std::to_string(getpid()) + ") waited for " + seconds_text(waited) + ".");
+  fail(what + ": " + who(peer) + why + ". Rank " + number(rank) + " (pid " + std::to_string(getpid()) + ") waited for " + seconds_text(waited) + ".");
 }
 
 bool ShmGroup::all_arrived(uint32_t epoch) const {
@@ -137,6 +152,7 @@ void ShmGroup::wait_for(int r, uint32_t epoch, uint64_t tag) {
     double now = now_s();
     if (now - looked >= SLICE_S || presence != Presence::Here) {
       looked = now;
+      heed_signals();
       for (int p = 0; p < world; p++)
         if (int32_t(lines_[p].arrived.load() - epoch) < 0) look_at(p, tag_text(tag), since, [&] { return int32_t(lines_[p].arrived.load() - epoch) >= 0; });
     }
@@ -148,7 +164,7 @@ void ShmGroup::check_tags(uint32_t epoch, uint64_t tag) {
   for (int r = 0; r < world; r++) {
     uint64_t theirs = lines_[r].tag[epoch & 1].load(std::memory_order_relaxed);
     if (theirs != tag)
-      fail("ranks of group " + name_ + " differ: rank " + std::to_string(rank) + " (pid " + std::to_string(getpid()) + ") entered " + tag_text(tag) + ", " + who(r) + " entered " +
+      fail("ranks of group " + name_ + " differ: rank " + number(rank) + " (pid " + std::to_string(getpid()) + ") entered " + tag_text(tag) + ", " + who(r) + " entered " +
            tag_text(theirs) + ".");
   }
 }

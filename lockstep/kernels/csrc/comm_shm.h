@@ -48,8 +48,9 @@ struct Transfer;  // a send or receive under way: comm_p2p.cpp
 
 class ShmGroup : public Group {
  public:
-  // Maps `fd` (kept by the caller). Throws std::runtime_error where it cannot.
-  ShmGroup(int fd, int rank, int world, size_t slot_bytes, size_t ring_bytes, double timeout_s, bool may_spin, const char* name);
+  // Maps `fd` (kept by the caller). ranks [world]: what messages call them. Throws std::runtime_error where it cannot.
+  ShmGroup(int fd, int rank, int world, size_t slot_bytes, size_t ring_bytes, double timeout_s, bool may_spin, const char* name,
+           const int64_t* ranks);
   ~ShmGroup() override;
   static size_t bytes(int world, size_t slot_bytes, size_t ring_bytes);
 
@@ -59,8 +60,10 @@ class ShmGroup : public Group {
   bool may_spin() const { return may_spin_; }
   char* token() { return header_->token; }
 
+  std::string number(int r) const { return std::to_string(ranks_[size_t(r)]); }  // what messages call rank r
   // Keeps this group failed, tells the other ranks, throws.
   [[noreturn]] void fail(const std::string& text);
+  void tell_failed(const std::string& text);
 
   // Sends or receives (comm_p2p.cpp): what can be moved is moved at once; null when that was all. dtype: see make_tag.
   Transfer* post(bool send, int peer, char* data, size_t bytes, int dtype);
@@ -78,12 +81,14 @@ class ShmGroup : public Group {
   void look_at(int peer, const std::string& what, double since, const std::function<bool()>& done);
   void check() const;
   std::string who(int r) const;
+  void heed_signals();
   bool advance();                  // all transfers, as far as they go; whether anything moved
   bool advance(Transfer& t);
   void help();                     // the helper thread's work
   bool pending() const;
 
   std::string name_, failed_;
+  std::vector<int64_t> ranks_;
   double timeout_s_;
   bool may_spin_;
   uint32_t epoch_ = 0;

@@ -6,6 +6,16 @@ extern const std::vector<PyMethodDef> program_methods, packed_methods, linear_me
     selftest_methods;
 }
 
+namespace lockstep {
+void check_signals() {
+  if (!python_thread) return;
+  PyEval_RestoreThread(python_thread);
+  const bool raised = PyErr_CheckSignals() != 0;
+  python_thread = PyEval_SaveThread();
+  if (raised) throw PythonError();
+}
+}  // namespace lockstep
+
 static const char* variant() { return LOCKSTEP_VARIANT; }
 
 PyMODINIT_FUNC PyInit__lockstep_kernels() {

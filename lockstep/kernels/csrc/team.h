@@ -16,6 +16,8 @@ namespace lockstep {
 
 double now_s();  // a monotonic clock
 void relax();    // tells the CPU that this thread spins
+// Runs Python's signal handlers where this thread came from Python's main thread; throws when one raises.
+void check_signals();
 // How long a wait spins before it sleeps. Where cores are shared with other ranks, 0 is right.
 extern std::atomic<int64_t> spin_ns;
 
