@@ -1,5 +1,8 @@
 // What no product can beat on this machine: reading memory, and multiplying what is already in registers.
 #include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -78,3 +81,33 @@ extern "C" double limits_peak() {
   return 0;
 #endif
 }
+
+#if defined(LIMITS_MAIN)
+struct Core {
+  int core;
+  double gflops;
+};
+static void* peak_of(void* argument) {
+  Core* on = (Core*)argument;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(on->core, &set);
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+  limits_peak();  // the clock settles
+  on->gflops = limits_peak();
+  return nullptr;
+}
+
+// gemm_limits CORE...: GFLOP/s of one thread on each of these cores, all at once, together.
+int main(int count, char** arguments) {
+  Core cores[64];
+  pthread_t ids[64];
+  double sum = 0;
+  for (int i = 1; i < count && i < 64; i++) {
+    cores[i].core = atoi(arguments[i]);
+    pthread_create(&ids[i], nullptr, peak_of, &cores[i]);
+  }
+  for (int i = 1; i < count && i < 64; i++) pthread_join(ids[i], nullptr), sum += cores[i].gflops;
+  printf("%.1f\n", sum);
+}
+#endif

@@ -1,4 +1,4 @@
-"""The limit of decode on a CPU: how fast memory can be read at this moment."""
+"""The limits of a CPU at this moment: how fast memory can be read (decode), and how fast it multiplies bfloat16 (prefill)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compile_c(source: Path, folder: Path) -> Path | None:
     if compiler is None:
         return None
     program = folder / source.stem
-    subprocess.run([compiler, "-O3", "-march=native", "-pthread", "-o", str(program), str(source)], check=True, timeout=60)
+    subprocess.run([compiler, "-O3", "-march=native", "-pthread", "-DLIMITS_MAIN", "-o", str(program), str(source)], check=True, timeout=60)
     return program
 
 
@@ -33,12 +33,20 @@ class Bandwidth:
         self.cores = list(cores)
         self._folder = tempfile.TemporaryDirectory(prefix="bandwidth-")
         self._program = compile_c(HERE / "memread.c", Path(self._folder.name))
+        self._peak = compile_c(HERE.parent / "gemm_limits.cpp", Path(self._folder.name))
 
     def gbps(self, threads: int, huge: bool, mib: int = _MIB, repeats: int = _REPEATS) -> float:
         """Median read bandwidth in GB/s of `threads` threads over `mib` MiB in all, on huge or 4 KiB pages."""
         if self._program is None:
             return machine.read_bandwidth_gbps(threads, mib // threads, repeats)
         return float(self._ask(threads, huge, mib, repeats)["median_GBps"])
+
+    def gflops(self) -> float:
+        """GFLOP/s in bfloat16 of all cores together, on registers; 0 where that cannot be told."""
+        if self._peak is None:
+            return 0.0
+        done = subprocess.run([str(self._peak), *map(str, self.cores)], check=True, capture_output=True, text=True, timeout=120)
+        return float(done.stdout)
 
     def all(self) -> dict[str, float]:
         """GB/s by "<threads>t_4k" and "<threads>t_huge", for one thread and for one on every core; and how many of the
@@ -66,6 +74,16 @@ def streamed_bytes(model: Path, bytes_per_weight: int) -> int:
     tied = json.loads((model / "config.json").read_text()).get("tie_word_embeddings", False)
     skipped = () if tied else ("embed_tokens.weight",)
     return sum(_product(shape) for name, shape in shapes.items() if not name.endswith(skipped)) * bytes_per_weight
+
+
+def prefill_flops(model: Path, length: int) -> float:
+    """Multiplications and additions for each token of a prompt of `length`: all layers' products, and attention's two."""
+    config = json.loads((model / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    width = heads * config.get("head_dim", config["hidden_size"] // heads)
+    attention = config["num_hidden_layers"] * 2 * width * (length + 1) / 2
+    vocabulary = config["vocab_size"] * config["hidden_size"]  # the head computes one token of each prompt
+    return 2 * (streamed_bytes(model, 1) - vocabulary + attention)
 
 
 def last_cache_bytes() -> int:

@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import engines as kinds
 import metrics
-from bandwidth import Bandwidth, last_cache_bytes, streamed_bytes
+from bandwidth import Bandwidth, last_cache_bytes, prefill_flops, streamed_bytes
 from children import Child, ChildError, turn
 from engines import Engine, Run
 from metrics import Metric, Patience
@@ -118,9 +119,7 @@ class Comparison:
 
     def _rounds(self, metric: Metric) -> None:
         """One metric: rounds of all engines; a line for each, the ratios, and the limit where there is one."""
-        bytes_per_token = self._streamed_bytes() if metric.name == "decode_tok_s_b1" else 0
-        every_core = len(self.run.cores)
-        probe = (lambda: self.bandwidth.gbps(every_core, huge=True, repeats=3)) if bytes_per_token else None
+        probe, per_token, unit = self._probe(metric)
         done = metrics.rounds(metric, self.children, self.args.reps, self.patience, probe)
         first = self.engines[0].label
         for engine in self.engines:
@@ -131,12 +130,20 @@ class Comparison:
             values = [r.values[label] for r in done]
             self.report.engine(engine, metric.name, values, metric.unit, **more, clean=clean, agreement=round(sum(alike) / len(alike), 3))
         most = None
-        if bytes_per_token:
-            most = [r.limit_gbps * 1e9 / bytes_per_token for r in done]
-            self.report.other(
-                TORCH_LIMIT, metric.name, most, metric.unit, bytes_per_token=bytes_per_token, gbps=[r.limit_gbps for r in done]
-            )
+        if per_token and all(r.limit for r in done):
+            most = [r.limit * 1e9 / per_token for r in done]
+            about = {f"{unit.split('/')[0]}_per_token": per_token / 1e9, unit: [r.limit for r in done]}
+            self.report.other(TORCH_LIMIT, metric.name, most, metric.unit, **about)
         self.report.ratios(metric.name, self.engines, [r.values for r in done], most)
+
+    def _probe(self, metric: Metric) -> tuple[Callable[[], float] | None, float, str]:
+        """How to measure what bounds `metric`, in units of 1e9 a second; how much of it one token needs; what it is."""
+        every_core = len(self.run.cores)
+        if metric.name == "decode_tok_s_b1" and (streamed := self._streamed_bytes()):
+            return lambda: self.bandwidth.gbps(every_core, huge=True, repeats=3), streamed, "GB/s"
+        if metric.name.startswith("prefill") and self.run.dtype == "bfloat16":
+            return self.bandwidth.gflops, prefill_flops(Path(self.run.model), 512), "GFLOP/s"
+        return None, 0.0, ""
 
     def _streamed_bytes(self) -> int:
         """Bytes of weights per token at batch 1, 0 when they are so few that the caches may hold them."""

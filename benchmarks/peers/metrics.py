@@ -86,7 +86,7 @@ class Round:
     tokens: dict[str, list[list[int]]] = field(default_factory=dict)
     other_cores: dict[str, float] = field(default_factory=dict)  # processor use by strangers meanwhile
     own_cores: dict[str, float] = field(default_factory=dict)  # by the engine itself
-    limit_gbps: float = 0.0  # memory read bandwidth of this round; 0: not measured
+    limit: float = 0.0  # what the probe found in this round: GB/s or GFLOP/s; 0: not measured
 
     @property
     def dirt(self) -> float:
@@ -114,7 +114,7 @@ def wait_quiet(patience: Patience) -> None:
 
 
 def rounds(
-    metric: Metric, children: Sequence[Child], repetitions: int, patience: Patience, bandwidth: Callable[[], float] | None = None
+    metric: Metric, children: Sequence[Child], repetitions: int, patience: Patience, probe: Callable[[], float] | None = None
 ) -> list[Round]:
     """`repetitions` rounds, the quietest of those run. Every engine is stopped but the one at work, before and after."""
     for child in children:
@@ -126,7 +126,7 @@ def rounds(
     ):
         seed = 100 + len(done)
         order = children if len(done) % 2 == 0 else children[::-1]  # A B, B A: a drift of the machine hits all alike
-        this = Round(limit_gbps=bandwidth() if bandwidth is not None else 0.0)
+        this = Round(limit=probe() if probe is not None else 0.0)
         for child in order:
             _turn(metric, child, seed, this, patience)
         done.append(this)
