@@ -96,9 +96,9 @@ def test_torchrun_is_enough(tmp_path):
     """env:// under torchrun, whose agent serves the store."""
     script = tmp_path / "job.py"
     script.write_text(
-        "import torch\nfrom lockstep.distributed import parallel_state as ps\n"
+        "import os\nimport torch\nfrom lockstep.distributed import parallel_state as ps\n"
         "ps.init_distributed_environment(backend='gloo', timeout=60)\nps.initialize_model_parallel(2)\n"
-        "t = ps.get_tp_group()\nprint('sum', t.all_reduce(torch.ones(1)).item(), flush=True)\n"
+        "t = ps.get_tp_group()\nos.write(1, f'sum {t.all_reduce(torch.ones(1)).item()}\\n'.encode())\n"
         "t.barrier()\nps.cleanup_dist_env_and_memory()\n"
     )
     command = [

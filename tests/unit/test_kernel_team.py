@@ -104,6 +104,7 @@ def test_items_are_taken_once_and_the_quick_help_the_slow(lib, threads, n):
         assert (counts == 201).all() and 0 < (ids == 0).sum() < n // threads, "nobody helped the slow one"
 
 
+@pytest.mark.parametrize("spin_ns", [0, SPIN_NS])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_an_error_comes_out_once_and_the_team_lives(lib, threads, spin_ns):
     lib.set_spin_ns(spin_ns)
