@@ -89,7 +89,7 @@ class HierarchicalCommunicator(Communicator):
             plan = self._plans[tree] = _plan(tree, self._host_of, self.rank)
         nodes = torch.stack([self.inner.combine(partials[a:b], local) for local, (a, b) in zip(plan.local, plan.mine, strict=True)])
         out = torch.empty(partials.shape[1:], dtype=dtype)
-        total = self._finish(plan, nodes.reshape(len(nodes), -1), dtype) if self._place == 0 else out
+        total = self._finish(plan, nodes.reshape(len(nodes), out.numel()), dtype) if self._place == 0 else out
         self._hand_out(out, total.view(out.shape))
         return out
 
