@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # Settings that take a list here: engines of every combination are compared with the first.
 LISTS = {
     "tensor_parallel_size": ("--tensor-parallel-size", "-tp"),
+    "pipeline_parallel_size": ("--pipeline-parallel-size", "-pp"),
     "threads_per_rank": ("--threads-per-rank",),
     "max_num_batched_tokens": ("--max-num-batched-tokens",),
 }
@@ -38,7 +39,7 @@ LISTS = {
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What to run. --tensor-parallel-size, --threads-per-rank and --max-num-batched-tokens take lists, like 1,2,3."""
+    """What to run. Sizes of TP and PP, --threads-per-rank and --max-num-batched-tokens take lists, like 1,2,3."""
 
     max_tokens: int = opt(64, "Tokens to decode for each prompt.")
     num_prompts: int = opt(4, "Prompts, with random tokens; they run alone, and all together.")
@@ -70,7 +71,8 @@ def run(argv: list[str]) -> int:
 def verify(configs: list[EngineConfig], options: VerifyOptions, folder: Path) -> int:
     """Run every configuration, print a row for each run; the exit code."""
     reference: Run | None = None
-    print(f"{'TP':>3} {'threads':>7} {'chunk':>6} {'requests':>9} {'cache':>6} {'positions':>10} {'logits':>7} {'seconds':>8}  identical")
+    sizes = f"{'TP':>3} {'PP':>3} {'threads':>7} {'chunk':>6} {'requests':>9} {'cache':>6}"
+    print(f"{sizes} {'positions':>10} {'logits':>7} {'seconds':>8}  identical")
     for number, config in enumerate(configs):
         for found in runs(config, options, folder, first=number == 0):
             reference = reference or found
@@ -97,7 +99,8 @@ def runs(config: EngineConfig, options: VerifyOptions, folder: Path, *, first: b
     """
     from lockstep.llm import LLM
 
-    note(f"starting TP={config.parallel.tensor_parallel_size} ...", options.quiet)
+    parallel = config.parallel
+    note(f"starting TP={parallel.tensor_parallel_size} PP={parallel.pipeline_parallel_size} ...", options.quiet)
     with LLM(**settings(config)) as llm:
         vocab = llm.spec.vocab_size
         prompts = make_prompts(options, vocab, llm.config.model.max_model_len or 0)
@@ -107,7 +110,8 @@ def runs(config: EngineConfig, options: VerifyOptions, folder: Path, *, first: b
             begin = time.monotonic()
             tokens = decode(llm, prompts, counts(options), path, together=together)
             run = Run(
-                tp=llm.config.parallel.tensor_parallel_size,
+                tp=parallel.tensor_parallel_size,
+                pp=parallel.pipeline_parallel_size,
                 threads=threads,
                 chunk=llm.config.scheduler.max_num_batched_tokens or 0,
                 batch=len(prompts) if together else 1,

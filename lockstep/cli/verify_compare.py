@@ -23,6 +23,7 @@ class Run:
     cached: bool
     seconds: float
     tokens: list[list[int]] = field(default_factory=list)  # by request, those chosen
+    pp: int = 1
     logits: dict[Key, Any] = field(default_factory=dict)
     layers: list[tuple[tuple[int, ...], dict[Key, Any]]] = field(default_factory=list)
 
@@ -44,14 +45,16 @@ class Run:
     @property
     def name(self) -> str:
         together = f"{self.batch} requests together" if self.batch > 1 else "requests alone"
-        return f"TP={self.tp}, {self.threads} thread(s), {self.chunk} tokens a step, {together}{', prompts cached' if self.cached else ''}"
+        pp = f" PP={self.pp}" if self.pp > 1 else ""
+        cached = ", prompts cached" if self.cached else ""
+        return f"TP={self.tp}{pp}, {self.threads} thread(s), {self.chunk} tokens a step, {together}{cached}"
 
     def row(self) -> str:
         """The run's line of the table, but for the verdict."""
         positions = len(self.layers[0][1]) if self.layers else "tokens"
         how = "together" if self.batch > 1 else "alone"
         return (
-            f"{self.tp:>3} {self.threads:>7} {self.chunk:>6} {how:>9} {'hits' if self.cached else '-':>6}"
+            f"{self.tp:>3} {self.pp:>3} {self.threads:>7} {self.chunk:>6} {how:>9} {'hits' if self.cached else '-':>6}"
             f" {positions:>10} {len(self.logits) or 'only':>7} {self.seconds:>8.1f}"
         )
 

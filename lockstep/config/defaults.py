@@ -48,13 +48,13 @@ def activation_bytes_per_token(config: EngineConfig, spec: ModelSpec) -> int:
 
 def default_backend(parallel: ParallelConfig) -> str:
     """distributed_executor_backend as set, else uni (in this process) for one rank and mp (worker processes) for more."""
-    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.prefill_context_parallel_size
-    return parallel.distributed_executor_backend or ("uni" if ranks == 1 else "mp")
+    return parallel.distributed_executor_backend or ("uni" if parallel.world_size == 1 else "mp")
 
 
 def default_token_budget(config: EngineConfig, spec: ModelSpec, memory_bytes: int | None = None) -> int:
-    """max_num_batched_tokens: as set, else 2048 on CPU and 8192 on CUDA, halved down to 512 while a step's activations
-    would take over 1/16 of `memory_bytes` (what one rank may use, where known).
+    """max_num_batched_tokens: as set, else 2048 on CPU and 8192 on CUDA, shared out over the pipeline's stages (a prompt
+    that is one step leaves all but one of them idle) and halved while a step's activations would take over 1/16 of
+    `memory_bytes` (what one rank may use, where known), down to 512.
 
     Never below max_num_seqs (a token for each running request), nor, without chunked prefill, below max_model_len.
     """
@@ -62,6 +62,7 @@ def default_token_budget(config: EngineConfig, spec: ModelSpec, memory_bytes: in
     if scheduler.max_num_batched_tokens is not None:
         return scheduler.max_num_batched_tokens
     budget = MAX_BUDGET["cuda" if config.runtime.device == "cuda" else "cpu"]
+    budget = max(MIN_BUDGET, budget // config.parallel.pipeline_parallel_size)
     if memory_bytes is not None:
         per_token = activation_bytes_per_token(config, spec)
         while budget > MIN_BUDGET and budget * per_token > memory_bytes * ACTIVATION_SHARE:

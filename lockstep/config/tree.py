@@ -41,6 +41,9 @@ class ParallelConfig:
 
     tensor_parallel_size: int = opt(1, "Ranks that share each layer's matrices.", "-tp")
     pipeline_parallel_size: int = opt(1, "Stages of consecutive layers.", "-pp")
+    pipeline_layer_partition: str | None = opt(
+        None, "Layers of each stage: balanced (default: by weights and work), even, reference, or their counts, like 5,6,6,5."
+    )
     data_parallel_size: int = opt(1, "Replicas of the whole model.", "-dp")
     prefill_context_parallel_size: int = opt(1, "Ranks that share one prompt.", "-pcp")
     decode_context_parallel_size: int = opt(1, "Ranks that share one request's KV cache.", "-dcp")
@@ -61,6 +64,16 @@ class ParallelConfig:
     cpu_binding: bool = opt(
         True, "Keep each rank on its own cores (one rank in this process: while it computes); `lockstep doctor` shows the plan."
     )
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.tensor_parallel_size * self.prefill_context_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of one replica."""
+        return self.stage_size * self.pipeline_parallel_size
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lockstep.config.errors import ConfigError
 from lockstep.config.hf import load_spec
 from lockstep.config.model_spec import ModelSpec, read_config_json
 from lockstep.config.source import find_folder
+from lockstep.config.stages import check_stages
 from lockstep.config.tree import EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig
 from lockstep.utils import env
 from lockstep.utils.cores import quota, usable_cpus
@@ -51,7 +52,6 @@ POSITIVE = (
 )
 # Parallelism that the ecosystem has and this version does not: refused by name, never ignored.
 MISSING_PARALLELISM = {
-    "pipeline_parallel_size": "pipeline parallelism",
     "data_parallel_size": "data parallelism",
     "prefill_context_parallel_size": "prefill context parallelism",
     "decode_context_parallel_size": "decode context parallelism",
@@ -73,7 +73,7 @@ def check(config: EngineConfig) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path
     check_values(config)
     check_available(config.parallel)
     device = pick_device(config.runtime, config.parallel)
-    check_room(config.cache.kv_cache_memory_bytes, config.parallel.tensor_parallel_size, device)
+    check_room(config.cache.kv_cache_memory_bytes, config.parallel.world_size, device)
     folder = find_folder(config.model.model, config.model.revision)
     check_checkpoint(config.model, folder)
     spec = load_spec(folder)
@@ -159,16 +159,19 @@ def check_available(parallel: ParallelConfig) -> None:
         raise ConfigError(
             f"distributed_executor_backend={backend!r} is not available yet in this version: use mp (worker processes on this host)."
         )
-    if backend == "uni" and parallel.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"distributed_executor_backend='uni' runs one rank, in this process, "
-            f"but tensor_parallel_size={parallel.tensor_parallel_size}: use mp."
-        )
+    if backend == "uni" and parallel.world_size > 1:
+        raise ConfigError(f"distributed_executor_backend='uni' runs one rank, in this process, but {sizes(parallel)}: use mp.")
+
+
+def sizes(parallel: ParallelConfig) -> str:
+    """The sizes that multiply to more than one rank, in words."""
+    named = ("tensor_parallel_size", "pipeline_parallel_size")
+    return " and ".join(f"{n}={getattr(parallel, n)}" for n in named if getattr(parallel, n) > 1) or f"{named[0]}=1"
 
 
 def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
     """The device the ranks run on. Raises ConfigError when it is not there, or has fewer devices than ranks."""
-    found, tp = devices.cuda_device_count(), parallel.tensor_parallel_size
+    found, ranks = devices.cuda_device_count(), parallel.world_size
     if runtime.device == "cuda":
         if found == 0:
             raise ConfigError(
@@ -177,23 +180,24 @@ def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cp
         if not devices.torch_has_cuda():
             raise ConfigError("device='cuda': the installed torch is built without CUDA; install a CUDA build, or use device cpu or auto.")
     device: Literal["cpu", "cuda"] = "cuda" if runtime.device != "cpu" and found and devices.torch_has_cuda() else "cpu"
-    if device == "cuda" and tp > found:
+    if device == "cuda" and ranks > found:
+        product = f" make {ranks} ranks," if parallel.pipeline_parallel_size > 1 else " is"
         raise ConfigError(
-            f"tensor_parallel_size={tp} is more than the {found} CUDA device(s) visible here: use at most {found}, or device cpu."
+            f"{sizes(parallel)}{product} more than the {found} CUDA device(s) visible here: use at most {found}, or device cpu."
         )
     return device
 
 
-def check_room(kv_bytes: int | None, tp: int, device: str) -> None:
+def check_room(kv_bytes: int | None, ranks: int, device: str) -> None:
     """The KV caches asked for are not more than the host's memory. (A GPU's is known when the ranks have started.)"""
     if kv_bytes is None or device != "cpu":
         return
     free = host_available_bytes()
-    if kv_bytes * tp > free:
-        ranks = f" on each of {tp} ranks" if tp > 1 else ""
+    if kv_bytes * ranks > free:
+        each = f" on each of {ranks} ranks" if ranks > 1 else ""
         raise ConfigError(
-            f"kv_cache_memory_bytes={kv_bytes} ({size(kv_bytes)}){ranks} is more than the {size(free)} of memory that are free here: "
-            f"use less than {size(free // tp)}, or leave it out for the automatic value."
+            f"kv_cache_memory_bytes={kv_bytes} ({size(kv_bytes)}){each} is more than the {size(free)} of memory that are free here: "
+            f"use less than {size(free // ranks)}, or leave it out for the automatic value."
         )
 
 
@@ -201,16 +205,17 @@ def warn_of_crowding(parallel: ParallelConfig, device: str) -> None:
     """More ranks or threads than cores is right but slow: said once everything else holds."""
     if device != "cpu":
         return
-    tp, threads, cores = parallel.tensor_parallel_size, parallel.threads_per_rank or 1, usable_cpus()
+    ranks, threads, cores = parallel.world_size, parallel.threads_per_rank or 1, usable_cpus()
     cpus = min(cores, quota() or cores)
-    if threads > 1 and tp * threads > cpus:
+    if threads > 1 and ranks * threads > cpus:
         log.warning(
             "threads_per_rank=%d on %d rank%s makes %d threads, more than the %g CPUs here: they will take turns, and be slow; "
             "use at most %d, or leave it out.",
-            *(threads, tp, "s" if tp > 1 else "", tp * threads, cpus, max(1, int(cpus / tp))),
+            *(threads, ranks, "s" if ranks > 1 else "", ranks * threads, cpus, max(1, int(cpus / ranks))),
         )
-    elif tp > cores:
-        log.warning("tensor_parallel_size=%d is more than the %d CPU cores: ranks will take turns, and be slow.", tp, cores)
+    elif ranks > cores:
+        product = f"make {ranks} ranks, " if parallel.pipeline_parallel_size > 1 else "is "
+        log.warning("%s %smore than the %d CPU cores: ranks will take turns, and be slow.", sizes(parallel), product, cores)
 
 
 def check_checkpoint(model: ModelConfig, folder: Path) -> None:
@@ -240,6 +245,7 @@ def check_model_fits(config: EngineConfig, spec: ModelSpec) -> None:
             f"tensor_parallel_size={tp} is more than the model's {spec.intermediate_size} MLP columns: "
             f"use at most {spec.intermediate_size}."
         )
+    check_stages(spec.num_layers, config.parallel.pipeline_parallel_size, config.parallel.pipeline_layer_partition)
     if length is not None and length > limit:
         raise ConfigError(f"max_model_len={length} is more than the model's own limit of {limit} positions: use at most {limit}.")
     length = length or limit
@@ -256,7 +262,6 @@ def check_model_fits(config: EngineConfig, spec: ModelSpec) -> None:
 def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) -> EngineConfig:
     """The tree with every automatic value filled in that can be known before the ranks have loaded the model."""
     parallel, model, cache = config.parallel, config.model, config.cache
-    tp = parallel.tensor_parallel_size
     share = cache.gpu_memory_utilization or MEMORY_SHARE[device]
     dtype: Any = model.dtype if model.dtype != "auto" else spec.dtype
     config = replace(
@@ -275,6 +280,6 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
         runtime=replace(config.runtime, device=device),
     )
     # A GPU's memory cannot be asked for without torch; the ranks profile a step of this size there before anything else.
-    room = int(share * host_available_bytes()) // tp if device == "cpu" else None
+    room = int(share * host_available_bytes()) // parallel.world_size if device == "cpu" else None
     budget = default_token_budget(config, spec, room)
     return replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=budget))

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lockstep.config.errors import ConfigError
+from lockstep.config.stages import check_stages, explicit_counts
 
 if TYPE_CHECKING:
     from lockstep.config.model_spec import ModelSpec
@@ -167,35 +168,66 @@ def layer_partition(num_layers: int, pp: int, how: str | Sequence[int] = "even")
 
     `how` is "even" (first stages one more), "reference" (the ecosystem's rule: the remainder goes to the second last
     stage and backwards from there, as the last stage also has the head), or the counts themselves ("5,6,6,5" or a list).
-    Raises ConfigError when the counts do not fit.
+    "balanced" needs to know the model: see `stage_layers`. Raises ConfigError when the counts do not fit.
     """
-    if pp < 1:
-        raise ConfigError(f"pipeline_parallel_size={pp} must be at least 1.")
-    if pp > num_layers:
-        raise ConfigError(f"pipeline_parallel_size={pp} is larger than num_hidden_layers={num_layers}: use at most {num_layers}.")
+    check_stages(num_layers, pp, how)
     if how == "even":
         return tuple(_run(num_layers, pp, stage) for stage in range(pp))
-    counts = _reference_counts(num_layers, pp) if how == "reference" else _explicit_counts(how, num_layers, pp)
+    counts = _reference_counts(num_layers, pp) if how == "reference" else explicit_counts(how, num_layers, pp)
     bounds = [0]
     for count in counts:
         bounds.append(bounds[-1] + count)
     return tuple(Shard(start, stop) for start, stop in pairwise(bounds))
 
 
+def stage_layers(spec: ModelSpec, pp: int, how: str | None = None) -> tuple[Shard, ...]:
+    """The layers of each pipeline stage of this model. `how` as in `layer_partition`; None is "balanced".
+
+    Balanced: each layer costs its share of the model's weight bytes plus its share of the multiplications of a token;
+    the first stage also has the embedding's bytes, the last one the head's bytes and multiplications. Of all contiguous
+    partitions, one whose dearest stage is the cheapest, and among these the one that is most even.
+    """
+    if how not in (None, "balanced"):
+        return layer_partition(spec.num_layers, pp, how)
+    check_stages(spec.num_layers, pp)
+    costs = StageCosts.of(spec)
+    # (stages, layers) placed -> (dearest stage, sum of squares, boundaries)
+    best: dict[tuple[int, int], tuple[float, float, tuple[int, ...]]] = {(0, 0): (0.0, 0.0, ())}
+    layers = spec.num_layers
+    for stage in range(pp):
+        for end in range(stage + 1, layers - (pp - stage - 1) + 1):
+            for start in range(stage, end):
+                before = best.get((stage, start))
+                if before is not None and (stage > 0) == (start > 0):
+                    cost = costs.stage(end - start, first=stage == 0, last=stage == pp - 1)
+                    found = (round(max(before[0], cost), 12), before[1] + cost * cost, (*before[2], end))
+                    best[stage + 1, end] = min(best.get((stage + 1, end), found), found)
+    bounds = (0, *best[pp, layers][2])
+    return tuple(Shard(start, stop) for start, stop in pairwise(bounds))
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """What parts of a model cost a pipeline stage: shares of all weight bytes plus shares of all multiplications, of 2 in all."""
+
+    layer: float
+    embedding: float  # on the first stage: memory only, its rows are looked up
+    head: float  # on the last stage: memory and multiplications
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> StageCosts:
+        heads = spec.num_heads + 2 * spec.num_kv_heads
+        layer = spec.hidden_size * spec.head_dim * (heads + spec.num_heads) + 3 * spec.hidden_size * spec.intermediate_size
+        head = spec.hidden_size * padded_vocab(spec.vocab_size)
+        # Tied or not, both ends of a pipeline hold the matrix.
+        in_memory, computed = spec.num_layers * layer + 2 * head, spec.num_layers * layer + head
+        return cls(layer / in_memory + layer / computed, head / in_memory, head / in_memory + head / computed)
+
+    def stage(self, layers: int, *, first: bool, last: bool) -> float:
+        """The cost of a stage of so many layers."""
+        return layers * self.layer + (self.embedding if first else 0.0) + (self.head if last else 0.0)
+
+
 def _reference_counts(num_layers: int, pp: int) -> list[int]:
     base, extra = divmod(num_layers, pp)
     return [base + (pp - 1 - extra <= stage < pp - 1) for stage in range(pp)]
-
-
-def _explicit_counts(how: str | Sequence[int], num_layers: int, pp: int) -> list[int]:
-    try:
-        counts = [int(part) for part in (how.split(",") if isinstance(how, str) else how)]
-    except ValueError:
-        raise ConfigError(f"Invalid partition string: {how!r}. Write one number of layers per stage, such as 5,6,6,5.") from None
-    if len(counts) != pp:
-        raise ConfigError(f"len(partitions)={len(counts)} does not match pp_size={pp}: give one number of layers per stage.")
-    if sum(counts) != num_layers:
-        raise ConfigError(f"sum(partitions)={sum(counts)} does not match num_hidden_layers={num_layers}.")
-    if min(counts) < 1:
-        raise ConfigError(f"partitions={counts} has a stage with fewer than one layer: give each stage at least one.")
-    return counts

@@ -42,9 +42,11 @@ class EngineCore:
             limits_of(self.config, spec, self.memory),
             prefix_caching=config.cache.enable_prefix_caching,
             hash_seed=config.model.seed,
+            stages=config.parallel.pipeline_parallel_size,
             clock=clock,
         )
-        self.depth = executor.max_concurrent_batches if config.scheduler.async_scheduling else 1
+        ahead = config.scheduler.async_scheduling or config.parallel.pipeline_parallel_size > 1
+        self.depth = executor.max_concurrent_batches if ahead else 1
         self._timeout_s = config.parallel.execute_model_timeout_seconds + RESULT_GRACE_S
         self._in_flight: deque[tuple[ScheduledStep, StepFuture]] = deque()  # oldest first
 

@@ -10,6 +10,10 @@ One `schedule` call:
   2. if nobody was preempted, waiting requests in order, while slots, budget and blocks last.
 `schedule` may be called again before the results of earlier plans have arrived. Each such step in flight has left a
 placeholder token on every request that sampled in it, so lengths are known ahead though tokens are not.
+
+In a pipeline the steps in flight are micro-batches, one for each stage, and all different requests: one whose token is in
+flight waits for it (the first stage could not embed it), and a step takes no more than its share of the requests, so that
+the others find some too. A prompt's chunks may follow each other at once.
 """
 
 from __future__ import annotations
@@ -31,9 +35,15 @@ class Scheduler:
     """Pure bookkeeping over plain data: no threads, no clock but the one handed in, no I/O."""
 
     def __init__(
-        self, limits: Limits, *, prefix_caching: bool = True, hash_seed: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        limits: Limits,
+        *,
+        prefix_caching: bool = True,
+        hash_seed: int = 0,
+        stages: int = 1,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.limits = limits
+        self.limits, self._stages = limits, stages
         self.kv = KVManager(limits.num_blocks, limits.block_size, prefix_caching, hash_seed)
         self.waiting = RequestQueue()
         self.running = RequestQueue()
@@ -97,9 +107,10 @@ class Scheduler:
     def schedule(self) -> ScheduledStep | None:
         """The next step, to be issued at once and passed to `update` with its result, in order. None when there is nothing to do."""
         plan = PlanBuilder(self.limits.max_num_batched_tokens)
-        preempted = self._schedule_running(plan)
+        rows = -(-(len(self.running) + min(len(self.waiting), len(self._free_slots))) // self._stages)
+        preempted = self._schedule_running(plan, rows)
         if not preempted and self.waiting:
-            self._schedule_waiting(plan)
+            self._schedule_waiting(plan, rows)
         if not plan.rows:
             return None
         self.kv.commit()
@@ -110,14 +121,17 @@ class Scheduler:
         self._scheduled_tokens += self.limits.max_num_batched_tokens - plan.budget
         return step
 
-    def _schedule_running(self, plan: PlanBuilder) -> bool:
-        """Step 1. Returns whether anyone was preempted."""
+    def _schedule_running(self, plan: PlanBuilder, rows: int) -> bool:
+        """Step 1, for at most `rows` requests. Returns whether anyone was preempted."""
         running, preemptions = self.running.items, self._preemptions
         block_size = self.limits.block_size
         at = 0
-        while at < len(running) and plan.budget > 0:
+        pipelined = self._stages > 1
+        while at < len(running) and plan.budget > 0 and len(plan.rows) < rows:
             request = running[at]
             at += 1
+            if pipelined and request.in_flight:
+                continue
             known = len(request.token_ids)
             total = known + request.in_flight
             if total >= request.max_total:
@@ -129,6 +143,9 @@ class Scheduler:
                 break  # it was the last, and preempted itself
             if end >= request.next_publish <= known:
                 self.kv.stage(request, end)
+            if pipelined and request.sent < known:
+                plan.arrived.append((request.slot, request.token_ids[request.sent :]))
+                request.sent = known
             plan.add(request, end, end == total)
         return self._preemptions != preemptions
 
@@ -151,10 +168,10 @@ class Scheduler:
         self._preemptions += 1
         self.waiting.add(request)
 
-    def _schedule_waiting(self, plan: PlanBuilder) -> None:
-        """Step 2. Stops at the first request that must wait for memory, so that none is overtaken for ever."""
+    def _schedule_waiting(self, plan: PlanBuilder, rows: int) -> None:
+        """Step 2, up to `rows` requests in all. Stops at the first that must wait for memory, so that none is overtaken for ever."""
         at = 0
-        while at < len(self.waiting) and self._free_slots and plan.budget > 0:
+        while at < len(self.waiting) and self._free_slots and plan.budget > 0 and len(plan.rows) < rows:
             request = self.waiting.items[at]
             if request.in_flight:
                 break  # preempted while its token was in flight: its length is not known to be final yet
@@ -187,6 +204,7 @@ class Scheduler:
             request.num_cached = request.num_computed
         request.slot = self._free_slots.pop()
         request.status = Status.RUNNING
+        request.sent = len(request.token_ids)
         self.running.add(request)
         plan.new.append(request.as_new())
         if end >= request.next_publish:

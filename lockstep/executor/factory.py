@@ -23,7 +23,7 @@ def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker
     if config.runtime.device == "cpu":
         library()  # compiled here if it must be, and missed here, rather than by every rank
     parallel = config.parallel
-    world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.prefill_context_parallel_size
+    world = parallel.world_size
     backend = default_backend(parallel)
     if backend == "uni":
         if world != 1:

@@ -33,12 +33,11 @@ class MultiprocExecutor(Executor):
         """Starts all ranks; returns when their models are loaded. Raises ExecutorError when one does not get there."""
         self.timeline = Timeline()
         parallel = config.parallel
-        stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
-        world = stage * parallel.pipeline_parallel_size
+        world = parallel.world_size
         cores = affinity.plan_here(world, parallel)
-        self.max_concurrent_batches = 2 if config.scheduler.async_scheduling else 1
+        self.max_concurrent_batches = max(parallel.pipeline_parallel_size, 2 if config.scheduler.async_scheduling else 1)
         self._step_limit_s = parallel.execute_model_timeout_seconds
-        self._fleet = Fleet(Plan(config, spec, Path(folder), worker_cls, world, output_rank=world - stage), cores)
+        self._fleet = Fleet(Plan(config, spec, Path(folder), worker_cls, world, output_rank=world - parallel.stage_size), cores)
         self._finalizer = weakref.finalize(self, self._fleet.stop)  # also at exit
         try:
             self._fleet.start()

@@ -13,7 +13,7 @@ from lockstep.attention.backends import make_backend
 from lockstep.attention.batch import AttentionBatch
 from lockstep.attention.layer import KVLayerSpec
 from lockstep.config.model_spec import ModelSpec
-from lockstep.distributed.partition import layer_partition
+from lockstep.distributed.partition import stage_layers
 from lockstep.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from lockstep.layers.logits import LogitsProcessor
 from lockstep.layers.rotary import RotaryEmbedding
@@ -38,8 +38,15 @@ class DecoderModel(nn.Module):
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     def __init__(
-        self, spec: ModelSpec, groups: ParallelGroups, dtype: torch.dtype, device: torch.device | str, backend: str = "torch"
+        self,
+        spec: ModelSpec,
+        groups: ParallelGroups,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        backend: str = "torch",
+        partition: str | None = None,
     ) -> None:
+        """partition: how layers are dealt out to stages, see `stage_layers`."""
         super().__init__()
         assert len(spec.layer_kinds) == spec.num_layers, "layer_kinds names each layer's kind"
         self.spec, self.groups, self.dtype, self.device = spec, groups, dtype, torch.device(device)
@@ -48,7 +55,7 @@ class DecoderModel(nn.Module):
         self.watcher: LayerWatcher | None = None
         stage, stages = groups.pp.rank_in_group, groups.pp.world_size
         self.is_first, self.is_last = stage == 0, stage == stages - 1
-        owned = layer_partition(spec.num_layers, stages)[stage]
+        owned = stage_layers(spec, stages, partition)[stage]
         self.start, self.end = owned.start, owned.stop
         if self.is_first or (self.is_last and spec.tie_word_embeddings):
             self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, **build.place("embed_tokens"))

@@ -30,7 +30,12 @@ MODELS: dict[str, type[DecoderModel]] = {
 
 
 def build_model(
-    spec: ModelSpec, groups: ParallelGroups, dtype: torch.dtype, device: torch.device | str, backend: str = "torch"
+    spec: ModelSpec,
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    backend: str = "torch",
+    partition: str | None = None,
 ) -> DecoderModel:
     """The model of `spec.architecture` with this rank's parameters allocated, not filled.
 
@@ -38,4 +43,4 @@ def build_model(
     """
     if spec.architecture not in MODELS:
         raise ValueError(f"architecture {spec.architecture!r} is not supported. Supported: {', '.join(MODELS)}.")
-    return MODELS[spec.architecture](spec, groups, dtype, device, backend)
+    return MODELS[spec.architecture](spec, groups, dtype, device, backend, partition)

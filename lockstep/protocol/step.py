@@ -32,6 +32,9 @@ class StepPlan(msgspec.Struct, array_like=True, gc=False):
     Row i computes tokens [num_computed[i], num_computed[i] + num_tokens[i]) of the request in slots[i], writing their
     keys and values to its blocks. If samples[i], the last of them yields logits and one new token, which every rank
     appends to the request's tokens by itself, so that the next plan may be made before this one's result is known.
+
+    Between pipeline stages sampled tokens travel in plans instead: a request is not scheduled while its token is in
+    flight, and the plan that schedules it again brings what it sampled (`arrived`).
     """
 
     step: int
@@ -42,6 +45,7 @@ class StepPlan(msgspec.Struct, array_like=True, gc=False):
     new: list[NewRequest] = []
     new_blocks: list[tuple[int, list[int]]] = []  # (slot, block ids appended to its table)
     freed: list[int] = []  # slots given back; applied before `new`
+    arrived: list[tuple[int, list[int]]] = []  # (slot, tokens it sampled that the ranks do not know); pipelines only
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):

@@ -31,8 +31,7 @@ class FakeWorker(Recorded):
         super().__init__()
         self.rank, self.progress = rank, progress
         parallel = config.parallel
-        stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
-        self.reports = rank == stage * (parallel.pipeline_parallel_size - 1)
+        self.reports = rank == parallel.world_size - parallel.stage_size
         self.num_blocks = 0
         self.steps: list[int] = []
         self.step_fault = ""

@@ -92,6 +92,7 @@ class _Slot:
         self.new = new
         self.tokens = list(new.token_ids)
         self.blocks = list(new.block_ids)
+        self.owed: list[int] = []  # sampled, and not brought by a plan yet
         self.num_computed: int | None = None  # unknown until its first row: some of it may be cached
         self.stops = set(new.eos_token_ids) | set(new.sampling.stop_token_ids or ())
 
@@ -134,6 +135,7 @@ class FakeExecutor(Executor):
     row reads: a block reused too early, shared wrongly or never written is found at the step that reads it.
 
     fail_at_step: raise ExecutorError at that step, when it is issued or (fail_on="result") waited for.
+    stages: of the pipeline that it stands for: above 1, sampled tokens are known only once a plan brings them.
     sick: called with (request id, position); true makes the row yield token -1, as a sampler without a usable logit.
     """
 
@@ -143,6 +145,7 @@ class FakeExecutor(Executor):
         vocab_size: int = 258,
         block_size: int = 16,
         max_concurrent_batches: int = 1,
+        stages: int = 1,
         lag: int = 0,
         memory: Sequence[RankMemory] | None = None,
         fail_at_step: int | None = None,
@@ -150,7 +153,7 @@ class FakeExecutor(Executor):
         sick: Callable[[str, int], bool] | None = None,
     ) -> None:
         self.vocab_size, self.block_size, self.max_concurrent_batches, self.lag = vocab_size, block_size, max_concurrent_batches, lag
-        self.fail_at_step, self.fail_on, self.sick = fail_at_step, fail_on, sick
+        self.fail_at_step, self.fail_on, self.sick, self.stages = fail_at_step, fail_on, sick, stages
         self._memory = list(memory or [RankMemory(rank=0, weight_bytes=GIB, free_bytes=GIB, kv_bytes_per_block=1 << 16)])
         self._slots: dict[int, _Slot] = {}
         self._pending: deque[FakeFuture] = deque()
@@ -238,7 +241,7 @@ class FakeExecutor(Executor):
             if samples:
                 result.tokens.append(self._sample(row, values[-1]))
                 asked = row.new.sampling.logprobs is not None
-                logprobs.append(TokenLogprobs([row.tokens[-1]], [-float(len(row.tokens))], 1) if asked else None)
+                logprobs.append(TokenLogprobs([result.tokens[-1]], [-float(len(row.tokens) + len(row.owed))], 1) if asked else None)
         access.check()
         result.logprobs = logprobs if any(entry is not None for entry in logprobs) else None
         return result
@@ -253,6 +256,11 @@ class FakeExecutor(Executor):
             self._slots[new.slot] = _Slot(new)
         for slot, blocks in plan.new_blocks:
             self._slots[slot].blocks += blocks
+        for slot, tokens in plan.arrived:
+            assert self.stages > 1 and slot in plan.slots, f"slot {slot} is brought tokens without a row"
+            assert self._slots[slot].owed == tokens, f"slot {slot} is brought {tokens}, and sampled {self._slots[slot].owed}"
+            self._slots[slot].tokens += tokens
+            self._slots[slot].owed = []
 
     def _compute(self, row: _Slot, at: int, count: int, slot: int, access: _StepAccess) -> list[int]:
         """Check what the row reads, then write its keys and values. Returns these."""
@@ -277,12 +285,13 @@ class FakeExecutor(Executor):
     def _sample(self, row: _Slot, state: int) -> int:
         """Choose the next token and append it, as every rank does by itself."""
         new, num_output = row.new, len(row.tokens) - row.new.num_prompt_tokens
+        into = row.owed if self.stages > 1 else row.tokens
         if self.sick is not None and self.sick(new.request_id, len(row.tokens)):
-            row.tokens.append(0)
+            into.append(0)
             return -1
         forbidden = row.stops if num_output < new.sampling.min_tokens else ()
-        row.tokens.append(next_token(state, new.seed, new.choice, self.vocab_size, forbidden))
-        return row.tokens[-1]
+        into.append(next_token(state, new.seed, new.choice, self.vocab_size, forbidden))
+        return into[-1]
 
 
 class NoopFuture:

@@ -1,10 +1,11 @@
 """What a worker remembers of its running requests: one row per slot, the same on every rank.
 
 Every rank applies the same plans and appends the same sampled tokens, so all ranks' states stay equal without talking.
+(In a pipeline sampled tokens come with plans, and nobody calls append.)
 
-    field         written by                 holds
-    tokens        apply (new), append        all known tokens, prompt then output
-    lengths       apply (new), append        how many of them
+    field         written by                          holds
+    tokens        apply (new, arrived), append        all known tokens, prompt then output
+    lengths       apply (new, arrived), append        how many of them
     prompt_lens   apply (new)                how many of them are prompt
     block_tables  apply (new, new_blocks)    the KV blocks of the request, in order
     num_blocks    apply (new, new_blocks)    how many of them
@@ -101,7 +102,7 @@ class BatchState:
         self.prompt_logprobs: I64 = np.full(capacity, -1, np.int64)
 
     def apply(self, plan: StepPlan) -> None:
-        """Take the plan's changes in: slots given back, then new requests, then new blocks."""
+        """Take the plan's changes in: slots given back, then new requests, then new blocks and tokens."""
         for slot in plan.freed:
             assert self.active[slot], f"step {plan.step} frees slot {slot}, which holds no request"
             self.active[slot] = False
@@ -110,6 +111,12 @@ class BatchState:
         for slot, blocks in plan.new_blocks:
             assert self.active[slot], f"step {plan.step} gives blocks to slot {slot}, which holds no request"
             self._extend(slot, blocks)
+        for slot, tokens in plan.arrived:
+            assert self.active[slot], f"step {plan.step} brings tokens to slot {slot}, which holds no request"
+            length = int(self.lengths[slot])
+            assert length + len(tokens) <= self.max_model_len, f"a request grew over max_model_len={self.max_model_len}"
+            self.tokens[slot, length : length + len(tokens)] = tokens
+            self.lengths[slot] = length + len(tokens)
 
     def append(self, slots: I64, tokens: I64) -> None:
         """Append one sampled token to each of `slots`."""

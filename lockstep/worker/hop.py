@@ -1,17 +1,16 @@
-"""What pipeline stages hand each other: activations forward within a step, sampled tokens back at its end.
+"""What pipeline stages hand each other: the residual stream of a step's tokens, forward only.
 
     stage            0                1                last
     activations      forward -send->  recv, forward -> recv, forward, sample
-    tokens           recv  <--------- recv  <--------- broadcast
 
-With one stage nothing is sent.
+Sampled tokens go back by way of the engine: the output rank reports them, and the next plan of their requests brings them.
+So no stage ever waits for a later one, but for room to send. With one stage nothing is sent.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from lockstep.distributed.groups import ParallelGroups
+from lockstep.distributed.handles import Handle
 from lockstep.models.decoder import Intermediate
 
 
@@ -24,13 +23,9 @@ def receive(groups: ParallelGroups) -> Intermediate | None:
     return received
 
 
-def send(groups: ParallelGroups, result: Intermediate) -> None:
-    """Hand this stage's result on. Every TP rank holds the same; each sends a part, and the next stage's ranks join them."""
-    groups.pp.send_tensor_dict(dict(result), all_gather_group=groups.tp)
+def send(groups: ParallelGroups, result: Intermediate) -> list[Handle]:
+    """Start handing this stage's result on; wait for the handles before sending again.
 
-
-def share_tokens(groups: ParallelGroups, tokens: Tensor) -> Tensor:
-    """The sampled tokens `[rows]` of the last stage's first TP rank, on every rank. `tokens` of the others is only its shape."""
-    if groups.pp.is_last_rank:
-        tokens = groups.tp.broadcast(tokens, src=0)
-    return groups.pp.broadcast(tokens, src=groups.pp.world_size - 1)
+    Every TP rank holds the same; each sends a part, and the next stage's ranks join them.
+    """
+    return groups.pp.isend_tensor_dict(dict(result), all_gather_group=groups.tp)

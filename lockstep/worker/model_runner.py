@@ -3,7 +3,8 @@
     apply the plan -> inputs -> forward -> logits of the sampled rows -> sample -> broadcast -> append
 
 Only the output rank (TP rank 0 of the last pipeline stage) holds logits and samples; the tokens are broadcast, so that
-every rank's state goes on by itself and the next plan may be made before this step's result is known.
+every rank's state goes on by itself and the next plan may be made before this step's result is known. In a pipeline
+nobody waits for the last stage: tokens come with a later plan.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from lockstep.attention.batch import AttentionBatch
 from lockstep.config.model_spec import ModelSpec
 from lockstep.distributed.groups import ParallelGroups
+from lockstep.distributed.handles import Handle
 from lockstep.models.decoder import DecoderModel
 from lockstep.observability.timeline import Timeline
 from lockstep.protocol import StepPlan, StepResult, TokenLogprobs
@@ -31,6 +33,7 @@ from lockstep.worker.tracing import add_operations
 if TYPE_CHECKING:
     from lockstep.distributed.progress import ProgressCell
 
+RECEIVE, SEND = "wait for the stage before", "wait for the next stage"  # spans in which a stage idles
 PromptLogprobs = list[tuple[int, list[TokenLogprobs]]]
 
 
@@ -52,6 +55,7 @@ class ModelRunner:
         self.state, self.device, self.progress = state, device, progress
         self.timeline = timeline or Timeline()
         self.sampler = Sampler()
+        self.sending: list[Handle] = []  # what the next stage has not taken yet
         self.recorder: Recorder | None = None
 
     @property
@@ -78,7 +82,8 @@ class ModelRunner:
         prompt_logprobs = [] if hidden is None else self._prompt_logprobs(hidden, inputs)
         sampled = self._sample(hidden, inputs)
         self.timeline.lap("sample")
-        self.state.append(inputs.sampled_slots, sampled.tokens)
+        if self.groups.pp.world_size == 1:
+            self.state.append(inputs.sampled_slots, sampled.tokens)
         if not self.is_output_rank:
             return None
         return StepResult(
@@ -103,7 +108,8 @@ class ModelRunner:
             self.model.compute_top_tokens(last)
             logits = self.model.compute_logits(last)
         tokens = np.zeros(len(query_lens), np.int64) if logits is None else argmax(logits)
-        hop.share_tokens(self.groups, self._to_device(tokens))
+        if self.groups.pp.world_size == 1:
+            self.groups.tp.broadcast(self._to_device(tokens), src=0)
 
     def forward(self, inputs: StepInputs) -> torch.Tensor | None:
         """Hidden states `[tokens, hidden]` of the step's tokens; None on a pipeline stage before the last, which sends them on.
@@ -111,14 +117,22 @@ class ModelRunner:
         Their keys and values are in the cache afterwards.
         """
         batch = AttentionBatch.build(inputs.query_lens, inputs.seq_lens, inputs.block_tables, self.state.block_size, self.device)
-        result = self.model(self._to_device(inputs.input_ids), batch.positions, batch, hop.receive(self.groups))
+        with self.timeline.span(RECEIVE, "idle"):
+            given = hop.receive(self.groups)
+        result = self.model(self._to_device(inputs.input_ids), batch.positions, batch, given)
         if isinstance(result, torch.Tensor):
             return result
-        hop.send(self.groups, result)
+        with self.timeline.span(SEND, "idle"):
+            for handle in self.sending:  # of the step before
+                handle.wait()
+        self.sending = hop.send(self.groups, result)
         return None
 
     def _sample(self, hidden: torch.Tensor | None, inputs: StepInputs) -> Sampled:
-        """One token for each sampled row, the same on every rank; log-probabilities on the output rank only."""
+        """One token for each sampled row, the same on every rank; log-probabilities on the output rank only.
+
+        In a pipeline the output rank alone has tokens; the others' are not looked at.
+        """
         count = len(inputs.sampled_rows)
         if not count:
             return Sampled(np.empty(0, np.int64), None)
@@ -126,11 +140,13 @@ class ModelRunner:
         if hidden is not None:
             last = hidden if count == len(hidden) else hidden[self._to_device(inputs.last_tokens)]  # all of them, where all decode
             sampled = self._choose(last, self.state.sample_rows(inputs.sampled_slots))
-        if self.groups.tp.world_size == self.groups.pp.world_size == 1:
+        if self.groups.pp.world_size > 1:
+            return sampled or Sampled(np.empty(0, np.int64), None)
+        if self.groups.tp.world_size == 1:
             assert sampled is not None
             return sampled
         tokens = torch.empty(count, dtype=torch.int64, device=self.device) if sampled is None else self._to_device(sampled.tokens)
-        everyones: I64 = hop.share_tokens(self.groups, tokens).cpu().numpy()
+        everyones: I64 = self.groups.tp.broadcast(tokens, src=0).cpu().numpy()
         return Sampled(everyones, sampled.logprobs if sampled else None)
 
     def _choose(self, hidden: torch.Tensor, rows: SampleRows) -> Sampled | None:

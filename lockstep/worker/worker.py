@@ -109,7 +109,9 @@ class Worker(Recorded):
         """Build the model and fill this rank's share of its weights. Raises WeightError for a checkpoint that does not fit."""
         self._mark("load", "0 %")
         packed, quantization = self._packs(), self.config.model.quantization
-        self._model = model = build_model(self.spec, self.groups, self.dtype, self.device)
+        self._model = model = build_model(
+            self.spec, self.groups, self.dtype, self.device, partition=self.config.parallel.pipeline_layer_partition
+        )
         if self.config.model.load_format == "dummy":
             fill_dummy(model, self.config.model.seed, progress=self._loaded)
         else:

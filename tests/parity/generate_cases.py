@@ -31,11 +31,13 @@ def make_prompts(vocab: int, seed: int = 0) -> list[list[int]]:
     return [*first, first[2], first[3][:SHARED] + [rng.randrange(1, vocab) for _ in range(20)]]
 
 
-def engine_config(folder: str | Path, tp: int, size: dict[str, int], *, device: str = "cpu", length: int = 160) -> EngineConfig:
+def engine_config(
+    folder: str | Path, tp: int, size: dict[str, int], *, device: str = "cpu", length: int = 160, **parallel: Any
+) -> EngineConfig:
     """fp32; every size of `size` set by hand."""
     return EngineConfig(
         model=ModelConfig(model=str(folder), dtype="float32", max_model_len=length),
-        parallel=ParallelConfig(tensor_parallel_size=tp, threads_per_rank=1, check_collectives=tp > 1),
+        parallel=ParallelConfig(tensor_parallel_size=tp, threads_per_rank=1, check_collectives=tp > 1, **parallel),
         cache=CacheConfig(block_size=size["block_size"], num_gpu_blocks_override=size["blocks"]),
         scheduler=SchedulerConfig(max_num_seqs=size["seqs"], max_num_batched_tokens=size["budget"]),
         runtime=RuntimeConfig(device=device),  # type: ignore[arg-type]

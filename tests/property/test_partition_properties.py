@@ -1,6 +1,6 @@
 """The shard map against brute force, over sizes nobody would choose."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given as hypothesis_given
@@ -11,12 +11,14 @@ from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.distributed.partition import (
     ShardMap,
+    StageCosts,
     atom_bounds,
     head_shard,
     layer_partition,
     padded_vocab,
     shard,
     shards,
+    stage_layers,
     vocab_shard,
 )
 
@@ -211,3 +213,45 @@ def test_explicit_layers_that_do_not_fit(how, words):
 def test_no_stage_at_all():
     with pytest.raises(ConfigError, match="pipeline_parallel_size=0"):
         layer_partition(4, 0)
+
+
+@st.composite
+def sized_specs(draw):
+    """Models of all proportions, small enough to try every partition."""
+    return spec(
+        num_layers=draw(st.integers(1, 9)),
+        hidden_size=draw(st.sampled_from([64, 512, 4096])),
+        intermediate_size=draw(st.sampled_from([128, 2048, 14336])),
+        vocab_size=draw(st.sampled_from([100, 32000, 256000])),
+    )
+
+
+@given(sized_specs(), st.integers(1, 5))
+def test_balanced_stages_are_as_cheap_as_any(model, pp):
+    if pp > model.num_layers:
+        with pytest.raises(ConfigError, match=f"pipeline_parallel_size={pp}"):
+            stage_layers(model, pp)
+        return
+    stages, costs = stage_layers(model, pp), StageCosts.of(model)
+    assert_tiles(stages, model.num_layers)
+    assert all(stage.size >= 1 for stage in stages)
+
+    def dearest(sizes):
+        return max(costs.stage(n, first=i == 0, last=i == pp - 1) for i, n in enumerate(sizes))
+
+    every = [sizes for sizes in product(range(1, model.num_layers + 1), repeat=pp) if sum(sizes) == model.num_layers]
+    assert dearest([s.size for s in stages]) <= min(map(dearest, every)) * (1 + 1e-9)
+
+
+def test_a_heavy_head_takes_layers_off_the_last_stage():
+    model = spec(num_layers=16, hidden_size=512, intermediate_size=1024, vocab_size=50000)
+    sizes = [s.size for s in stage_layers(model, 4)]
+    assert sizes[-1] == min(sizes) < 4 < max(sizes)
+    assert [s.size for s in stage_layers(model, 4, "even")] == [4, 4, 4, 4]
+    assert [s.size for s in stage_layers(model, 4, "7,4,4,1")] == [7, 4, 4, 1]
+
+
+def test_a_stage_costs_what_it_holds():
+    costs = StageCosts.of(spec(num_layers=6))
+    whole = costs.stage(6, first=True, last=True)
+    assert whole == pytest.approx(2.0)

@@ -30,6 +30,7 @@ engines = st.fixed_dictionaries(
         "caching": st.booleans(),
         "priority": st.booleans(),
         "depth": st.integers(1, 3),
+        "stages": st.integers(1, 3),
     }
 )
 
@@ -65,7 +66,7 @@ def make_engine(options: dict) -> tuple[EngineCore, FakeExecutor]:
     budget = options["budget"] if options["chunked"] else max(options["budget"], LONGEST_PROMPT)
     config = EngineConfig(
         model=ModelConfig(max_model_len=MAX_LEN),
-        parallel=ParallelConfig(),
+        parallel=ParallelConfig(pipeline_parallel_size=options["stages"]),
         cache=CacheConfig(
             block_size=size, num_gpu_blocks_override=-(-MAX_LEN // size) + options["spare_blocks"], enable_prefix_caching=options["caching"]
         ),
@@ -76,8 +77,9 @@ def make_engine(options: dict) -> tuple[EngineCore, FakeExecutor]:
             enable_chunked_prefill=options["chunked"],
         ),
     )
-    spec = ModelSpec("LlamaForCausalLM", 8, 1, 1, 1, 8, 8, VOCAB, MAX_LEN)
-    executor = FakeExecutor(vocab_size=VOCAB, block_size=size, max_concurrent_batches=options["depth"], lag=options["depth"])
+    spec = ModelSpec("LlamaForCausalLM", 8, 3, 1, 1, 8, 8, VOCAB, MAX_LEN)
+    depth = max(options["depth"], options["stages"])
+    executor = FakeExecutor(vocab_size=VOCAB, block_size=size, max_concurrent_batches=depth, lag=depth, stages=options["stages"])
     return EngineCore(config, spec, executor, clock=FakeClock()), executor
 
 
@@ -297,7 +299,7 @@ def test_the_loads_reach_the_corners():
     """The random loads above would prove little if they never met these: a fixed sample of the same kind does, often."""
     rng = random.Random(5)
     seen: Counter[str] = Counter()
-    for _ in range(120):
+    for _ in range(240):
         options = {
             "block_size": rng.choice([1, 2, 3, 4]),
             "spare_blocks": rng.randrange(8),
@@ -307,6 +309,7 @@ def test_the_loads_reach_the_corners():
             "caching": rng.random() < 0.8,
             "priority": rng.random() < 0.5,
             "depth": rng.randint(1, 3),
+            "stages": rng.randint(1, 3),
         }
         core, executor = make_engine(options)
         ledger = Ledger()

@@ -16,14 +16,14 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import resolve
 
-HEADS, LIMIT = 6, 128
+HEADS, LAYERS, LIMIT = 6, 2, 128
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 96,
     "hidden_size": 48,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
     "num_key_value_heads": 2,
     "max_position_embeddings": LIMIT,
@@ -58,7 +58,10 @@ BROKEN = [
     ({"tensor_parallel_size": True}, ["wrong type bool", "int"]),
     ({"tensor_parallel_size": 2.0}, ["wrong type float", "int"]),
     ({"pipeline_parallel_size": 0}, ["greater than 0"]),
-    ({"pipeline_parallel_size": 2}, ["pipeline parallelism is not available yet", "tensor_parallel_size"]),
+    ({"pipeline_parallel_size": LAYERS + 1}, [f"num_hidden_layers={LAYERS}", f"use at most {LAYERS}"]),
+    ({"pipeline_layer_partition": "halves"}, ["Invalid partition string", "balanced, even, reference"]),
+    ({"pipeline_layer_partition": "1,1,1", "pipeline_parallel_size": 2}, ["len(partitions)=3", "pp_size=2"]),
+    ({"distributed_executor_backend": "uni", "pipeline_parallel_size": 2}, ["one rank", "pipeline_parallel_size=2", "use mp"]),
     ({"data_parallel_size": 2}, ["data parallelism is not available yet"]),
     ({"prefill_context_parallel_size": 2}, ["prefill context parallelism is not available yet"]),
     ({"decode_context_parallel_size": 2}, ["decode context parallelism is not available yet"]),

@@ -8,6 +8,7 @@ from pathlib import Path
 from lockstep.cli.bench.result import Reporter
 from lockstep.cli.errors import UsageError
 from lockstep.llm import LLM
+from lockstep.observability.pipeline_chart import Schedule
 
 PROFILE_HELP = "Run the workload once more, recorded, and write a Chrome trace of engine and ranks into this folder."
 
@@ -32,4 +33,8 @@ def record(llm: LLM, folder: str | None, report: Reporter, run: Callable[[], obj
     run()
     profile = llm.stop_profile()
     path = profile.write(folder, {"command": report.command, **report.base})
+    parallel = llm.config.parallel
+    if parallel.pipeline_parallel_size > 1:
+        schedule = Schedule.of(profile, parallel.pipeline_parallel_size, parallel.stage_size)
+        report.note(f"\n{schedule.summary(in_flight=parallel.pipeline_parallel_size)}")
     report.note(f"\n{profile.summary()}\n\ntrace: {path} (ui.perfetto.dev or chrome://tracing open it)")

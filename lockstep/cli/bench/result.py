@@ -20,7 +20,7 @@ class Reporter:
 
     def __init__(self, config: EngineConfig, model: str, command: str, as_json: bool) -> None:
         parallel = config.parallel
-        ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.prefill_context_parallel_size
+        ranks = parallel.world_size
         self.as_json, self.threads = as_json, [share.threads for share in plan_here(ranks, parallel)]
         self.base: dict[str, Any] = {
             "model": model,
