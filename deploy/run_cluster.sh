@@ -36,7 +36,7 @@ fail() {
 image=$1 head=$2 role=$3
 shift 3
 port=${RAY_PORT:-6379} host_ip=${LOCKSTEP_HOST_IP:-}
-[[ $port =~ ^[0-9]{1,5}$ ]] && ((10#$port >= 1 && 10#$port <= 65535)) || fail "RAY_PORT='$port' is not a port: 1 to 65535"
+[[ $port =~ ^[1-9][0-9]{0,4}$ ]] && ((port <= 65535)) || fail "RAY_PORT='$port' is not a port: 1 to 65535"
 case $role in
   --head)
     host_ip=$head
@@ -53,8 +53,11 @@ command -v docker >/dev/null || {
   exit 1
 }
 
-scratch=$(mktemp -d)
+scratch=$(mktemp -d) running=
 remove() { # only a container that this run made: one of the same name may be another's
+  for _ in {1..50}; do # it may be in the making just now
+    [[ ! -s $scratch/id ]] && { [[ -n $running ]] && kill -0 "$running" 2>/dev/null; } && sleep 0.1 || break
+  done
   [[ ! -s $scratch/id ]] || docker rm --force "$(cat "$scratch/id")" >/dev/null 2>&1 || true
   rm -rf "$scratch"
 }
@@ -65,4 +68,5 @@ trap 'exit 143' TERM HUP
 # In the background, because bash runs a trap only after a command in the foreground has ended.
 docker run --rm --init --cidfile "$scratch/id" --name "${CONTAINER:-lockstep-ray-${role#--}}" --network host \
   --shm-size "${SHM_SIZE:-8g}" ${host_ip:+--env "LOCKSTEP_HOST_IP=$host_ip"} "$@" --entrypoint "${start[0]}" "$image" "${start[@]:1}" &
-wait $!
+running=$!
+wait "$running"

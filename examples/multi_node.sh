@@ -25,8 +25,8 @@ fail() {
   usage
 }
 
-number() { # NAME VALUE LEAST
-  [[ $2 =~ ^[0-9]+$ ]] && ((10#$2 >= $3)) || fail "$1='$2' is not a whole number of at least $3"
+number() { # NAME VALUE LEAST MOST
+  [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] && (($2 >= $3 && $2 <= $4)) || fail "$1='$2' is not a whole number from $3 to $4"
 }
 
 [[ $# -ge 1 ]] || usage
@@ -42,11 +42,11 @@ model=${3:-}
 shift $(($# < 3 ? $# : 3))
 
 master_port=${MASTER_PORT:-29501} nnodes=${NNODES:-2} node_rank=${NODE_RANK:-1} tp=${TP:-2} pp=${PP:-2}
-number MASTER_PORT "$master_port" 1
-number NNODES "$nnodes" 2
-number NODE_RANK "$node_rank" 1
-number TP "$tp" 1
-number PP "$pp" 1
+number MASTER_PORT "$master_port" 1 65535
+number NNODES "$nnodes" 2 9999
+number NODE_RANK "$node_rank" 1 9999
+number TP "$tp" 1 9999
+number PP "$pp" 1 9999
 ((node_rank < nnodes)) || fail "NODE_RANK=$node_rank is not below NNODES=$nnodes: the leader is 0, workers are 1 to $((nnodes - 1))"
 (((tp * pp) % nnodes == 0)) || fail "TP x PP = $((tp * pp)) ranks do not divide among NNODES=$nnodes hosts"
 command -v lockstep >/dev/null || {
