@@ -56,9 +56,15 @@ command -v docker >/dev/null || {
 scratch=$(mktemp -d) running=
 remove() { # only a container that this run made: one of the same name may be another's
   for _ in {1..50}; do # it may be in the making just now
-    [[ ! -s $scratch/id ]] && { [[ -n $running ]] && kill -0 "$running" 2>/dev/null; } && sleep 0.1 || break
+    [[ -n $running && ! -s $scratch/id ]] && kill -0 "$running" 2>/dev/null || break
+    sleep 0.1
   done
-  [[ ! -s $scratch/id ]] || docker rm --force "$(cat "$scratch/id")" >/dev/null 2>&1 || true
+  if [[ -s $scratch/id ]]; then
+    docker rm --force "$(cat "$scratch/id")" >/dev/null 2>&1 || true
+  fi
+  if [[ -n $running ]]; then # still pulling the image, or ending with its container
+    kill "$running" 2>/dev/null || true
+  fi
   rm -rf "$scratch"
 }
 trap remove EXIT

@@ -33,9 +33,7 @@ def main() -> None:
         sys.exit(f"--tensor-parallel-size={tp} does not divide the {world_size} processes that torchrun started: change either.")
     dp = world_size // tp
     sampling = SamplingParams(temperature=0, max_tokens=args.max_tokens)
-    with LLM(
-        args.model, tensor_parallel_size=tp, data_parallel_size=dp, distributed_executor_backend="external_launcher", seed=1
-    ) as llm:
+    with LLM(args.model, tensor_parallel_size=tp, data_parallel_size=dp, distributed_executor_backend="external_launcher", seed=1) as llm:
         dp_rank = llm.config.parallel.data_parallel_rank
         mine = [prompt for i, prompt in enumerate(PROMPTS) if i % dp == dp_rank]
         outputs = llm.generate(mine, sampling, use_tqdm=rank == 0)
