@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# One model over several hosts, without Ray: run it once on each host, in any order.
+set -euo pipefail
+
+usage() {
+  cat >&2 <<'TEXT'
+usage: multi_node.sh leader MASTER_ADDR [MODEL [OPTION...]]     on the host that has the address MASTER_ADDR
+       multi_node.sh worker MASTER_ADDR [MODEL [OPTION...]]     on every other host
+
+MODEL    a folder or hub id, the same on all hosts; "" or nothing: the embedded demo model
+OPTION   handed on to `lockstep generate`, the same on all hosts (like --dtype float32)
+
+Set in the environment, the same on all hosts unless it says otherwise:
+  MASTER_PORT=29501   a free port of the leader
+  NNODES=2            how many hosts
+  NODE_RANK=1         this host's number, worker only: 1, 2, ...
+  TP=2 PP=2           tensor and pipeline parallel sizes; TP x PP is a multiple of NNODES
+  PROMPT=...          what to complete, leader only
+TEXT
+  exit 2
+}
+
+fail() {
+  echo "error: $1" >&2
+  usage
+}
+
+number() { # NAME VALUE LEAST MOST
+  [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] && (($2 >= $3 && $2 <= $4)) || fail "$1='$2' is not a whole number from $3 to $4"
+}
+
+[[ $# -ge 1 ]] || usage
+role=$1
+case $role in
+  leader | worker) ;;
+  *) fail "'$role' is neither leader nor worker" ;;
+esac
+[[ $# -ge 2 && -n $2 && $2 != -* ]] || fail "MASTER_ADDR is missing: the leader's address, as the other hosts reach it"
+master_addr=$2
+model=${3:-}
+[[ $model != -* ]] || fail "MODEL comes before '$model': write \"\" for the embedded demo model"
+shift $(($# < 3 ? $# : 3))
+
+master_port=${MASTER_PORT:-29501} nnodes=${NNODES:-2} node_rank=${NODE_RANK:-1} tp=${TP:-2} pp=${PP:-2}
+number MASTER_PORT "$master_port" 1 65535
+number NNODES "$nnodes" 2 9999
+number NODE_RANK "$node_rank" 1 9999
+number TP "$tp" 1 9999
+number PP "$pp" 1 9999
+((node_rank < nnodes)) || fail "NODE_RANK=$node_rank is not below NNODES=$nnodes: the leader is 0, workers are 1 to $((nnodes - 1))"
+(((tp * pp) % nnodes == 0)) || fail "TP x PP = $((tp * pp)) ranks do not divide among NNODES=$nnodes hosts"
+command -v lockstep >/dev/null || {
+  echo "error: there is no 'lockstep' command: activate the environment that it is installed in" >&2
+  exit 1
+}
+
+if [[ $role == leader ]]; then
+  exec lockstep generate ${model:+"$model"} --nnodes "$nnodes" --node-rank 0 --master-addr "$master_addr" --master-port "$master_port" \
+    --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" --temperature 0 --prompt "${PROMPT:-def fibonacci(n):}" "$@"
+fi
+exec lockstep generate ${model:+"$model"} --headless --nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" \
+  --master-port "$master_port" --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" "$@"
