@@ -63,7 +63,7 @@ def shortest_queue(loads: Sequence[ReplicaLoad], cost: Cost = all_tokens, start:
     equal ones the replica with the fewest requests, then the first at or after `start` (pass a counter, and an idle cluster
     fills in turn). Raises RoutingError if none is routable.
     """
-    return _least(routable(loads), cost, start, len(loads)).replica
+    return _least([(load, cost(load)) for load in routable(loads)], start, len(loads)).replica
 
 
 def prefix_affine(
@@ -82,8 +82,8 @@ def prefix_affine(
     Raises RoutingError if none is routable.
     """
     within = _within(routable(loads), bound, slack_tokens, cost)
-    longest = max(matches[load.replica] for load in within)
-    return _least([load for load in within if matches[load.replica] == longest], cost, start, len(loads)).replica
+    longest = max([matches[load.replica] for load, _ in within])
+    return _least([pair for pair in within if matches[pair[0].replica] == longest], start, len(loads)).replica
 
 
 def sticky(
@@ -102,7 +102,7 @@ def sticky(
     """
     within = _within(routable(loads), bound, slack_tokens, cost)
     draws = _draws(session_id, max(load.replica for load in loads) + 1)
-    return max(within, key=lambda load: draws[load.replica]).replica
+    return max([load.replica for load, _ in within], key=draws.__getitem__)
 
 
 def explicit(replica: int, loads: Sequence[ReplicaLoad]) -> int:
@@ -129,18 +129,20 @@ def routable(loads: Sequence[ReplicaLoad]) -> list[ReplicaLoad]:
     return able
 
 
-def _least(loads: list[ReplicaLoad], cost: Cost, start: int, count: int) -> ReplicaLoad:
-    costs = [cost(load) for load in loads]
-    least = min(costs)
-    ties = [load for load, one in zip(loads, costs, strict=True) if one == least]
+Costed = list[tuple[ReplicaLoad, float]]  # each with its cost, which is asked for once
+
+
+def _least(loads: Costed, start: int, count: int) -> ReplicaLoad:
+    least = min([cost for _, cost in loads])
+    ties = [load for load, cost in loads if cost == least]
     return ties[0] if len(ties) == 1 else min(ties, key=lambda load: (load.requests, (load.replica - start) % count))
 
 
-def _within(loads: list[ReplicaLoad], bound: float, slack_tokens: int, cost: Cost) -> list[ReplicaLoad]:
+def _within(loads: list[ReplicaLoad], bound: float, slack_tokens: int, cost: Cost) -> Costed:
     """Those whose cost is within the bound of the least. The least loaded always is."""
     costs = [cost(load) for load in loads]
     most = min(costs) + max(bound * (sum(costs) / len(costs)), slack_tokens)
-    return [load for load, one in zip(loads, costs, strict=True) if one <= most]
+    return [(load, one) for load, one in zip(loads, costs, strict=True) if one <= most]
 
 
 def _draws(session_id: str, replicas: int) -> tuple[int, ...]:

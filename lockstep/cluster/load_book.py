@@ -50,11 +50,10 @@ class _Sum:
 class _Started:
     """A request on its replica, as last heard of."""
 
-    replica: int
     ticket: int
     prompt: int  # tokens of the prompt
     expected: int  # tokens it was expected to generate
-    computed: int = 0  # tokens of the prompt that are computed
+    computed: int = 0  # tokens of the prompt that are computed or cached
     generated: int = 0
 
     @property
@@ -117,28 +116,31 @@ class LoadBook:
         """Requests that are believed to be unfinished."""
         return len(self._at)
 
-    def start(self, request: str, replica: int, prompt_tokens: int, expected_tokens: int = 0) -> int:
-        """A request was sent to a replica: its prompt waits there, and `expected_tokens` are expected to be generated.
+    def start(self, request: str, replica: int, prompt_tokens: int, expected_tokens: int = 0, cached_tokens: int = 0) -> int:
+        """A request was sent to a replica, where its prompt waits to be computed.
 
-        Leave prompt tokens out that the replica is known to have cached. Returns the request's ticket (1, 2, ... per replica),
-        which travels with it: see `reconcile`. Raises ValueError for a request that is in the book, or negative tokens.
+        `expected_tokens` are expected to be generated, and count as running from now on. `cached_tokens` of the prompt are
+        believed to be cached there: to be held, not computed. Returns the request's ticket (1, 2, ... per replica), which
+        travels with it: see `reconcile`. Raises ValueError for a request that is in the book, or impossible numbers.
         """
         if request in self._at:
             raise ValueError(f"request {request!r} was started already and has not finished. Finish it first, or use another id.")
-        if prompt_tokens < 0 or expected_tokens < 0:
-            raise ValueError(f"prompt_tokens={prompt_tokens} and expected_tokens={expected_tokens} must be 0 or more. Count them again.")
+        if not (0 <= cached_tokens <= prompt_tokens and expected_tokens >= 0):
+            numbers = f"prompt_tokens={prompt_tokens}, cached_tokens={cached_tokens}, expected_tokens={expected_tokens}"
+            raise ValueError(f"{numbers}: none may be negative, nor more cached than the prompt has. Count them again.")
         there = self._replicas[replica]
         there.tickets += 1
-        there.started[request] = _Started(replica, there.tickets, prompt_tokens, expected_tokens)
+        there.started[request] = _Started(there.tickets, prompt_tokens, expected_tokens, cached_tokens)
         self._at[request] = there
-        there.waiting.ours += prompt_tokens
+        there.waiting.ours += prompt_tokens - cached_tokens
+        there.running.ours += cached_tokens
         there.requests.ours += 1
         there.to_come += expected_tokens
         there.publish()
         return there.tickets
 
     def progress(self, request: str, computed_tokens: int, generated_tokens: int) -> None:
-        """Totals so far: prompt tokens computed (of those given to `start`), and tokens generated."""
+        """Totals so far: prompt tokens computed or found cached, and tokens generated."""
         there = self._at.get(request)
         if there is not None:
             there.update(there.started[request], computed_tokens, generated_tokens)
@@ -167,21 +169,22 @@ class LoadBook:
         if min(waiting_tokens, running_tokens, requests or 0) < 0:
             numbers = f"waiting_tokens={waiting_tokens}, running_tokens={running_tokens}, requests={requests}"
             raise ValueError(f"replica {replica} reported {numbers}: all must be 0 or more. Its counters are wrong: restart it.")
-        there, on_the_way, way_tokens = self._replicas[replica], 0, 0
+        there, on_the_way, way_waiting, way_running = self._replicas[replica], 0, 0, 0
         if newest_ticket is not None:
             for one in reversed(there.started.values()):
                 if one.ticket <= newest_ticket:
                     break
                 on_the_way += 1
-                way_tokens += one.prompt - one.computed
+                way_waiting += one.prompt - one.computed
+                way_running += one.running
         if requests is not None:
             surplus = len(there.started) - on_the_way - requests
             for request in list(there.started)[: max(0, surplus)]:
                 there.remove(request)
                 del self._at[request]
             there.requests.settle(requests + on_the_way)
-        there.waiting.settle(waiting_tokens + way_tokens)
-        there.running.settle(running_tokens)
+        there.waiting.settle(waiting_tokens + way_waiting)
+        there.running.settle(running_tokens + way_running)
         there.publish()
 
     def set_routable(self, replica: int, routable: bool) -> None:

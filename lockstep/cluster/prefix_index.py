@@ -22,10 +22,11 @@ class PrefixIndex:
     Not safe to use from two threads at once.
     """
 
-    def __init__(self, replicas: int, block_size: int = 16, blocks_per_replica: int = 4096, max_blocks: int = 64) -> None:
+    def __init__(self, replicas: int, block_size: int = 32, blocks_per_replica: int = 2048, max_blocks: int = 32) -> None:
         """Nothing is held at first.
 
-        `blocks_per_replica` should be near the KV blocks of a replica. What was used within the last half of
+        `block_size` need not be the engine's: larger blocks are fewer, and half a block of a match is soon recomputed.
+        `blocks_per_replica` x block_size should be near the tokens a replica can cache. What was used within the last half of
         replicas x blocks_per_replica uses is remembered, what was not within the whole is forgotten, and that many blocks (of about
         100 bytes) are the most there are, but for one prompt's. Only the first `max_blocks` blocks of a prompt are looked at:
         what prompts share is at their beginning. Raises ValueError for a size below 1.
@@ -54,7 +55,8 @@ class PrefixIndex:
         for name in self._names(token_ids):
             still = held & (young.get(name, 0) | old.get(name, 0))
             if still != held:
-                _set_bits(found, held ^ still, depth)
+                if depth:
+                    _set_bits(found, held ^ still, depth)
                 if not still:
                     return found
                 held = still
