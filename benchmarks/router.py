@@ -243,7 +243,9 @@ def main() -> None:
     for number, policy in enumerate(policies):
         line = simulate(policy, requests, args.replicas, args.seed)
         if args.json:
-            print(json.dumps({**line, "replicas": args.replicas, "requests": len(requests), "possible": round(possible_share(requests), 4)}))
+            print(
+                json.dumps({**line, "replicas": args.replicas, "requests": len(requests), "possible": round(possible_share(requests), 4)})
+            )
             continue
         if not number:
             print("  ".join(f"{name:>14}" for name in line))

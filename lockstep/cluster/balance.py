@@ -112,8 +112,8 @@ def explicit(replica: int, loads: Sequence[ReplicaLoad]) -> int:
             if load.routable:
                 return replica
             others = [other.replica for other in loads if other.routable]
-            there = f"name one of {_listed(others)}, or none" if others else "none is routable now: wait until a replica is back"
-            raise RoutingError(f"data_parallel_rank={replica} takes no requests: its replica is down or draining. {there[0].upper()}{there[1:]}.")
+            remedy = f"Name one of {_listed(others)}, or none." if others else "None is routable now: wait until a replica is back."
+            raise RoutingError(f"data_parallel_rank={replica} takes no requests: its replica is down or draining. {remedy}")
     known = _listed([load.replica for load in loads])
     raise RoutingError(f"data_parallel_rank={replica} does not exist: the replicas are {known}. Name one of them, or none.")
 

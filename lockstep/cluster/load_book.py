@@ -66,7 +66,8 @@ class _Replica:
 
     def __init__(self, load: ReplicaLoad) -> None:
         self.load = load
-        self.tickets = 0
+        self.tickets = 0  # given out so far
+        self.tickets_at_report = 0  # the same when the last report came
         self.started: dict[str, _Started] = {}
         self.clear()
 
@@ -80,6 +81,18 @@ class _Replica:
         self.load.waiting_tokens = self.waiting.value
         self.load.running_tokens = self.running.value + self.to_come
         self.load.requests = self.requests.value
+
+    def after(self, ticket: int) -> tuple[list[_Started], list[str]]:
+        """What a report that had seen `ticket` did not count: requests on their way, and names of those that were lost."""
+        sent, lost = [], []
+        for request, one in reversed(self.started.items()):
+            if one.ticket <= ticket:
+                break
+            if one.ticket > self.tickets_at_report:
+                sent.append(one)
+            else:
+                lost.append(request)
+        return sent, lost
 
     def update(self, one: _Started, computed: int, generated: int) -> None:
         """Totals of a request so far. Totals only grow: an old message changes nothing."""
@@ -162,29 +175,24 @@ class LoadBook:
         """A replica reported what it carries: prompt tokens to compute, tokens held, unfinished requests (None: it did not say).
 
         `newest_ticket` is the newest the replica had seen: what was sent to it after that is still on its way, and is added to
-        the report. Without one, the report is taken to count everything. When the replica has fewer requests than the book says,
-        the end of the oldest was lost, and they are dropped (perhaps another's end was: the sums are right all the same).
+        the report, but only once: what the next report does not count either was lost (a round trip is shorter than the time
+        between reports). Without a ticket, the report is taken to count everything. When the replica has fewer requests than the
+        book, the end of the oldest was lost, and they are dropped (perhaps another's was: the sums are right all the same).
         Raises ValueError for negative numbers.
         """
         if min(waiting_tokens, running_tokens, requests or 0) < 0:
             numbers = f"waiting_tokens={waiting_tokens}, running_tokens={running_tokens}, requests={requests}"
             raise ValueError(f"replica {replica} reported {numbers}: all must be 0 or more. Its counters are wrong: restart it.")
-        there, on_the_way, way_waiting, way_running = self._replicas[replica], 0, 0, 0
-        if newest_ticket is not None:
-            for one in reversed(there.started.values()):
-                if one.ticket <= newest_ticket:
-                    break
-                on_the_way += 1
-                way_waiting += one.prompt - one.computed
-                way_running += one.running
+        there = self._replicas[replica]
+        sent, lost = there.after(there.tickets if newest_ticket is None else newest_ticket)
+        self._drop(there, lost)
         if requests is not None:
-            surplus = len(there.started) - on_the_way - requests
-            for request in list(there.started)[: max(0, surplus)]:
-                there.remove(request)
-                del self._at[request]
-            there.requests.settle(requests + on_the_way)
-        there.waiting.settle(waiting_tokens + way_waiting)
-        there.running.settle(running_tokens + way_running)
+            surplus = len(there.started) - len(sent) - requests
+            self._drop(there, list(there.started)[: max(0, surplus)])
+            there.requests.settle(requests + len(sent))
+        there.waiting.settle(waiting_tokens + sum(one.prompt - one.computed for one in sent))
+        there.running.settle(running_tokens + sum(one.running for one in sent))
+        there.tickets_at_report = there.tickets
         there.publish()
 
     def set_routable(self, replica: int, routable: bool) -> None:
@@ -196,3 +204,8 @@ class LoadBook:
         for request in self._replicas[replica].started:
             del self._at[request]
         self._replicas[replica].clear()
+
+    def _drop(self, there: _Replica, requests: list[str]) -> None:
+        for request in requests:
+            there.remove(request)
+            del self._at[request]
