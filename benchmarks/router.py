@@ -229,7 +229,7 @@ def main() -> None:
         parser.error(f"--replicas {args.replicas}, --rate {args.rate} and --seconds {args.seconds} must make at least one request.")
     try:
         requests = router_load.read(args.load) if args.load else router_load.generate(args.rate, args.seconds, args.seed)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     if args.record:
         router_load.write(requests, args.record)

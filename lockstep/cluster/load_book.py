@@ -21,7 +21,7 @@ from lockstep.cluster.balance import ReplicaLoad
 
 
 class _Sum:
-    """One number of one replica. Its value is never negative."""
+    """One number of one replica. Its value is never negative: a report is not, and `learn` takes no more than there is."""
 
     __slots__ = ("correction", "ours")
 
@@ -31,7 +31,7 @@ class _Sum:
 
     @property
     def value(self) -> int:
-        return max(0, self.ours + self.correction)
+        return self.ours + self.correction
 
     def learn(self, change: int) -> None:
         """Requests of ours changed by this much; what a report had counted already comes out of the correction."""

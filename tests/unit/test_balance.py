@@ -112,6 +112,15 @@ def test_prefix_index_forgets_what_is_not_used():
     assert index.matches([39]) == [1]
 
 
+def test_prefix_index_forgets_a_replica_in_both_generations():
+    index = PrefixIndex(2, block_size=1, blocks_per_replica=4)
+    for i in range(5):  # a generation is 4 uses
+        index.insert([i], i % 2)
+    assert [index.matches([i]) for i in range(5)] == [[1, 0], [0, 1], [1, 0], [0, 1], [1, 0]]
+    index.forget(0)
+    assert [index.matches([i]) for i in range(5)] == [[0, 0], [0, 1], [0, 0], [0, 1], [0, 0]]
+
+
 def test_prefix_index_looks_at_the_first_blocks_only():
     index = PrefixIndex(1, block_size=2, max_blocks=3)
     index.insert(range(20), 0)
