@@ -138,9 +138,10 @@ class Router:
         cpu, wall = time.thread_time(), time.perf_counter()
         cached, loads = 0, self.book.loads
         if self.policy == "prefix_affine":
-            matches = self.index.matches(tokens)
+            names = self.index.names(tokens)
+            matches = self.index.matches(tokens, names)
             replica = balance.prefix_affine(loads, matches, start=self.count)
-            self.index.insert(tokens, replica)
+            self.index.insert(tokens, replica, names)
             cached = matches[replica]
         elif self.policy == "sticky":
             replica = balance.sticky(request.session, loads)

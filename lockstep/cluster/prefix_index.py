@@ -47,12 +47,15 @@ class PrefixIndex:
         """Blocks remembered; one of both generations counts twice."""
         return len(self._young) + len(self._old)
 
-    def matches(self, token_ids: Sequence[int]) -> list[int]:
-        """For each replica, how many of the first tokens of the prompt it holds: whole blocks, without a gap. Changes nothing."""
+    def matches(self, token_ids: Sequence[int], names: list[int] | None = None) -> list[int]:
+        """For each replica, how many of the first tokens of the prompt it holds: whole blocks, without a gap. Changes nothing.
+
+        `names` is what `names(token_ids)` gave, for who has it: `insert` needs the same.
+        """
         found = [0] * self.replicas
         young, old = self._young, self._old
         depth, held = 0, (1 << self.replicas) - 1
-        for name in self._names(token_ids):
+        for name in self.names(token_ids) if names is None else names:
             still = held & (young.get(name, 0) | old.get(name, 0))
             if still != held:
                 if depth:
@@ -64,10 +67,10 @@ class PrefixIndex:
         _set_bits(found, held, depth)
         return found
 
-    def insert(self, token_ids: Sequence[int], replica: int) -> None:
+    def insert(self, token_ids: Sequence[int], replica: int, names: list[int] | None = None) -> None:
         """Replica `replica` was sent this prompt, and will hold its whole blocks. A block it held already is used once more."""
         young, bit = self._young, 1 << replica
-        for name in self._names(token_ids):
+        for name in self.names(token_ids) if names is None else names:
             before = young.get(name, 0)
             if not before & bit:
                 young[name] = before | bit
@@ -81,8 +84,8 @@ class PrefixIndex:
         self._young = {name: left for name, bits in self._young.items() if (left := bits & keep)}
         self._old = {name: left for name, bits in self._old.items() if (left := bits & keep)}
 
-    def _names(self, token_ids: Sequence[int]) -> list[int]:
-        """Chained 64-bit names of the first whole blocks.
+    def names(self, token_ids: Sequence[int]) -> list[int]:
+        """Chained 64-bit names of the prompt's first whole blocks, of use to this index alone.
 
         Not the engine's names (16 bytes of blake2b, block by block): they never leave this process and protect no answer, and
         Python's own hash of bytes, keyed per process, is ten times as fast.

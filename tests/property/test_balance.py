@@ -85,6 +85,7 @@ def test_prefix_index_equals_brute_force(history, prompt, block_size, max_blocks
         else:
             index.insert(inserted, replica)
             oracle[replica].update(prefixes(inserted))
+    assert index.matches(prompt) == index.matches(prompt, index.names(prompt))
     assert index.matches(prompt) == [max((len(p) for p in prefixes(prompt) if p in held), default=0) for held in oracle]
 
 
