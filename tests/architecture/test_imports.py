@@ -17,7 +17,13 @@ FLOORS = {
 # protocol and config share a floor, and stay apart all the same; attention and planner likewise
 SIBLINGS = {("config", "protocol"), ("protocol", "config"), ("attention", "planner"), ("planner", "attention")}
 # above the executor only its contract and its factory may be named, and the core plan, which doctor prints
-EXECUTOR_DOOR = {"lockstep.executor.contract", "lockstep.executor.factory", "lockstep.executor.affinity"}
+EXECUTOR_DOOR = {
+    "lockstep.cluster.load_book",
+    "lockstep.cluster.prefix_index",
+    "lockstep.executor.contract",
+    "lockstep.executor.factory",
+    "lockstep.executor.affinity",
+}
 TORCH_FREE = [
     "lockstep", "lockstep.engine.core", "lockstep.protocol", "lockstep.config.validate", "lockstep.config.hf", "lockstep.llm",
     "lockstep.distributed.topology", "lockstep.distributed.partition", "lockstep.distributed.progress",
