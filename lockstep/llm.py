@@ -1,6 +1,6 @@
 """Offline inference: the shortest complete path from a prompt to its completion. Read this file first.
 
-config -> resolve -> executor (ranks start, load the model) -> engine core -> step, step, step -> text
+config -> resolve -> client (ranks start, load the model; one engine here, or replicas) -> step, step, step -> text
 
 >>> with LLM("my-model", tensor_parallel_size=2) as llm:
 ...     for output in llm.generate(["Hello,", "def add("], SamplingParams(temperature=0)):
@@ -18,13 +18,12 @@ from typing import Any
 
 import msgspec
 
+from lockstep.cluster.factory import make_client
 from lockstep.config.build import build_config
 from lockstep.config.tree import RuntimeConfig
 from lockstep.config.validate import resolve
-from lockstep.engine.core import EngineCore
 from lockstep.engine.stats import EngineStats
 from lockstep.executor.contract import RankMemory
-from lockstep.executor.factory import make_executor
 from lockstep.frontend.chat import Conversation, conversations, render
 from lockstep.frontend.collector import Collector
 from lockstep.frontend.errors import PromptError
@@ -55,16 +54,15 @@ class LLM:
             logging.configure(self.config.runtime.log_level)
         words = tokenizer_folder(self.config.model, self.folder)
         tokenizer: Future[Any] = load_in_background(lambda: load_tokenizer(words))  # while the ranks start
-        executor = make_executor(self.config, self.spec, self.folder)
-        self._finalizer = weakref.finalize(self, executor.shutdown)  # also at exit
+        self._client = make_client(self.config, self.spec, self.folder)
+        self._finalizer = weakref.finalize(self, self._client.shutdown)  # also at exit
         try:
-            self._core = EngineCore(self.config, self.spec, executor)
             self._tokenizer = tokenizer.result()
         except BaseException:
             self._finalizer()
             raise
-        self.config = self._core.config
-        log.info("%s", self._core.memory.describe())
+        self.config = self._client.config
+        log.info("%s", self._client.memory.describe())
         self._inputs = InputProcessor(self.config, self.spec, self.folder, self._tokenizer)
         self._collector = Collector(self._tokenizer)
         self._running = False
@@ -120,27 +118,27 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """The engine's numbers at this moment."""
-        return self._core.stats()
+        return self._client.stats()
 
     def memory(self) -> list[RankMemory]:
         """Each rank's `RankMemory`: weights, KV cache and peak, in bytes, by rank."""
-        return self._core.executor.memory()
+        return self._client.ranks()
 
     def collective_rpc(self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
         """Call a method of `Worker` by name on every rank; the results by rank. Arguments and results are plain data."""
-        return self._core.executor.collective_rpc(method, args, kwargs)
+        return self._client.collective_rpc(method, args, kwargs)
 
     def start_profile(self) -> None:
         """Record what the engine and every rank do, from now on and until `stop_profile`. Costs a few per cent of speed."""
-        self._core.executor.start_timelines()
+        self._client.start_profile()
 
     def stop_profile(self) -> Profile:
         """What was recorded since `start_profile`: `write(folder)` it as a Chrome trace, or print its `summary()`."""
-        return self._core.executor.take_timelines()
+        return self._client.stop_profile()
 
     def shutdown(self) -> None:
         """Stop the ranks and free everything. May be called twice; also done at exit and when the object is dropped."""
-        self._core.shutdown()
+        self._client.shutdown()
         self._finalizer()
 
     def __enter__(self) -> LLM:
@@ -158,21 +156,21 @@ class LLM:
         try:
             for job in jobs:
                 for request in job.requests:
-                    self._core.add_request(request)
+                    self._client.add_request(request)
                 self._collector.start(job)
             while left:
-                news = self._core.step()
-                if self._core.failure is not None:
-                    raise self._core.failure
-                with self._core.executor.timeline.span("detokenize", "engine"):
+                news = self._client.step()
+                if self._client.failure is not None:
+                    raise self._client.failure
+                with self._client.timeline.span("detokenize", "engine"):
                     outputs, ended = self._collector.take(news)
-                self._core.abort(ended)
+                self._client.abort(ended)
                 left -= {o.request_id for o in news if o.finish_reason is not None}
                 left.difference_update(ended)
                 yield from outputs
         finally:
             self._collector.forget(left)
-            self._core.abort(left)
+            self._client.abort(left)
             self._running = False
 
     def _jobs(
@@ -192,7 +190,7 @@ class LLM:
         for index, (prompt, p, rank) in enumerate(zip(listed, sampling, priorities, strict=True)):
             with named(index, len(listed)):
                 job = self._inputs.job(prompt, p, priority=rank, arrival_s=now_s)
-                self._core.check_request(job.requests[0])  # the others of n differ from it in nothing that is checked
+                self._client.check_request(job.requests[0])  # the others of n differ from it in nothing that is checked
             jobs.append(job)
         return jobs
 

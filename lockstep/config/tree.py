@@ -14,6 +14,7 @@ Quantization = Literal["int8"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Policy = Literal["fcfs", "priority"]
+Routing = Literal["prefix", "shortest_queue", "round_robin"]
 
 
 def opt(default: Any, help: str, *alias: str) -> Any:
@@ -45,6 +46,10 @@ class ParallelConfig:
         None, "Layers of each stage: balanced (default: by weights and work), even, reference, or their counts, like 5,6,6,5."
     )
     data_parallel_size: int = opt(1, "Replicas of the whole model.", "-dp")
+    data_parallel_rank: int | None = opt(None, "Which of the replicas this one is, where each is started by itself.", "-dpn")
+    data_parallel_routing: Routing = opt(
+        "prefix", "Where a request goes: prefix (to the replica that has its beginning cached), shortest_queue or round_robin."
+    )
     prefill_context_parallel_size: int = opt(1, "Ranks that share one prompt.", "-pcp")
     decode_context_parallel_size: int = opt(1, "Ranks that share one request's KV cache.", "-dcp")
     enable_expert_parallel: bool = opt(False, "Place whole experts on ranks instead of cutting each.", "-ep")
@@ -74,6 +79,11 @@ class ParallelConfig:
     def world_size(self) -> int:
         """Ranks of one replica."""
         return self.stage_size * self.pipeline_parallel_size
+
+    @property
+    def total_ranks(self) -> int:
+        """Ranks of all replicas."""
+        return self.world_size * self.data_parallel_size
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,6 @@ POSITIVE = (
 )
 # Parallelism that the ecosystem has and this version does not: refused by name, never ignored.
 MISSING_PARALLELISM = {
-    "data_parallel_size": "data parallelism",
     "prefill_context_parallel_size": "prefill context parallelism",
     "decode_context_parallel_size": "decode context parallelism",
 }
@@ -73,7 +72,7 @@ def check(config: EngineConfig) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path
     check_values(config)
     check_available(config.parallel)
     device = pick_device(config.runtime, config.parallel)
-    check_room(config.cache.kv_cache_memory_bytes, config.parallel.world_size, device)
+    check_room(config.cache.kv_cache_memory_bytes, config.parallel.total_ranks, device)
     folder = find_folder(config.model.model, config.model.revision)
     check_checkpoint(config.model, folder)
     spec = load_spec(folder)
@@ -150,6 +149,11 @@ def check_available(parallel: ParallelConfig) -> None:
             "enable_expert_parallel=True: expert parallelism is not available yet in this version; "
             "leave it out, and use tensor_parallel_size to split the model."
         )
+    rank, replicas = parallel.data_parallel_rank, parallel.data_parallel_size
+    if rank is not None and not 0 <= rank < replicas:
+        raise ConfigError(
+            f"data_parallel_rank={rank} is not one of data_parallel_size={replicas} replicas: it must be from 0 to {replicas - 1}."
+        )
     backend = parallel.distributed_executor_backend
     if backend is None:
         return
@@ -165,13 +169,13 @@ def check_available(parallel: ParallelConfig) -> None:
 
 def sizes(parallel: ParallelConfig) -> str:
     """The sizes that multiply to more than one rank, in words."""
-    named = ("tensor_parallel_size", "pipeline_parallel_size")
+    named = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     return " and ".join(f"{n}={getattr(parallel, n)}" for n in named if getattr(parallel, n) > 1) or f"{named[0]}=1"
 
 
 def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
     """The device the ranks run on. Raises ConfigError when it is not there, or has fewer devices than ranks."""
-    found, ranks = devices.cuda_device_count(), parallel.world_size
+    found, ranks = devices.cuda_device_count(), parallel.total_ranks
     if runtime.device == "cuda":
         if found == 0:
             raise ConfigError(
@@ -181,7 +185,7 @@ def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cp
             raise ConfigError("device='cuda': the installed torch is built without CUDA; install a CUDA build, or use device cpu or auto.")
     device: Literal["cpu", "cuda"] = "cuda" if runtime.device != "cpu" and found and devices.torch_has_cuda() else "cpu"
     if device == "cuda" and ranks > found:
-        product = f" make {ranks} ranks," if parallel.pipeline_parallel_size > 1 else " is"
+        product = f" make {ranks} ranks," if " and " in sizes(parallel) else " is"
         raise ConfigError(
             f"{sizes(parallel)}{product} more than the {found} CUDA device(s) visible here: use at most {found}, or device cpu."
         )
@@ -205,7 +209,7 @@ def warn_of_crowding(parallel: ParallelConfig, device: str) -> None:
     """More ranks or threads than cores is right but slow: said once everything else holds."""
     if device != "cpu":
         return
-    ranks, threads, cores = parallel.world_size, parallel.threads_per_rank or 1, usable_cpus()
+    ranks, threads, cores = parallel.total_ranks, parallel.threads_per_rank or 1, usable_cpus()
     cpus = min(cores, quota() or cores)
     if threads > 1 and ranks * threads > cpus:
         log.warning(
@@ -214,7 +218,7 @@ def warn_of_crowding(parallel: ParallelConfig, device: str) -> None:
             *(threads, ranks, "s" if ranks > 1 else "", ranks * threads, cpus, max(1, int(cpus / ranks))),
         )
     elif ranks > cores:
-        product = f"make {ranks} ranks, " if parallel.pipeline_parallel_size > 1 else "is "
+        product = f"make {ranks} ranks, " if " and " in sizes(parallel) else "is "
         log.warning("%s %smore than the %d CPU cores: ranks will take turns, and be slow.", sizes(parallel), product, cores)
 
 
@@ -280,6 +284,6 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
         runtime=replace(config.runtime, device=device),
     )
     # A GPU's memory cannot be asked for without torch; the ranks profile a step of this size there before anything else.
-    room = int(share * host_available_bytes()) // parallel.world_size if device == "cpu" else None
+    room = int(share * host_available_bytes()) // parallel.total_ranks if device == "cpu" else None
     budget = default_token_budget(config, spec, room)
     return replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=budget))

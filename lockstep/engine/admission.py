@@ -66,6 +66,7 @@ def _token_lists(request: EngineRequest) -> Iterator[tuple[str, Iterable[int]]]:
     """Every list of token ids that a request carries, with its name."""
     sampling = request.sampling
     yield "prompt", request.prompt_token_ids
+    yield "output_token_ids", request.output_token_ids
     yield "eos_token_ids", request.eos_token_ids
     yield "stop_token_ids", sampling.stop_token_ids or ()
     yield "logit_bias", sampling.logit_bias or ()

@@ -56,8 +56,8 @@ class Request:
         self.source = source
         self.request_id = source.request_id
         self.key = key  # order among requests: (priority, arrival_s, sequence number), unique
-        self.token_ids = list(source.prompt_token_ids)
-        self.num_prompt = len(self.token_ids)
+        self.token_ids = source.prompt_token_ids + source.output_token_ids
+        self.num_prompt = len(source.prompt_token_ids)
         self.max_total = max_total  # tokens of prompt and output when it must end
         self.min_tokens = sampling.min_tokens
         self.eos = frozenset(() if sampling.ignore_eos else source.eos_token_ids)
@@ -72,7 +72,9 @@ class Request:
         self.next_publish = NEVER  # number of computed tokens that completes the next block to publish
         self.num_cached = -1  # prompt tokens found in the cache when it first ran
         self.preemptions = 0
-        self.prompt_logprobs: list[TokenLogprobs] | None = [] if sampling.prompt_logprobs is not None else None
+        # A request that goes on after its first token has given its prompt's away already.
+        owed = sampling.prompt_logprobs is not None and not source.output_token_ids
+        self.prompt_logprobs: list[TokenLogprobs] | None = [] if owed else None
 
     @property
     def total(self) -> int:

@@ -27,7 +27,7 @@ from lockstep.engine.kv_manager import KVManager
 from lockstep.engine.plan_builder import PlanBuilder, ScheduledStep
 from lockstep.engine.queues import RequestQueue
 from lockstep.engine.request import Request, Status
-from lockstep.engine.stats import EngineStats
+from lockstep.engine.stats import EngineLoad, EngineStats
 from lockstep.protocol import EngineOutput, EngineRequest, FinishReason, StepResult, TokenLogprobs
 
 
@@ -306,6 +306,11 @@ class Scheduler:
             preemptions=self._preemptions,
             finished=self._finished,
         )
+
+    def load(self) -> EngineLoad:
+        """What the requests weigh that have not ended. O(requests)."""
+        waiting = sum(r.total for r in self.waiting.items) + sum(r.total - r.num_computed - 1 for r in self.running.items)
+        return EngineLoad(waiting, sum(r.num_computed for r in self.running.items), len(self._requests))
 
     def check(self) -> None:
         """Assert every invariant. O(everything): for tests."""

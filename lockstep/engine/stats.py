@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
+
+
+class EngineLoad(msgspec.Struct, array_like=True, frozen=True):
+    """What an engine carries at a moment: what a router balances."""
+
+    waiting_tokens: int  # of prompts (and of what was generated before a preemption), still to be computed
+    running_tokens: int  # that running requests hold in the cache
+    requests: int  # that have not ended
 
 
 class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
@@ -30,3 +40,8 @@ class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
     def prefix_hit_rate(self) -> float:
         """Share of the prompt tokens that the prefix cache spared, 0 to 1."""
         return self.prefix_hit_tokens / self.prefix_query_tokens if self.prefix_query_tokens else 0.0
+
+
+def combined(stats: Sequence[EngineStats]) -> EngineStats:
+    """The numbers of several engines, added up."""
+    return EngineStats(**{name: sum(getattr(one, name) for one in stats) for name in EngineStats.__struct_fields__})

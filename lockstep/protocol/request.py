@@ -23,6 +23,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     eos_token_ids: list[int] = []
     priority: int = 0  # lower runs first, under the priority policy
     arrival_s: float = 0.0  # monotonic clock
+    output_token_ids: list[int] = []  # generated before its replica was lost: it goes on after them
     cache_salt: str | None = None  # requests share cached prefixes only within one salt
 
 

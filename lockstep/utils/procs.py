@@ -74,13 +74,14 @@ def oom_kills() -> int:
     return 0
 
 
-def die_with_parent(parent_pid: int, death_fd: int, on_death: Callable[[], None] | None = None) -> None:
+def die_with_parent(parent_pid: int, death_fd: int, on_death: Callable[[], None] | None = None, *, follow_thread: bool = True) -> None:
     """End this process group when the parent does, however it ends.
 
     Two means, because each has a gap: the kernel's parent-death signal works even on a stopped process, but follows the
     *thread* that forked; end-of-file on a pipe whose other end only the parent holds follows the process.
+    follow_thread: False where the thread that forked may end before the process does: the pipe alone has to do.
     """
-    if sys.platform == "linux":
+    if sys.platform == "linux" and follow_thread:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent_pid:  # it died before the request was in place

@@ -195,7 +195,7 @@ def test_every_command_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("generate --prompt x -pp 2", "--pipeline-parallel-size=2: pipeline parallelism is not available yet"),
+        ("generate --prompt x -pcp 2", "--prefill-context-parallel-size=2: prefill context parallelism is not available yet"),
         ("generate --prompt x -tp 0", "--tensor-parallel-size=0 is impossible"),
         ("generate /no/such/model --prompt x", "no such folder"),
         ("generate --prompts-file /no/such/file", "cannot be read"),

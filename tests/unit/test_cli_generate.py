@@ -19,6 +19,7 @@ import pytest
 import lockstep.llm
 from lockstep.cli.main import main
 from lockstep.cli.session import memory_table, size
+from lockstep.cluster import factory
 from lockstep.executor.contract import ExecutorError, RankMemory
 from lockstep.testing.executors import children_of, wait_for
 from lockstep.testing.fakes import FakeExecutor
@@ -42,7 +43,7 @@ class Stdin(io.StringIO):
 def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Ranks are fake; the dict holds their settings."""
     settings: dict[str, Any] = {}
-    monkeypatch.setattr(lockstep.llm, "make_executor", lambda config, spec, folder: FakeExecutor(vocab_size=spec.vocab_size, **settings))
+    monkeypatch.setattr(factory, "make_executor", lambda config, spec, folder: FakeExecutor(vocab_size=spec.vocab_size, **settings))
     monkeypatch.setattr(sys, "stdin", Stdin())
     return settings
 
@@ -207,7 +208,7 @@ def test_a_dead_rank_is_one_line_and_its_log_with_exit_code_1(
     def broken(*args: Any) -> Any:
         raise ExecutorError("rank 1 died", rank=1, log_tail=["last words"])
 
-    monkeypatch.setattr(lockstep.llm, "make_executor", broken)
+    monkeypatch.setattr(factory, "make_executor", broken)
     assert main(["generate", model, "--prompt", "a", *GREEDY]) == 1
     assert capsys.readouterr().err.endswith("error: rank 1 died\n  | last words\n")
 

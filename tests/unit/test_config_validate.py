@@ -62,7 +62,6 @@ BROKEN = [
     ({"pipeline_layer_partition": "halves"}, ["Invalid partition string", "balanced, even, reference"]),
     ({"pipeline_layer_partition": "1,1,1", "pipeline_parallel_size": 2}, ["len(partitions)=3", "pp_size=2"]),
     ({"distributed_executor_backend": "uni", "pipeline_parallel_size": 2}, ["one rank", "pipeline_parallel_size=2", "use mp"]),
-    ({"data_parallel_size": 2}, ["data parallelism is not available yet"]),
     ({"prefill_context_parallel_size": 2}, ["prefill context parallelism is not available yet"]),
     ({"decode_context_parallel_size": 2}, ["decode context parallelism is not available yet"]),
     ({"enable_expert_parallel": True}, ["expert parallelism is not available yet"]),

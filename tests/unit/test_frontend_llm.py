@@ -13,6 +13,7 @@ import pytest
 
 import lockstep.llm
 from lockstep import LLM, SamplingParams
+from lockstep.cluster import factory
 from lockstep.config.errors import ConfigError
 from lockstep.engine.errors import RequestError
 from lockstep.executor.contract import ExecutorError
@@ -31,13 +32,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def start(folder: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
-    """LLMs whose ranks are fake: `start(fail_at_step=3)`. The executor is `llm._core.executor`."""
+    """LLMs whose ranks are fake: `start(fail_at_step=3)`. The executor is `llm._client.core.executor`."""
 
     def make(settings: dict[str, Any] | None = None, **fake: Any) -> LLM:
         def executor(config: Any, spec: Any, where: Path) -> FakeExecutor:
             return FakeExecutor(vocab_size=spec.vocab_size, max_concurrent_batches=2, lag=1, **fake)
 
-        monkeypatch.setattr(lockstep.llm, "make_executor", executor)
+        monkeypatch.setattr(factory, "make_executor", executor)
         return LLM(folder, device="cpu", max_model_len=64, **(settings or {}))
 
     return make
@@ -124,7 +125,7 @@ def test_a_bad_request_is_refused_before_any_runs(start: Callable[..., LLM], pro
     with start() as llm:
         with pytest.raises((RequestError, PromptError), match=words):
             llm.generate(prompts, params)
-        assert llm._core.executor.issued == 0  # type: ignore[attr-defined]
+        assert llm._client.core.executor.issued == 0  # type: ignore[attr-defined]
         assert tokens(llm.generate("ok", SamplingParams(max_tokens=2, ignore_eos=True))), "the engine still works"
 
 
@@ -206,7 +207,7 @@ def test_one_sick_request_is_an_error_in_its_output(start: Callable[..., LLM]) -
 
 def test_interrupting_generate_leaves_nothing_running(start: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
     with start() as llm:
-        step, calls = llm._core.step, []
+        step, calls = llm._client.step, []
 
         def interrupted() -> Any:
             calls.append(1)
@@ -214,7 +215,7 @@ def test_interrupting_generate_leaves_nothing_running(start: Callable[..., LLM],
                 raise KeyboardInterrupt
             return step()
 
-        monkeypatch.setattr(llm._core, "step", interrupted)
+        monkeypatch.setattr(llm._client, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["a", "b"], LONG)
         assert len(tokens(llm.generate("c", LONG))[0]) == 12
@@ -272,7 +273,7 @@ def test_the_progress_bar_is_on_standard_error_and_can_be_off(start: Callable[..
 
 def test_shutdown_stops_the_executor_and_later_calls_say_so(start: Callable[..., LLM]) -> None:
     llm = start()
-    executor: Any = llm._core.executor
+    executor: Any = llm._client.core.executor
     llm.shutdown()
     llm.shutdown()
     assert executor.is_shut_down
@@ -282,7 +283,7 @@ def test_shutdown_stops_the_executor_and_later_calls_say_so(start: Callable[...,
 
 def test_a_dropped_llm_stops_its_executor(start: Callable[..., LLM]) -> None:
     llm = start()
-    executor: Any = llm._core.executor
+    executor: Any = llm._client.core.executor
     del llm
     gc.collect()
     assert executor.is_shut_down
@@ -291,7 +292,7 @@ def test_a_dropped_llm_stops_its_executor(start: Callable[..., LLM]) -> None:
 def test_an_executor_does_not_outlive_a_failed_start(start: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     made: list[FakeExecutor] = []
     start().shutdown()
-    make = lockstep.llm.make_executor
+    make = factory.make_executor
 
     def remember(*args: Any) -> FakeExecutor:
         made.append(make(*args))  # type: ignore[arg-type]
@@ -300,7 +301,7 @@ def test_an_executor_does_not_outlive_a_failed_start(start: Callable[..., LLM], 
     def broken(where: Path) -> Any:
         raise ConfigError("no tokenizer")
 
-    monkeypatch.setattr(lockstep.llm, "make_executor", remember)
+    monkeypatch.setattr(factory, "make_executor", remember)
     monkeypatch.setattr(lockstep.llm, "load_tokenizer", broken)
     with pytest.raises(ConfigError, match="no tokenizer"):
         LLM(folder, device="cpu")

@@ -1,0 +1,69 @@
+"""What the frontend asks of whatever runs requests: one engine here, or many behind a router."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lockstep.config.tree import EngineConfig
+from lockstep.engine.sizing import MemoryPlan
+from lockstep.engine.stats import EngineStats
+from lockstep.executor.contract import ExecutorError, RankMemory
+from lockstep.observability.timeline import Timeline
+from lockstep.observability.trace import Profile
+from lockstep.protocol import EngineOutput, EngineRequest
+
+
+class EngineClient(ABC):
+    """Requests in, outputs out. Not thread-safe: one thread calls it.
+
+    Every request that was accepted ends in exactly one output with a finish_reason, whatever dies meanwhile. When nothing
+    can run any more, the `step` that meets it ends all requests with "error" and `failure` is set; `add_request` and
+    later steps raise it.
+    """
+
+    config: EngineConfig  # with every None filled in
+    memory: MemoryPlan
+    failure: ExecutorError | None
+    timeline: Timeline  # of this process
+
+    @abstractmethod
+    def check_request(self, request: EngineRequest) -> None:
+        """Raise RequestError (which does not name the request) when it can never run."""
+
+    @abstractmethod
+    def add_request(self, request: EngineRequest) -> None:
+        """Queue a request. Raises RequestError, and nothing is queued, when it can never run or its id is in use."""
+
+    @abstractmethod
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests; later steps return their terminal outputs. Unknown ids are ignored."""
+
+    @abstractmethod
+    def step(self) -> list[EngineOutput]:
+        """Wait for news of requests and return it; [] when there is nothing to wait for, or after a moment without any."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """The numbers of this moment, of all replicas together."""
+
+    @abstractmethod
+    def ranks(self) -> list[RankMemory]:
+        """Every rank's memory, replica by replica."""
+
+    @abstractmethod
+    def collective_rpc(self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
+        """Call a method of `Worker` by name on every rank of every replica; the results, replica by replica."""
+
+    @abstractmethod
+    def start_profile(self) -> None:
+        """Record what engines and ranks do from now on."""
+
+    @abstractmethod
+    def stop_profile(self) -> Profile:
+        """What was recorded since the start."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Stop everything. Never raises, may be called twice."""

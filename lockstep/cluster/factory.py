@@ -1,0 +1,29 @@
+"""Which client a configuration asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lockstep.cluster.contract import EngineClient
+from lockstep.cluster.local import LocalClient
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
+from lockstep.engine.core import EngineCore
+from lockstep.executor.factory import make_executor
+
+
+def make_client(config: EngineConfig, spec: ModelSpec, folder: Path) -> EngineClient:
+    """An engine in this process, or a router over replicas, started and ready.
+
+    Raises ConfigError when the model does not fit, ExecutorError when a rank does not start.
+    """
+    if config.parallel.data_parallel_size > 1 and config.parallel.data_parallel_rank is None:
+        from lockstep.cluster.router import DataParallelClient
+
+        return DataParallelClient(config, spec, folder)
+    executor = make_executor(config, spec, folder)
+    try:
+        return LocalClient(EngineCore(config, spec, executor))
+    except BaseException:
+        executor.shutdown()
+        raise

@@ -1,0 +1,59 @@
+"""One engine in this process: the client that adds nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lockstep.cluster.contract import EngineClient
+from lockstep.engine.core import EngineCore
+from lockstep.engine.stats import EngineStats
+from lockstep.executor.contract import ExecutorError, RankMemory
+from lockstep.observability.timeline import Timeline
+from lockstep.observability.trace import Profile
+from lockstep.protocol import EngineOutput, EngineRequest
+
+
+class LocalClient(EngineClient):
+    """See EngineClient. Steps run on the caller's thread."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core, self.config, self.memory = core, core.config, core.memory
+
+    @property
+    def failure(self) -> ExecutorError | None:  # type: ignore[override]
+        return self.core.failure
+
+    @property
+    def timeline(self) -> Timeline:  # type: ignore[override]
+        return self.core.executor.timeline
+
+    def check_request(self, request: EngineRequest) -> None:
+        self.core.check_request(request)
+
+    def add_request(self, request: EngineRequest) -> None:
+        self.core.add_request(request)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        self.core.abort(request_ids)
+
+    def step(self) -> list[EngineOutput]:
+        return self.core.step()
+
+    def stats(self) -> EngineStats:
+        return self.core.stats()
+
+    def ranks(self) -> list[RankMemory]:
+        return self.core.executor.memory()
+
+    def collective_rpc(self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
+        return self.core.executor.collective_rpc(method, args, kwargs)
+
+    def start_profile(self) -> None:
+        self.core.executor.start_timelines()
+
+    def stop_profile(self) -> Profile:
+        return self.core.executor.take_timelines()
+
+    def shutdown(self) -> None:
+        self.core.shutdown()

@@ -1,0 +1,94 @@
+"""What the router and a replica say to each other: msgspec structs, nothing that could execute anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
+from lockstep.engine.sizing import MemoryPlan
+from lockstep.engine.stats import EngineLoad
+from lockstep.protocol import EngineOutput, EngineRequest
+
+
+class Launch(msgspec.Struct, kw_only=True):
+    """All that a replica process is told before its first order, as the first message on its channel."""
+
+    config: EngineConfig  # of this replica: data_parallel_rank says which
+    spec: ModelSpec
+    folder: str
+    parent_pid: int
+    sys_path: list[str]
+
+
+class Add(msgspec.Struct, tag="add", array_like=True):
+    """Run a request. ticket: the router's number for it, see LoadBook."""
+
+    request: EngineRequest
+    ticket: int
+
+
+class Abort(msgspec.Struct, tag="abort", array_like=True):
+    request_ids: list[str]
+
+
+class Call(msgspec.Struct, tag="call", array_like=True):
+    """Call a method of the replica's engine (see `replica_main.CALLS`); answered by `Answer` or `Refused` with the same id."""
+
+    id: int
+    method: str
+    args: list[Any]
+
+
+class Stop(msgspec.Struct, tag="stop", array_like=True):
+    """Shut down and exit."""
+
+
+class Ready(msgspec.Struct, tag="ready", array_like=True):
+    """The engine runs. config: with every None filled in."""
+
+    config: EngineConfig
+    memory: MemoryPlan
+
+
+class News(msgspec.Struct, tag="news", array_like=True):
+    """What one step brought. load: now and then. ticket: the newest request that it counts."""
+
+    outputs: list[EngineOutput]
+    load: EngineLoad | None
+    ticket: int
+
+
+class Answer(msgspec.Struct, tag="answer", array_like=True):
+    id: int
+    value: msgspec.Raw
+
+
+class Refused(msgspec.Struct, tag="refused", array_like=True):
+    """A call raised, and the replica lives on."""
+
+    id: int
+    message: str
+
+
+class Failed(msgspec.Struct, tag="failed", array_like=True):
+    """The engine can run no more and this process ends; fields as ExecutorError has them."""
+
+    message: str
+    rank: int | None
+    phase: str
+    exitcode: int | None
+    kind: str
+    error_type: str
+    log_tail: list[str]
+
+
+Order = Launch | Add | Abort | Call | Stop
+Reply = Ready | News | Answer | Refused | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_launch = msgspec.msgpack.Decoder(Launch).decode
+decode_order = msgspec.msgpack.Decoder(Add | Abort | Call | Stop).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode

@@ -1,0 +1,95 @@
+"""Messages over a stream socket: 4 bytes of length, then the message. Neither end ever blocks but where it says so."""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Message = TypeVar("Message")
+MAX_BYTES = 1 << 30  # of one message; a longer one is not ours
+_HEAD = struct.Struct("<I")
+_CHUNK = 1 << 18
+
+
+class Channel(Generic[Message]):
+    """One end of a connection. The socket is its own: it closes it, and makes it non-blocking."""
+
+    def __init__(self, connection: socket.socket, decode: Callable[[bytes], Message]) -> None:
+        """decode: a message's bytes -> the message; raises what it likes when they are none."""
+        connection.setblocking(False)
+        self._socket, self._decode = connection, decode
+        self._in, self._out = bytearray(), bytearray()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for room: select for writing, then `flush`."""
+        return len(self._out)
+
+    def send(self, message: bytes) -> None:
+        """Queue a message and send what there is room for. Raises ConnectionError when the other end is gone."""
+        assert len(message) <= MAX_BYTES, f"a message of {len(message)} bytes"
+        self._out += _HEAD.pack(len(message))
+        self._out += message
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what there is room for. Raises ConnectionError when the other end is gone."""
+        while self._out:
+            try:
+                sent = self._socket.send(self._out)
+            except BlockingIOError:
+                return
+            del self._out[:sent]
+
+    def drain(self) -> None:
+        """Block until everything is sent. Raises ConnectionError when the other end is gone."""
+        self.flush()
+        while self._out:
+            select.select([], [self._socket], [])
+            self.flush()
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Block until there is something to receive; whether there is."""
+        return bool(select.select([self._socket], [], [], timeout_s)[0])
+
+    def receive(self) -> list[Message]:
+        """The messages that have arrived whole. Raises ConnectionError once the other end has gone and all are taken."""
+        ended = False
+        while True:
+            try:
+                data = self._socket.recv(_CHUNK)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                data = b""
+            if not data:
+                ended = True
+                break
+            self._in += data
+        found = self._take()
+        if ended and not found:
+            raise ConnectionResetError("the other end is gone")
+        return found
+
+    def _take(self) -> list[Message]:
+        found, at = [], 0
+        while len(self._in) - at >= _HEAD.size:
+            (size,) = _HEAD.unpack_from(self._in, at)
+            if size > MAX_BYTES:
+                raise ConnectionAbortedError(f"a message of {size} bytes was announced: this is no peer of ours")
+            if len(self._in) - at - _HEAD.size < size:
+                break
+            at += _HEAD.size
+            found.append(self._decode(bytes(self._in[at : at + size])))
+            at += size
+        del self._in[:at]
+        return found
+
+    def close(self) -> None:
+        self._socket.close()

@@ -1,0 +1,171 @@
+"""A replica that dies is an event: its streams go on elsewhere with exactly the tokens of the undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lockstep.cluster.router import DataParallelClient
+from lockstep.config.build import build_config
+from lockstep.config.errors import ConfigError
+from lockstep.config.validate import resolve
+from lockstep.engine.errors import RequestError
+from lockstep.executor.contract import ExecutorError
+from lockstep.llm import LLM
+from lockstep.protocol import EngineOutput, EngineRequest, SamplingParams
+from lockstep.testing.tiny import make_tiny
+from tests.chaos.replica_jobs import PARAMS, PROMPTS, SMALL, kill_one, processes, streamed
+
+
+@cache
+def undisturbed() -> list[list[int]]:
+    with LLM(**SMALL) as llm:
+        return streamed(llm)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[LLM]:
+    with LLM(data_parallel_size=2, **SMALL) as llm:
+        yield llm
+
+
+def client(llm: LLM) -> DataParallelClient:
+    assert isinstance(llm._client, DataParallelClient)
+    return llm._client
+
+
+def both_ready(llm: LLM) -> None:
+    """Wait until every replica is back."""
+    deadline = time.monotonic() + 60
+    while not all(client(llm).pids()) or not all(load.routable for load in client(llm).book.loads):
+        assert time.monotonic() < deadline, "a replica did not come back"
+        client(llm).step()
+
+
+def test_two_replicas_answer_as_one(two: LLM) -> None:
+    outputs = two.generate(PROMPTS, PARAMS, use_tqdm=False)
+    assert [list(o.outputs[0].token_ids) for o in outputs] == undisturbed()
+    assert [o.prompt for o in outputs] == PROMPTS, "in the prompts' order"
+    stats = two.collective_rpc("ping")
+    assert stats == [0, 0], "one rank each"
+    assert two.stats().finished >= len(PROMPTS) and two.stats().kv_blocks_used == 0
+    assert all(load.requests == load.tokens == 0 for load in client(two).book.loads), "nothing is left in the book"
+
+
+@pytest.mark.timeout(180)
+def test_kill_9_in_the_middle_is_not_seen(two: LLM) -> None:
+    both_ready(two)
+    victim = client(two).pids()[0]
+    tokens = streamed(two, lambda number: os.kill(victim, signal.SIGKILL) if number == 200 else None)
+    assert tokens == undisturbed()
+    assert client(two).recoveries_s
+    both_ready(two)
+    assert client(two).supervisor.restarts >= 1
+    assert victim not in client(two).pids() and len(client(two).pids()) == 2
+    assert streamed(two) == undisturbed(), "the new replica answers as the old one"
+
+
+@pytest.mark.timeout(180)
+def test_a_rank_of_a_replica_dies() -> None:
+    with LLM(data_parallel_size=2, tensor_parallel_size=2, **SMALL) as llm:
+        ranks = [pid for pid in processes(client(llm).pids()[1]) if pid != client(llm).pids()[1]]
+        assert len(ranks) == 2
+        tokens = streamed(llm, lambda number: os.kill(ranks[1], signal.SIGKILL) if number == 150 else None)
+        assert tokens == undisturbed()
+        everyone = [pid for replica in client(llm).pids() if replica for pid in processes(replica)]
+    assert not [pid for pid in (*everyone, *ranks) if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+
+
+def test_an_abort_reaches_the_replica(two: LLM) -> None:
+    both_ready(two)
+    for output in two.stream(PROMPTS, PARAMS):
+        if len(output.outputs[0].token_ids) > 3:
+            break  # leaving the iterator aborts all of them
+    deadline = time.monotonic() + 20
+    while two.stats().kv_blocks_used or two.stats().running:
+        assert time.monotonic() < deadline
+
+
+def test_wrong_requests_are_refused_before_they_travel(two: LLM) -> None:
+    with pytest.raises(ValueError, match="max_model_len=256"):
+        two.generate({"prompt_token_ids": [1] * 300}, use_tqdm=False)
+    request = EngineRequest(request_id="twice", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=1), seed=0)
+    client(two).add_request(request)
+    with pytest.raises(RequestError, match="'twice' is in use"):
+        client(two).add_request(request)
+    while not any(o.request_id == "twice" and o.finish_reason for o in client(two).step()):
+        pass
+
+
+def test_a_profile_has_every_replica(two: LLM) -> None:
+    both_ready(two)
+    two.start_profile()
+    two.generate(PROMPTS[:4], SamplingParams(max_tokens=2), use_tqdm=False)
+    names = [track.name for track in two.stop_profile().tracks]
+    assert names == ["replica 0 engine", "replica 0 rank 0", "replica 1 engine", "replica 1 rank 0"]
+
+
+def test_a_replica_that_cannot_start_is_said_at_once(tmp_path: Path) -> None:
+    model = str(make_tiny("llama", tmp_path))
+    with pytest.raises(ConfigError, match=r"replica .*max_model_len=512 does not fit"):
+        LLM(model, data_parallel_size=2, max_model_len=512, kv_cache_memory_bytes=1 << 12, device="cpu")
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ExecutorError, match="replica"):
+        LLM(model, data_parallel_size=2, device="cpu")
+
+
+@pytest.mark.timeout(120)
+def test_a_request_that_kills_every_replica_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time it starts, its replica is killed: it ends with an error that says so, and only it."""
+    config, spec, folder = resolve(build_config(data_parallel_size=2, **SMALL))
+    monkeypatch.setattr("lockstep.cluster.router.MOST_REPLAYS", 1)
+    engine = DataParallelClient(config, spec, folder)
+    try:
+        poison = EngineRequest(
+            request_id="poison", prompt_token_ids=[5] * 9, sampling=SamplingParams(max_tokens=200, ignore_eos=True), seed=0
+        )
+        engine.add_request(poison)
+        ends: list[EngineOutput] = []
+        while not ends:
+            ends = [o for o in engine.step() if o.finish_reason is not None]
+            at = engine._live["poison"].replica if "poison" in engine._live else -1
+            if at >= 0 and engine._live["poison"].tokens and engine.pids()[at]:
+                os.kill(engine.pids()[at], signal.SIGKILL)
+        assert ends[0].finish_reason == "error" and "2 replicas died" in (ends[0].error or "")
+        assert engine.failure is None
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_fifty_rounds_of_kill_9_at_random_moments() -> None:
+    """`make chaos`: 32 streams, a random process of a random replica killed at a random moment, 50 times."""
+    want, source = undisturbed(), random.Random(int(os.environ.get("CHAOS_SEED", "0")))
+    with LLM(data_parallel_size=2, tensor_parallel_size=2, **SMALL) as llm:
+        for number in range(50):
+            both_ready(llm)
+            killed: list[int] = []
+
+            def strike(output: int, moment: int = source.randrange(32 * 45), killed: list[int] = killed) -> None:
+                if output == moment:
+                    killed.append(kill_one(llm, source))
+
+            assert streamed(llm, strike) == want, f"round {number}"
+            assert killed
+        found = sorted(client(llm).recoveries_s)
+        print(
+            f"\n50 rounds, {client(llm).supervisor.restarts} restarts, {len(found)} streams replayed; from the loss to the next token: ",
+            end="",
+        )
+        print(f"median {found[len(found) // 2]:.3f} s, p99 {found[int(len(found) * 0.99)]:.3f} s, longest {found[-1]:.3f} s")
+        everyone = [pid for replica in client(llm).pids() if replica for pid in processes(replica)]
+    assert not [pid for pid in everyone if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]

@@ -1,0 +1,70 @@
+"""The life of a replica, by hand: no process, no clock."""
+
+from __future__ import annotations
+
+import pytest
+
+from lockstep.cluster.supervisor import RestartPolicy, State, Supervisor
+
+POLICY = RestartPolicy(first_s=1.0, factor=2.0, most_s=5.0, most_failures=4, healthy_s=60.0)
+
+
+def test_a_replica_that_dies_is_started_again_after_a_pause() -> None:
+    s = Supervisor(2, POLICY)
+    s.ready(0, 1.0)
+    s.ready(1, 1.0)
+    assert s.next_due_s() is None
+    assert s.failed(0, 10.0) is State.WAITING
+    assert s.next_due_s() == 11.0
+    assert s.due(10.9) == [] and s.due(11.0) == [0] and s.due(99.0) == []
+    assert s.lives[0].state is State.STARTING and s.lives[1].state is State.READY
+    s.ready(0, 12.0)
+    assert (s.restarts, s.hopeless) == (1, False)
+
+
+def test_pauses_double_up_to_the_longest_and_end_in_giving_up() -> None:
+    s, now, pauses = Supervisor(1, POLICY), 0.0, []
+    while s.failed(0, now) is State.WAITING:
+        pauses.append(s.lives[0].due_s - now)
+        now = s.lives[0].due_s
+        assert s.due(now) == [0]
+    assert pauses == [1.0, 2.0, 4.0]
+    assert s.lives[0].state is State.GIVEN_UP and s.hopeless
+    assert s.due(1e9) == [] and s.next_due_s() is None
+    assert POLICY.pause_s(10) == 5.0
+
+
+def test_a_long_healthy_life_is_forgiven() -> None:
+    s = Supervisor(1, POLICY)
+    for born in (0.0, 1000.0):
+        s.ready(0, born)
+        s.failed(0, born + 60.0)
+        assert s.lives[0].failures == 1
+        assert s.due(born + 100.0) == [0]
+    s.ready(0, 2000.0)
+    s.failed(0, 2059.0)
+    assert s.lives[0].failures == 2, "it did not stay up for healthy_s"
+
+
+def test_a_second_report_of_the_same_death_changes_nothing() -> None:
+    s = Supervisor(1, POLICY)
+    s.ready(0, 0.0)
+    s.failed(0, 1.0)
+    before = s.lives[0].due_s
+    assert s.failed(0, 1.5) is State.WAITING
+    assert (s.lives[0].failures, s.lives[0].due_s) == (1, before)
+
+
+def test_nothing_is_started_after_stop() -> None:
+    s = Supervisor(2, POLICY)
+    s.ready(0, 0.0)
+    s.failed(0, 1.0)
+    s.stop()
+    assert s.due(100.0) == [] and s.hopeless
+
+
+def test_ready_twice_is_our_own_mistake() -> None:
+    s = Supervisor(1, POLICY)
+    s.ready(0, 0.0)
+    with pytest.raises(AssertionError, match="while ready"):
+        s.ready(0, 1.0)
