@@ -226,6 +226,8 @@ class DataParallelClient(EngineClient):
             return
         for reply in replies:
             if isinstance(reply, wire.News):
+                if reply.outputs:
+                    self.supervisor.worked(replica)
                 for output in reply.outputs:
                     self._take(output)
                 if reply.load is not None:

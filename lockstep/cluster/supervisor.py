@@ -7,8 +7,8 @@
     WAITING      due         STARTING     the router starts it anew
     any          stop        STOPPED      for good
 
-The pause before a new start doubles with each failure in a row, and a replica that stayed up for `healthy_s` starts counting
-anew. Later causes of failure (hangs, lost nodes, lost heartbeats) are all `failed`. No process, no clock: time is handed in.
+The pause before a new start doubles with each failure in a row; a replica that brings tokens starts counting anew, for then
+it can run. (A request that kills whoever runs it is given up by the router.) Later causes of failure (hangs, lost nodes, lost heartbeats) are all `failed`. No process, no clock: time is handed in.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class RestartPolicy:
     factor: float = 2.0
     most_s: float = 30.0
     most_failures: int = 8
-    healthy_s: float = 60.0
 
     def pause_s(self, failures: int) -> float:
         """How long to wait after so many failures in a row (at least 1)."""
@@ -66,13 +65,15 @@ class Supervisor:
         assert life.state is State.STARTING, f"replica {replica} is ready while {life.state.value}"
         life.state, life.since_s = State.READY, now_s
 
+    def worked(self, replica: int) -> None:
+        """It brought tokens."""
+        self.lives[replica].failures = 0
+
     def failed(self, replica: int, now_s: float) -> State:
         """It is gone, or must be taken for gone. Its state now: WAITING or GIVEN_UP. Ignored where it was gone already."""
         life = self.lives[replica]
         if life.state not in (State.STARTING, State.READY):
             return life.state
-        if life.state is State.READY and now_s - life.since_s >= self.policy.healthy_s:
-            life.failures = 0
         life.failures += 1
         life.since_s = now_s
         life.state = State.GIVEN_UP if life.failures >= self.policy.most_failures else State.WAITING

@@ -26,10 +26,11 @@ PARAMS = [
 
 
 def streamed(llm: LLM, disturb: Any = None) -> list[list[int]]:
-    """All streams at once; each stream's tokens as they came. disturb(output number): called with each output."""
+    """All streams at once; each stream's tokens as they came. disturb(tokens of all streams so far): called with each output."""
     tokens: dict[str, list[int]] = {}
     ended: dict[str, str | None] = {}
-    for number, output in enumerate(llm.stream(PROMPTS, PARAMS)):
+    count = 0
+    for output in llm.stream(PROMPTS, PARAMS):
         (completion,) = output.outputs
         before = tokens.get(output.request_id, [])
         assert list(completion.token_ids[: len(before)]) == before, "a stream took tokens back"
@@ -38,7 +39,8 @@ def streamed(llm: LLM, disturb: Any = None) -> list[list[int]]:
         if completion.finish_reason is not None:
             ended[output.request_id] = completion.finish_reason
         if disturb is not None:
-            disturb(number)
+            count += len(completion.token_ids) - len(before)
+            disturb(count)
     assert set(ended.values()) == {"length"} and len(ended) == STREAMS
     return [tokens[name] for name in sorted(tokens, key=int)]
 

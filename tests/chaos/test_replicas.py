@@ -6,8 +6,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,7 @@ from lockstep.executor.contract import ExecutorError
 from lockstep.llm import LLM
 from lockstep.protocol import EngineOutput, EngineRequest, SamplingParams
 from lockstep.testing.tiny import make_tiny
-from tests.chaos.replica_jobs import PARAMS, PROMPTS, SMALL, kill_one, processes, streamed
+from tests.chaos.replica_jobs import PARAMS, PROMPTS, SMALL, STREAMS, TOKENS, kill_one, processes, streamed
 
 
 @cache
@@ -64,7 +64,7 @@ def test_two_replicas_answer_as_one(two: LLM) -> None:
 def test_kill_9_in_the_middle_is_not_seen(two: LLM) -> None:
     both_ready(two)
     victim = client(two).pids()[0]
-    tokens = streamed(two, lambda number: os.kill(victim, signal.SIGKILL) if number == 200 else None)
+    tokens = streamed(two, once(200, lambda: os.kill(victim, signal.SIGKILL)))
     assert tokens == undisturbed()
     assert client(two).recoveries_s
     both_ready(two)
@@ -78,7 +78,7 @@ def test_a_rank_of_a_replica_dies() -> None:
     with LLM(data_parallel_size=2, tensor_parallel_size=2, **SMALL) as llm:
         ranks = [pid for pid in processes(client(llm).pids()[1]) if pid != client(llm).pids()[1]]
         assert len(ranks) == 2
-        tokens = streamed(llm, lambda number: os.kill(ranks[1], signal.SIGKILL) if number == 150 else None)
+        tokens = streamed(llm, once(150, lambda: os.kill(ranks[1], signal.SIGKILL)))
         assert tokens == undisturbed()
         everyone = [pid for replica in client(llm).pids() if replica for pid in processes(replica)]
     assert not [pid for pid in (*everyone, *ranks) if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
@@ -145,6 +145,22 @@ def test_a_request_that_kills_every_replica_is_given_up(monkeypatch: pytest.Monk
         engine.shutdown()
 
 
+def once(moment: int, strike: Callable[[], object]) -> Callable[[int], None]:
+    """Calls `strike` when so many tokens have come."""
+    struck: list[int] = []
+
+    def disturb(tokens: int) -> None:
+        if tokens >= moment and not struck:
+            struck.append(tokens)
+            strike()
+
+    return disturb
+
+
+def _kill(llm: LLM, source: random.Random, killed: list[int]) -> None:
+    killed.append(kill_one(llm, source))
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_fifty_rounds_of_kill_9_at_random_moments() -> None:
@@ -154,13 +170,9 @@ def test_fifty_rounds_of_kill_9_at_random_moments() -> None:
         for number in range(50):
             both_ready(llm)
             killed: list[int] = []
-
-            def strike(output: int, moment: int = source.randrange(32 * 45), killed: list[int] = killed) -> None:
-                if output == moment:
-                    killed.append(kill_one(llm, source))
-
-            assert streamed(llm, strike) == want, f"round {number}"
-            assert killed
+            moment = source.randrange(STREAMS * TOKENS - STREAMS)
+            assert streamed(llm, once(moment, partial(_kill, llm, source, killed))) == want, f"round {number}"
+            assert killed and killed[0]
         found = sorted(client(llm).recoveries_s)
         print(
             f"\n50 rounds, {client(llm).supervisor.restarts} restarts, {len(found)} streams replayed; from the loss to the next token: ",

@@ -6,7 +6,7 @@ import pytest
 
 from lockstep.cluster.supervisor import RestartPolicy, State, Supervisor
 
-POLICY = RestartPolicy(first_s=1.0, factor=2.0, most_s=5.0, most_failures=4, healthy_s=60.0)
+POLICY = RestartPolicy(first_s=1.0, factor=2.0, most_s=5.0, most_failures=4)
 
 
 def test_a_replica_that_dies_is_started_again_after_a_pause() -> None:
@@ -34,16 +34,17 @@ def test_pauses_double_up_to_the_longest_and_end_in_giving_up() -> None:
     assert POLICY.pause_s(10) == 5.0
 
 
-def test_a_long_healthy_life_is_forgiven() -> None:
+def test_who_brings_tokens_can_run_and_is_forgiven() -> None:
     s = Supervisor(1, POLICY)
-    for born in (0.0, 1000.0):
-        s.ready(0, born)
-        s.failed(0, born + 60.0)
+    for number in range(20):
+        s.ready(0, 10.0 * number)
+        s.worked(0)
+        s.failed(0, 10.0 * number + 1)
         assert s.lives[0].failures == 1
-        assert s.due(born + 100.0) == [0]
-    s.ready(0, 2000.0)
-    s.failed(0, 2059.0)
-    assert s.lives[0].failures == 2, "it did not stay up for healthy_s"
+        assert s.due(10.0 * number + 2) == [0]
+    s.ready(0, 300.0)
+    s.failed(0, 301.0)
+    assert s.lives[0].failures == 2, "it was ready, and brought nothing"
 
 
 def test_a_second_report_of_the_same_death_changes_nothing() -> None:
