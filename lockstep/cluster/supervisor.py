@@ -8,7 +8,8 @@
     any          stop        STOPPED      for good
 
 The pause before a new start doubles with each failure in a row; a replica that brings tokens starts counting anew, for then
-it can run. (A request that kills whoever runs it is given up by the router.) Later causes of failure (hangs, lost nodes, lost heartbeats) are all `failed`. No process, no clock: time is handed in.
+it can run. (A request that kills whoever runs it is given up by the router.) Later causes of failure (hangs, lost nodes, lost
+heartbeats) are all `failed`. No process, no clock: time is handed in.
 """
 
 from __future__ import annotations

@@ -48,6 +48,16 @@ class Schedule:
         every = [span for spans in self.busy for span in spans]
         return (min(s[0] for s in every), max(s[1] for s in every)) if every else (0.0, 0.0)
 
+    def middle(self, share: float = 0.5) -> Schedule:
+        """The part in the middle in which every stage is in its stride: that share of the steps, without filling and draining."""
+        steps = sorted({step for _, _, step in self.busy[-1]})
+        skipped = int(len(steps) * (1 - share) / 2)
+        first, last = steps[skipped], steps[len(steps) - 1 - skipped]
+        began = min(b for b, _, step in self.busy[-1] if step == first)
+        ended = max(e for _, e, step in self.busy[0] if step == last)
+        cut = [[(max(b, began), min(e, ended), s) for b, e, s in spans if b < ended and e > began] for spans in self.busy]
+        return Schedule(cut)
+
     @property
     def micro_batches(self) -> int:
         """Steps that the last stage worked on."""

@@ -63,6 +63,14 @@ def test_the_picture_shows_who_works_on_what():
     assert cells[1] == "." * 24 + "0" * 24 + "1" * 24 + "2" * 24
 
 
+def test_the_middle_has_neither_filling_nor_draining():
+    many = profile([step(i, i, i + 1) for i in range(20)], [step(i, i + 1, i + 2) for i in range(20)])
+    schedule = Schedule.of(many, stages=2, stage_size=1)
+    assert schedule.idle_share() > 0.04
+    assert schedule.middle().idle_share() == 0.0
+    assert schedule.middle().window == (6, 15)
+
+
 def test_a_long_run_shows_its_middle():
     many = profile([step(i, i, i + 1) for i in range(100)], [step(i, i + 1, i + 2) for i in range(100)])
     schedule = Schedule.of(many, stages=2, stage_size=1)
