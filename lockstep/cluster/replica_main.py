@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,15 @@ class Ended(Exception):
 class Replica:
     """One engine and its channel to the router."""
 
-    def __init__(self, core: EngineCore, channel: Channel[Any]) -> None:
+    def __init__(self, core: EngineCore, channel: Channel[wire.Order]) -> None:
         self.core, self.channel = core, channel
         self.ticket = 0
         self._reported_s = 0.0
 
-    def run(self) -> None:
+    def run(self, orders: Sequence[wire.Order] = ()) -> None:
         """Until told to stop (Ended), the router is gone (ConnectionError), or the engine fails (ExecutorError)."""
+        for order in orders:
+            self._take(order)
         while True:
             busy = self.core.has_unfinished()
             if self.channel.wait(0.0 if busy else None):
@@ -108,22 +110,21 @@ class Replica:
 
 def main() -> None:
     connection, death_fd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    channel: Channel[Any] = Channel(connection, wire.decode_launch)
-    launch = _launch(channel)
+    channel: Channel[wire.Order] = Channel(connection, wire.decode_order)
+    launch, orders = _launch(channel)
     procs.die_with_parent(launch.parent_pid, death_fd, follow_thread=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the router's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.enable()
     sys.path[:] = launch.sys_path
     logging.configure(launch.config.runtime.log_level)
-    channel = Channel(connection, wire.decode_order)
     core = None
     try:
         executor = make_executor(launch.config, launch.spec, Path(launch.folder))
         core = EngineCore(launch.config, launch.spec, executor)
         channel.send(wire.encode(wire.Ready(core.config, core.memory)))
         channel.drain()
-        Replica(core, channel).run()
+        Replica(core, channel).run(orders)
     except (Ended, ConnectionError):
         code = 0
     except Exception as e:
@@ -137,13 +138,14 @@ def main() -> None:
     os._exit(code)  # tear-down of a loaded maths library can hang
 
 
-def _launch(channel: Channel[Any]) -> wire.Launch:
+def _launch(channel: Channel[wire.Order]) -> tuple[wire.Launch, list[wire.Order]]:
+    """The first message, and orders that came with it."""
     while True:
         channel.wait(None)
         if found := channel.receive():
-            (launch,) = found
+            launch, *orders = found
             assert isinstance(launch, wire.Launch)
-            return launch
+            return launch, orders
 
 
 def _failed(error: Exception) -> wire.Failed:

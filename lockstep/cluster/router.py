@@ -237,6 +237,8 @@ class DataParallelClient(EngineClient):
                 self._ready(replica, reply)
             elif isinstance(reply, wire.Failed):
                 process.failed = reply
+                self._lost(replica)  # now: ending its ranks takes it a while
+                return
             else:
                 self._answers[reply.id] = reply
 
@@ -262,7 +264,6 @@ class DataParallelClient(EngineClient):
         now_s, error, life = time.monotonic(), process.error(), self.supervisor.lives[replica]
         self._selector.unregister(process)
         self._replicas[replica] = None
-        process.end(ask=False)
         never_ran = life.state is State.STARTING and life.starts == 1
         state = self.supervisor.failed(replica, now_s)
         self._lost_since.setdefault(replica, now_s)
@@ -270,15 +271,17 @@ class DataParallelClient(EngineClient):
         self.book.forget(replica)
         self._prefixes.forget(replica)
         if never_ran:  # for the user to know, not for us to repair
+            process.end(ask=False)
             raise ConfigError(str(error)) if error.error_type == "ConfigError" else error
         mine = [name for name, live in self._live.items() if live.replica == replica]
         then = f"it is started again in {life.due_s - now_s:.2f} s" if state is State.WAITING else "it is given up"
         _log.warning("%s %d requests go on elsewhere; %s", error, len(mine), then)
         if self.supervisor.hopeless:
             self._fail(error)
-            return
         for name in mine:
-            self._replay(name, now_s, error)
+            if name in self._live:
+                self._replay(name, now_s, error)
+        process.end(ask=False)
 
     def _replay(self, name: str, now_s: float, error: ExecutorError) -> None:
         live = self._live[name]

@@ -13,7 +13,7 @@ from lockstep.engine.stats import EngineLoad
 from lockstep.protocol import EngineOutput, EngineRequest
 
 
-class Launch(msgspec.Struct, kw_only=True):
+class Launch(msgspec.Struct, tag="launch", array_like=True, kw_only=True):
     """All that a replica process is told before its first order, as the first message on its channel."""
 
     config: EngineConfig  # of this replica: data_parallel_rank says which
@@ -89,6 +89,5 @@ Order = Launch | Add | Abort | Call | Stop
 Reply = Ready | News | Answer | Refused | Failed
 
 encode = msgspec.msgpack.Encoder().encode
-decode_launch = msgspec.msgpack.Decoder(Launch).decode
-decode_order = msgspec.msgpack.Decoder(Add | Abort | Call | Stop).decode
+decode_order = msgspec.msgpack.Decoder(Order).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
