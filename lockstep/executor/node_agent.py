@@ -164,6 +164,7 @@ class NodeAgent(Crew):
             self._reported.add(worker.rank)
             self._unregister(worker.pid_fd)
             self._drain(worker)
+            self._link.send(self._beat())  # where it was
             self._link.send(Ended(worker.rank, code, self._out_of_memory()))
 
     def _let_leave(self) -> None:
