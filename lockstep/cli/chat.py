@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lockstep.cli import flags
-from lockstep.cli.session import note, running
+from lockstep.cli.session import HEADLESS, note, running, serve_node
 from lockstep.config.tree import opt
 from lockstep.engine.errors import RequestError
 from lockstep.frontend.chat import render
@@ -28,6 +28,7 @@ class ChatOptions:
 
     system: str | None = opt(None, "The system message.")
     quiet: bool = opt(False, "Say nothing on standard error but errors.")
+    headless: bool = opt(False, HEADLESS)
 
 
 class Conversation:
@@ -59,6 +60,8 @@ class Conversation:
 def run(argv: list[str]) -> int:
     """Parse, load, and answer until the input ends."""
     parsed = flags.parse("chat", argv, ChatOptions, max_tokens=MAX_TOKENS, description="Talk with the model in the terminal.")
+    if parsed.options.headless:
+        return serve_node(parsed.config, quiet=parsed.options.quiet)
     talk, person = Conversation(parsed.options.system), sys.stdin.isatty() and sys.stdout.isatty()
     sampling = msgspec.structs.replace(parsed.sampling, n=1, output_kind=RequestOutputKind.DELTA)
     with running(parsed.config, quiet=parsed.options.quiet, table=False) as (llm, _):

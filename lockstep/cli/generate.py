@@ -16,7 +16,7 @@ import msgspec
 
 from lockstep.cli import flags
 from lockstep.cli.errors import UsageError, show_error
-from lockstep.cli.session import note, running
+from lockstep.cli.session import HEADLESS, note, running, serve_node
 from lockstep.config.source import find_folder
 from lockstep.config.tree import ModelConfig, opt
 from lockstep.frontend.outputs import CompletionOutput, Position, RequestOutput
@@ -40,6 +40,7 @@ class GenerateOptions:
     )
     json: bool = opt(False, "Print one JSON line per prompt, in the prompts' order.")
     quiet: bool = opt(False, "Say nothing on standard error but errors.")
+    headless: bool = opt(False, HEADLESS)
 
 
 @dataclass
@@ -69,6 +70,8 @@ def run(argv: list[str]) -> int:
     """Parse, load, complete, print."""
     parsed = flags.parse("generate", argv, GenerateOptions, max_tokens=MAX_TOKENS, description="Complete prompts.")
     options, sampling = parsed.options, parsed.sampling
+    if options.headless:
+        return serve_node(parsed.config, quiet=options.quiet)
     prompts = read_prompts(options)
     check_early(prompts, lambda: _tokenizer(parsed.config.model))  # a refusal need not wait for the weights
     with running(parsed.config, quiet=options.quiet, table=not options.json) as (llm, ready_s):

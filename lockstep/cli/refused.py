@@ -5,7 +5,6 @@ from __future__ import annotations
 from lockstep.cli.errors import UsageError
 
 _LATER = "is not available yet in this version"
-_ONE_HOST = f"running over several hosts {_LATER}: leave it out, all ranks run on this host"
 _DP = f"data parallelism {_LATER}: leave it out"
 _EP = f"expert parallelism {_LATER}: leave it out"
 _CP = f"context parallelism {_LATER}: leave it out"
@@ -15,7 +14,6 @@ _QUANT = f"this kind of quantization {_LATER}: use --quantization int8 for the w
 _SERVER = f"the server {_LATER}: use `lockstep generate` or `lockstep chat`"
 
 UNAVAILABLE: dict[str, str] = {
-    **dict.fromkeys(("--nnodes", "--node-rank", "-r", "--master-addr", "--master-port", "--headless"), _ONE_HOST),
     **dict.fromkeys(
         (
             *("--data-parallel-start-rank", "-dpr", "--data-parallel-size-local", "-dpl"),

@@ -12,13 +12,32 @@ from typing import TYPE_CHECKING, Any
 from lockstep.config.build import GROUPS
 from lockstep.config.source import DEMO_NAME
 from lockstep.config.tree import EngineConfig
-from lockstep.config.validate import check
+from lockstep.config.validate import check, resolve
 from lockstep.observability import logging
 from lockstep.utils.sizes import size
 
 if TYPE_CHECKING:
     from lockstep.executor.contract import RankMemory
     from lockstep.llm import LLM
+
+
+HEADLESS = "Run this host's ranks for node 0, and take no requests here (several hosts; node-rank 1 and up)."
+
+
+def serve_node(config: EngineConfig, *, quiet: bool) -> int:
+    """Run the ranks of this host for a leader on another, until it ends; the exit code."""
+    logging.configure(config.runtime.log_level)
+    config, spec, folder = resolve(config, headless=True)
+    parallel = config.parallel
+    note(
+        f"node {parallel.node_rank} of {parallel.nnodes}: looking for the leader at {parallel.master_addr}:{parallel.master_port} ...",
+        quiet,
+    )
+    from lockstep.executor import factory
+
+    factory.serve_node(config, spec, folder)
+    note(f"node {parallel.node_rank} of {parallel.nnodes}: the leader has ended", quiet)
+    return 0
 
 
 @contextmanager

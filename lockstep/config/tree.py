@@ -56,6 +56,11 @@ class ParallelConfig:
     distributed_executor_backend: str | None = opt(
         None, "uni (in this process), mp (worker processes), ray, external_launcher; default: uni for one rank, mp for more."
     )
+    nnodes: int = opt(1, "Hosts that share the ranks; start the same command on each, with its node_rank (mp only).", "-n", "--node-size")
+    node_rank: int = opt(0, "Which of the nnodes hosts this is: 0 is the leader, the others run with --headless.", "-r")
+    master_addr: str = opt("127.0.0.1", "Address of node 0, as the other hosts reach it.")
+    master_port: int = opt(29501, "Port on node 0 at which the other hosts report.")
+    node_timeout_seconds: float = opt(10.0, "A host that gives no sign of life for so long, in seconds, is lost (several hosts only).")
     distributed_timeout_seconds: float = opt(
         300.0, "Longest wait for a collective or for ranks to meet, in seconds (worker processes only)."
     )
@@ -81,9 +86,20 @@ class ParallelConfig:
         return self.stage_size * self.pipeline_parallel_size
 
     @property
-    def total_ranks(self) -> int:
-        """Ranks of all replicas."""
-        return self.world_size * self.data_parallel_size
+    def local_world_size(self) -> int:
+        """Ranks of one replica on each host."""
+        return self.world_size // self.nnodes
+
+    @property
+    def local_ranks(self) -> range:
+        """The ranks of a replica on this host: ranks are dealt out to hosts in runs."""
+        first = self.node_rank * self.local_world_size
+        return range(first, first + self.local_world_size)
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks on this host, of all replicas: what its cores and its memory are shared by."""
+        return self.local_world_size * self.data_parallel_size
 
 
 @dataclass(frozen=True)

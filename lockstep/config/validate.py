@@ -20,6 +20,7 @@ from lockstep.config.defaults import MEMORY_SHARE, default_backend, default_toke
 from lockstep.config.errors import ConfigError
 from lockstep.config.hf import load_spec
 from lockstep.config.model_spec import ModelSpec, read_config_json
+from lockstep.config.nodes import check_nodes
 from lockstep.config.source import find_folder
 from lockstep.config.stages import check_stages
 from lockstep.config.tree import EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig
@@ -39,6 +40,8 @@ POSITIVE = (
     "data_parallel_size",
     "prefill_context_parallel_size",
     "decode_context_parallel_size",
+    "nnodes",
+    "node_timeout_seconds",
     "distributed_timeout_seconds",
     "execute_model_timeout_seconds",
     "startup_timeout_seconds",
@@ -57,22 +60,24 @@ MISSING_PARALLELISM = {
 }
 
 
-def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, Path]:
+def resolve(config: EngineConfig, *, headless: bool = False) -> tuple[EngineConfig, ModelSpec, Path]:
     """Check the whole tree, find the model, and fill what is automatic.
 
     Returns the frozen result, the model's numbers and its folder. Raises ConfigError for the first rule that is broken.
+    `headless`: this process runs ranks for a leader on another host.
     """
-    device, spec, folder = check(config)
+    device, spec, folder = check(config, headless=headless)
     warn_of_crowding(config.parallel, device)
     return fill(config, spec, device), spec, folder
 
 
-def check(config: EngineConfig) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path]:
+def check(config: EngineConfig, *, headless: bool = False) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path]:
     """The device, the model's numbers and its folder, every rule checked. Raises ConfigError for the first that is broken."""
     check_values(config)
     check_available(config.parallel)
+    check_nodes(config.parallel, headless=headless)
     device = pick_device(config.runtime, config.parallel)
-    check_room(config.cache.kv_cache_memory_bytes, config.parallel.total_ranks, device)
+    check_room(config.cache.kv_cache_memory_bytes, config.parallel.ranks_here, device)
     folder = find_folder(config.model.model, config.model.revision)
     check_checkpoint(config.model, folder)
     spec = load_spec(folder)
@@ -175,7 +180,7 @@ def sizes(parallel: ParallelConfig) -> str:
 
 def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
     """The device the ranks run on. Raises ConfigError when it is not there, or has fewer devices than ranks."""
-    found, ranks = devices.cuda_device_count(), parallel.total_ranks
+    found, ranks = devices.cuda_device_count(), parallel.ranks_here
     if runtime.device == "cuda":
         if found == 0:
             raise ConfigError(
@@ -185,7 +190,8 @@ def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cp
             raise ConfigError("device='cuda': the installed torch is built without CUDA; install a CUDA build, or use device cpu or auto.")
     device: Literal["cpu", "cuda"] = "cuda" if runtime.device != "cpu" and found and devices.torch_has_cuda() else "cpu"
     if device == "cuda" and ranks > found:
-        product = f" make {ranks} ranks," if " and " in sizes(parallel) else " is"
+        product = f" make {ranks} ranks," if " and " in sizes(parallel) or parallel.nnodes > 1 else " is"
+        product = product.replace(",", " on this host,") if parallel.nnodes > 1 else product
         raise ConfigError(
             f"{sizes(parallel)}{product} more than the {found} CUDA device(s) visible here: use at most {found}, or device cpu."
         )
@@ -209,7 +215,7 @@ def warn_of_crowding(parallel: ParallelConfig, device: str) -> None:
     """More ranks or threads than cores is right but slow: said once everything else holds."""
     if device != "cpu":
         return
-    ranks, threads, cores = parallel.total_ranks, parallel.threads_per_rank or 1, usable_cpus()
+    ranks, threads, cores = parallel.ranks_here, parallel.threads_per_rank or 1, usable_cpus()
     cpus = min(cores, quota() or cores)
     if threads > 1 and ranks * threads > cpus:
         log.warning(
@@ -218,7 +224,7 @@ def warn_of_crowding(parallel: ParallelConfig, device: str) -> None:
             *(threads, ranks, "s" if ranks > 1 else "", ranks * threads, cpus, max(1, int(cpus / ranks))),
         )
     elif ranks > cores:
-        product = f"make {ranks} ranks, " if " and " in sizes(parallel) else "is "
+        product = f"make {ranks} ranks, " if " and " in sizes(parallel) or parallel.nnodes > 1 else "is "
         log.warning("%s %smore than the %d CPU cores: ranks will take turns, and be slow.", sizes(parallel), product, cores)
 
 
@@ -284,6 +290,6 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
         runtime=replace(config.runtime, device=device),
     )
     # A GPU's memory cannot be asked for without torch; the ranks profile a step of this size there before anything else.
-    room = int(share * host_available_bytes()) // parallel.total_ranks if device == "cpu" else None
+    room = int(share * host_available_bytes()) // parallel.ranks_here if device == "cpu" else None
     budget = default_token_budget(config, spec, room)
     return replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=budget))

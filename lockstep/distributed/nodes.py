@@ -11,21 +11,26 @@ import torch
 
 from lockstep.distributed import objects
 from lockstep.distributed.stateless import StatelessProcessGroup
-from lockstep.utils import shared_files
+from lockstep.utils import env, shared_files
 
 
-def _write_token() -> tuple[str, str]:
-    """-> (path, token): a new file in shared memory that holds the token, readable by this user only."""
+def _write_token() -> tuple[str, str, str]:
+    """-> (path, token, this host's name): a new file in shared memory that holds the token, readable by this user only.
+
+    The name is empty unless a person gave one: who says that two ranks are on different hosts is believed.
+    """
     token, path = secrets.token_hex(64), shared_files.new_path("node")
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
         os.write(fd, token.encode())
     finally:
         os.close(fd)
-    return path, token
+    return path, token, env.host_id()
 
 
-def _holds(path: str, token: str) -> bool:
+def _holds(path: str, token: str, host: str) -> bool:
+    if host != env.host_id():
+        return False
     with contextlib.suppress(OSError), open(path) as file:
         return file.read() == token
     return False

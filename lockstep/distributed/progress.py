@@ -173,6 +173,25 @@ class ProgressBoard:
         what = _string(bytes(cell._bytes[start : start + _NAME_BYTES])) if numbers[_WHAT] else ""
         return Progress(_string(phase), numbers[_STEP], numbers[_COLLECTIVE], max(age, 0.0), max(beat_age, 0.0), _string(note), what)
 
+    def copy_out(self, rank: int) -> bytes:
+        """The rank's cell as it is now, for `copy_in` on another host."""
+        self.read(rank)  # waits a moment for a writer that is in the middle of a change
+        return bytes(self._cells[rank]._bytes)
+
+    def copy_in(self, rank: int, cell: bytes, now_ns: int) -> None:
+        """Show a rank that lives on another host: its cell, and that host's monotonic clock when it was copied out.
+
+        Only for cells that nobody else writes. Raises ValueError for what is no cell.
+        """
+        if len(cell) != _CELL:
+            raise ValueError(f"a progress cell of {len(cell)} bytes")
+        own, shift = self._cells[rank], time.monotonic_ns() - now_ns
+        own._bytes[:] = cell
+        for at in (_CHANGED, _BEAT):
+            if own._numbers[at]:
+                own._numbers[at] += shift
+        own._numbers[_VERSION] &= ~1
+
     def all(self) -> list[Progress]:
         """Every rank's cell, by rank."""
         return [self.read(rank) for rank in range(self.n_ranks)]

@@ -28,7 +28,8 @@ class ExecutorError(RuntimeError):
 
     rank: the culprit, or None where no single rank is to blame. phase: what it was doing (init, load, step 12, ...).
     exitcode: as `subprocess` gives it (negative: killed by that signal), None when the process lives.
-    kind: "died", "stopped" (SIGSTOP), "hung", "raised" or "shutdown". error_type: the exception's type, for "raised".
+    kind: "died", "stopped" (SIGSTOP), "hung", "raised", "lost" (a whole host), "refused" (a host that does not fit) or
+    "shutdown". error_type: the exception's type, for "raised".
     """
 
     def __init__(

@@ -14,6 +14,18 @@ from lockstep.kernels.library import library
 WORKER = "lockstep.worker.worker:Worker"
 
 
+def serve_node(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str = WORKER) -> None:
+    """Run this host's ranks for the leader at master_addr, until that one ends in good order.
+
+    Raises ExecutorError when it ends otherwise, when it does not let this node in, and when it cannot be reached.
+    """
+    if config.runtime.device == "cpu":
+        library()
+    from lockstep.executor.node_agent import NodeAgent
+
+    NodeAgent(config, spec, folder, worker_cls).run()
+
+
 def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str = WORKER) -> Executor:
     """The executor for `config`, its ranks started and their models loaded.
 

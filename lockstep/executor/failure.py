@@ -48,22 +48,29 @@ def place_of(progress: Progress, order: str) -> str:
 
 
 def died(
-    rank: int, exitcode: int | None, progress: Progress, others: str, tail: Sequence[str], hint: str = "", order: str = ""
+    rank: int,
+    exitcode: int | None,
+    progress: Progress,
+    others: str,
+    tail: Sequence[str],
+    hint: str = "",
+    order: str = "",
+    where: str = "",
 ) -> ExecutorError:
     """A process that ended, or (exitcode None) let go of its channel.
 
-    `hint`: what else is known about a SIGKILL. `order`: the oldest that is not answered.
+    `hint`: what else is known about a SIGKILL. `order`: the oldest that is not answered. `where`: " on node 1 (its host)".
     """
     cause = procs.exit_cause(exitcode) if exitcode is not None else "it closed its reply channel but still runs"
     cause += hint if exitcode == -signal.SIGKILL else ""
-    message = f"rank {rank} died in {place_of(progress, order)}: {cause}.{_others(others)}{_quote(rank, tail)}"
+    message = f"rank {rank}{where} died in {place_of(progress, order)}: {cause}.{_others(others)}{_quote(rank, tail)}"
     return ExecutorError(message, rank=rank, phase=phase_of(progress), exitcode=exitcode, kind="died", log_tail=tail)
 
 
-def stopped(rank: int, progress: Progress, others: str, tail: Sequence[str], order: str = "") -> ExecutorError:
+def stopped(rank: int, progress: Progress, others: str, tail: Sequence[str], order: str = "", where: str = "") -> ExecutorError:
     """A process that was stopped by a signal. `order`: the oldest that is not answered."""
     message = (
-        f"rank {rank} was stopped (SIGSTOP, or a debugger) in {place_of(progress, order)}: no sign of life for "
+        f"rank {rank}{where} was stopped (SIGSTOP, or a debugger) in {place_of(progress, order)}: no sign of life for "
         f"{progress.beat_age_s:.1f} s.{_others(others)}{_quote(rank, tail)}"
     )
     return ExecutorError(message, rank=rank, phase=phase_of(progress), kind="stopped", log_tail=tail)
@@ -83,11 +90,18 @@ def hung(what: str, quiet_s: float, all_progress: Sequence[Progress], states: Se
     return ExecutorError(message, rank=culprit, phase=phase, kind="hung", log_tail=tail)
 
 
-def raised(rank: int, answer: Raised, tail: Sequence[str] = (), others: str = "") -> ExecutorError:
+def raised(rank: int, answer: Raised, tail: Sequence[str] = (), others: str = "", where: str = "") -> ExecutorError:
     """An exception in a rank. Its traceback is the end of the log tail. `others`: where the other ranks are."""
     trace = answer.traceback.rstrip().splitlines()
-    message = f"rank {rank} raised {answer.error_type} in {answer.phase}: {answer.message}{'.' if others else ''}{_others(others)}"
+    message = f"rank {rank}{where} raised {answer.error_type} in {answer.phase}: {answer.message}{'.' if others else ''}{_others(others)}"
     return ExecutorError(message, rank=rank, phase=answer.phase, kind="raised", error_type=answer.error_type, log_tail=[*tail, *trace])
+
+
+def lost(node: str, ranks: Sequence[int], why: str, places: str, others: str) -> ExecutorError:
+    """A host that is gone. node: "node 1 (its host)". places, others: where its ranks were, and the other ranks are."""
+    here = f", {rank_list(ranks)}" if ranks else ""
+    last = f" When last heard of: {places}." if places else ""
+    return ExecutorError(f"{node.removesuffix(')')}{here}) is lost: {why}.{last}{_others(others)}", phase="node", kind="lost")
 
 
 def tells_of_a_lost_peer(answer: Raised) -> bool:

@@ -19,7 +19,6 @@ import contextlib
 import os
 import selectors
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,15 +26,18 @@ from collections.abc import Callable
 
 import msgspec
 
-from lockstep.distributed.message_queue import MessageQueue, QueueClosed
-from lockstep.distributed.progress import ProgressBoard, rank_list
+from lockstep.distributed.message_queue import QueueClosed
+from lockstep.distributed.progress import rank_list
 from lockstep.executor import failure, wire
 from lockstep.executor.contract import ExecutorError
+from lockstep.executor.crew import Crew
+from lockstep.executor.gather import Door, Node, RemoteRank
 from lockstep.executor.operations import Operation, Operations
+from lockstep.executor.remote import Nodes
 from lockstep.executor.results import Results
-from lockstep.executor.spawn import Channels, Plan, WorkerProcess, exit_codes, kill_all, spawn
+from lockstep.executor.spawn import Plan, WorkerProcess, exit_codes, kill_all
 from lockstep.observability.logging import get_logger
-from lockstep.utils import procs
+from lockstep.utils import env, net, procs
 from lockstep.utils.cores import RankCores
 from lockstep.utils.net import Listener
 from lockstep.utils.shm import Bell
@@ -44,6 +46,7 @@ TICK_S = 0.25
 STALE_S = 0.8  # without a sign of life (ranks give one every 0.2 s), ask the kernel whether it is stopped
 GRACE_S = 0.03  # how long an exception waits for a death that explains it better,
 LOSS_GRACE_S = 0.5  # and how long one that speaks of a lost peer does: dying takes a while on a busy machine
+NODE_LOSS_GRACE_S = 2.0  # and word of it takes a while from another host; see also SILENT_S
 ANSWER_GRACE_S = 2.0  # how long ranks that make no progress may owe an answer after another rank raised
 STOP_S, TERM_S = 2.0, 1.0  # shutdown: time to leave by themselves, then after SIGTERM
 STACKS_S = 0.5  # time to write Python stacks when hung
@@ -51,17 +54,16 @@ STACKS_S = 0.5  # time to write Python stacks when hung
 _log = get_logger(__name__)
 
 
-class Fleet:
-    """Start with `start()`; talk through `queue` and `operations`; end with `stop()`. Nothing here refers to the Executor."""
+class Fleet(Crew):
+    """Start with `start()`; talk through `send` and `operations`; end with `stop()`. Nothing here refers to the Executor."""
 
-    def __init__(self, plan: Plan, cores: list[RankCores]) -> None:
+    def __init__(self, plan: Plan, cores: list[RankCores], door: Door | None = None) -> None:
+        """cores: of each rank on this host. door: where the other hosts report, if there are any."""
+        super().__init__(plan, cores, plan.world_size)
         config = plan.config
-        self.plan, self.cores = plan, cores
         self.operations = Operations()
-        self.queue = MessageQueue.create(plan.world_size)
         self.results = Results(self.operations, plan.output_rank)
-        self.board = ProgressBoard.create(plan.world_size)
-        self.workers: list[WorkerProcess] = []
+        self.workers: list[WorkerProcess | RemoteRank] = []  # by rank
         self.settled = threading.Event()  # ready, or failed
         self._owner = os.getpid()
         self._started = time.monotonic()
@@ -69,16 +71,17 @@ class Fleet:
         self._forward = True
         self._only = ("ERROR", "CRITICAL") if config.runtime.log_level == "error" else ""  # how forwarded lines must begin
         self._bell = Bell.create()
-        self._selector = selectors.DefaultSelector()
+        self._door = door
+        self._nodes = Nodes(plan, door, self._bell, self.board)
+        self._ordering = threading.Lock()  # orders reach every host in the same order
         self._suspect: tuple[float, ExecutorError] | None = None  # an exception in its grace
+        self._suspect_is_loss = False  # it speaks of a lost peer
         self._closed_reply: dict[int, float] = {}  # rank -> when its reply socket ended
-        self._oom_kills = procs.oom_kills()
         self._stopping_since = 0.0
         self._last_tick = 0.0
         self._over = False
         self._callbacks: list[Callable[[ExecutorError], None]] = []
         self._callback_lock = threading.Lock()
-        self._death_pipe = os.pipe()  # the write end is only ever in this process: its end is our death
         self._thread = threading.Thread(target=self._run, name="lockstep-monitor", daemon=True)
 
     # -- called from other threads
@@ -94,9 +97,14 @@ class Fleet:
     def send(self, order: wire.Order, timeout: float) -> None:
         """Give an order to every rank. Raises the terminal error, or TimeoutError when ranks do not take orders."""
         try:
-            self.queue.enqueue(wire.encode_order(order), timeout)
+            self._give(wire.encode_order(order), timeout)
         except QueueClosed:
             raise self.operations.error or _shutdown_error() from None
+
+    def _give(self, order: bytes, timeout: float) -> None:
+        with self._ordering:
+            self.queue.enqueue(order, timeout)  # what the ranks here do not take, the others are not given either
+            self._nodes.order(order)
 
     def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
         with self._callback_lock:
@@ -114,7 +122,7 @@ class Fleet:
             self.operations.fail(_shutdown_error())
             self.results.wake()
             with contextlib.suppress(TimeoutError, QueueClosed):
-                self.queue.enqueue(wire.encode_order(wire.Stop()), 0.2)
+                self._give(wire.encode_order(wire.Stop()), 0.2)
             if self._thread.is_alive():
                 self._bell.ring()
         if threading.current_thread() is not self._thread:
@@ -124,9 +132,14 @@ class Fleet:
 
     def _run(self) -> None:
         try:
-            self._spawn()
+            if self._nodes.gather(lambda: bool(self._stopping_since)):
+                self._spawn()
+            else:
+                self._over = True
             while not self._over:
                 self._watch()
+        except ExecutorError as e:
+            self._fail(e)
         except Exception as e:
             _log.exception("the monitor of the ranks failed")
             error = ExecutorError(f"the monitor of the ranks failed: {type(e).__name__}: {e}", phase="monitor", error_type=type(e).__name__)
@@ -136,29 +149,29 @@ class Fleet:
             self._clean_up()
 
     def _spawn(self) -> None:
-        with Listener() as listener:  # loopback, bound once and handed to rank 0: nobody can take the port in between
-            for rank in range(self.plan.world_size):
-                channels = Channels(self.queue, self.results.handle, self.board, self._death_pipe[0], listener)
-                worker = spawn(self.plan, rank, self.cores[rank], channels)
-                self.workers.append(worker)
-                self._selector.register(worker.reply, selectors.EVENT_READ, (self._read_reply, worker))
-                self._selector.register(worker.log_fd, selectors.EVENT_READ, (self._read_log, worker))
-                if worker.pid_fd >= 0:
-                    self._selector.register(worker.pid_fd, selectors.EVENT_READ, (None, worker))
-        self._selector.register(self._bell.fds[0], selectors.EVENT_READ, (None, None))
+        # Bound once and handed to rank 0: nobody can take the port in between.
+        several = self._door is not None
+        with Listener(self._door.address, env.rendezvous_port()) if self._door is not None else Listener() as listener:
+            here = self.plan.output_rank in self.plan.ranks
+            self._spawn_here(self.results.handle if here else None, (listener.host, listener.port), listener)
+            self.workers += self.local
+            self._nodes.start((listener.host, listener.port), self._attend, self)
+            self.workers += self._nodes.ranks
+            if several:
+                interface = net.interface_of(listener.host)
+                at = f"{listener.host} ({interface})"
+                _log.info(
+                    "node 0 of %d, the leader: %s; nodes report at %s, ranks meet at port %d of %s",
+                    *(self.plan.config.parallel.nnodes, rank_list(self.plan.ranks), self._door and self._door.at, listener.port, at),
+                )
+        self.operations.places = {rank.rank: rank.where for rank in self._nodes.ranks}
+        self._selector.register(self._bell.fds[0], selectors.EVENT_READ, (self._bell.wait, 0))
 
     def _watch(self) -> None:
         """One round: sleep until something happens, then handle all of it, deaths last (their last words come first)."""
-        ended = False
-        for key, _ in self._selector.select(self._nap()):
-            handle, worker = key.data
-            if handle is not None:
-                handle(worker)
-            elif worker is not None:
-                ended = True
-            else:
-                self._bell.wait(0)
-        if ended or self._closed_reply:
+        ended = self._listen(self._nap())
+        self._nodes.watch()
+        if ended or self._closed_reply or any(rank.code is not None for rank in self._nodes.ranks):
             self._check_deaths()
         now = time.monotonic()
         if self._over:
@@ -166,7 +179,9 @@ class Fleet:
         if self._stopping_since:
             self._check_stopping(now)
         elif self._suspect is not None and now >= self._suspect[0]:
-            self._fail(self._suspect[1])
+            # Is it about a node that is not known to be lost yet? That takes up to node_timeout_seconds to find out.
+            if not (self._nodes.silent() and self._suspect_is_loss):
+                self._fail(self._suspect[1])
         elif now - self._last_tick >= TICK_S:
             self._last_tick = now
             self._check_progress(now)
@@ -176,25 +191,22 @@ class Fleet:
             return 0.05
         return 0.005 if self._suspect is not None or self._closed_reply else TICK_S
 
-    def _read_reply(self, worker: WorkerProcess) -> None:
-        try:
-            data = worker.reply.recv(1 << 20)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
+    def _replied(self, worker: WorkerProcess, data: bytes) -> None:
+        self.replied(worker, data)
+
+    def replied(self, worker: WorkerProcess | RemoteRank, data: bytes) -> None:
+        """What a rank, here or on another host, answered; empty: its socket ended."""
         if not data:
-            self._unregister(worker.reply)
             self._closed_reply.setdefault(worker.rank, time.monotonic())
             return
         try:
             for answer in worker.frames.feed(data):
                 self._handle(worker, answer)
         except msgspec.DecodeError as e:
-            message = f"rank {worker.rank} sent an answer that cannot be decoded: {e}"
+            message = f"rank {worker.rank}{worker.where} sent an answer that cannot be decoded: {e}"
             self._fail(ExecutorError(message, rank=worker.rank, kind="raised", error_type="DecodeError", log_tail=list(worker.tail.lines)))
 
-    def _handle(self, worker: WorkerProcess, answer: wire.Answer) -> None:
+    def _handle(self, worker: WorkerProcess | RemoteRank, answer: wire.Answer) -> None:
         if isinstance(answer, wire.StepDone):
             self.operations.answer(worker.rank, answer.id, answer.result)
             self.results.wake()
@@ -209,79 +221,72 @@ class Fleet:
         elif self._suspect is None:
             lost = failure.tells_of_a_lost_peer(answer)
             others = self.board.describe(w.rank for w in self.workers if w is not worker) if lost else ""
-            error = failure.raised(worker.rank, answer, list(worker.tail.lines), others)
-            self._suspect = (time.monotonic() + (LOSS_GRACE_S if lost else GRACE_S), error)
+            error = failure.raised(worker.rank, answer, list(worker.tail.lines), others, worker.where)
+            grace_s = GRACE_S if not lost else LOSS_GRACE_S if self._door is None else NODE_LOSS_GRACE_S
+            self._suspect, self._suspect_is_loss = (time.monotonic() + grace_s, error), lost
 
-    def _read_log(self, worker: WorkerProcess) -> None:
-        try:
-            data = os.read(worker.log_fd, 1 << 16)
-        except BlockingIOError:
-            return
-        if not data:
-            self._unregister(worker.log_fd)
-            return
+    def _said(self, worker: WorkerProcess, data: bytes) -> None:
+        self.said(worker, data)
+
+    def said(self, worker: WorkerProcess | RemoteRank, data: bytes) -> None:
+        """What a rank wrote."""
         lines = worker.tail.feed(data)
         if self._forward and self.operations.error is None:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error any more
                 sys.stderr.write("".join(f"[rank {worker.rank}] {line}\n" for line in lines if line.startswith(self._only)))
 
-    def _unregister(self, what: int | socket.socket) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(what)
+    def node_lost(self, node: Node, why: str) -> None:
+        """A host is gone, and its ranks with it."""
+        self._unregister(node.link.socket)
+        if self._stopping_since:
+            for rank in node.ranks.values():
+                rank.code = rank.code if rank.code is not None else -signal.SIGKILL
+            return
+        others = [w.rank for w in self.workers if w.rank not in node.ranks]
+        self._fail(failure.lost(node.name, list(node.ranks), why, self.board.describe(node.ranks), self.board.describe(others)))
 
     def _check_deaths(self) -> None:
         ended = exit_codes(self.workers)
         if self._stopping_since:
             self._over = len(ended) == len(self.workers)
             for worker, _ in ended:
-                self._unregister(worker.pid_fd)
+                if isinstance(worker, WorkerProcess):
+                    self._unregister(worker.pid_fd)
         elif ended:
             worker, code = ended[0]
-            self._drain(worker)
+            if isinstance(worker, WorkerProcess):
+                self._drain(worker)
+            worker.tail.finish()
             if self._over:  # its last words were a failure of their own
                 return
             others = [w.rank for w in self.workers if w is not worker]
             tail = list(worker.tail.lines)
-            hint = " by the out-of-memory killer (the cgroup counts it)" if procs.oom_kills() > self._oom_kills else ""
+            oom = worker.oom if isinstance(worker, RemoteRank) else self._out_of_memory()
+            hint = " by the out-of-memory killer (the cgroup counts it)" if oom else ""
             at, order = self.board.read(worker.rank), self._order()
-            error = failure.died(worker.rank, code, at, self.board.describe(others), tail, hint, order)
+            error = failure.died(worker.rank, code, at, self.board.describe(others), tail, hint, order, worker.where)
             # A rank that said why before it ended: the exception is the cause.
             said = self._suspect is not None and self._suspect[1].rank == worker.rank
             self._fail(self._suspect[1] if said and self._suspect else error)
-        else:
+        elif self._closed_reply:
             rank, since = min(self._closed_reply.items(), key=lambda item: item[1])
             if time.monotonic() - since > 1.0:
-                tail = list(self.workers[rank].tail.lines)
-                self._fail(failure.died(rank, None, self.board.read(rank), "", tail))
+                worker = self.workers[rank]
+                self._fail(failure.died(rank, None, self.board.read(rank), "", list(worker.tail.lines), where=worker.where))
 
     def _order(self) -> str:
         """The oldest order that is not answered, in words; "" when there is none."""
         operation = self.operations.oldest()
         return operation.what if operation is not None else ""
 
-    def _drain(self, worker: WorkerProcess) -> None:
-        """Read what a dead rank left in its pipes. A child of its own may hold them open: never wait."""
-        for source, read in ((worker.reply, self._read_reply), (worker.log_fd, self._read_log)):
-            for _ in range(64):
-                if not self._readable(source):
-                    break
-                read(worker)
-        worker.tail.finish()
-
-    def _readable(self, source: int | socket.socket) -> bool:
-        if source not in self._selector.get_map():
-            return False
-        with selectors.DefaultSelector() as one:
-            one.register(source, selectors.EVENT_READ)
-            return bool(one.select(0))
-
     def _check_progress(self, now: float) -> None:
         """Look for ranks that are stopped and for orders nobody works on."""
         everyone = self.board.all()
         for worker, progress in zip(self.workers, everyone, strict=True):
-            if progress.beat_age_s > STALE_S and procs.state(worker.pid) == "T":
+            if progress.beat_age_s > STALE_S and worker.state() == "T":
                 others = [w.rank for w in self.workers if w is not worker]
-                self._fail(failure.stopped(worker.rank, progress, self.board.describe(others), list(worker.tail.lines), self._order()))
+                tail = list(worker.tail.lines)
+                self._fail(failure.stopped(worker.rank, progress, self.board.describe(others), tail, self._order(), worker.where))
                 return
         if not self.settled.is_set():
             if now - self._started > self._startup_limit_s:
@@ -307,7 +312,7 @@ class Fleet:
         """A rank raised in a call and the others are stuck in it: the exception is why."""
         rank, answer = call.raised[0]
         late = sorted(call.missing)
-        error = failure.raised(rank, answer, list(self.workers[rank].tail.lines))
+        error = failure.raised(rank, answer, list(self.workers[rank].tail.lines), where=self.workers[rank].where)
         error.args = (f"{error} ({rank_list(late)} did not answer the same call: {self.board.describe(late)})",)
         self._fail(error)
 
@@ -315,18 +320,17 @@ class Fleet:
         """Ask every rank for its Python stack, then fail with all of them."""
         self._forward = False  # the stacks belong to the error, not on the terminal
         everyone = self.board.all()
-        states = [procs.state(w.pid) for w in self.workers]
+        states = [w.state() for w in self.workers]
         before = {w.rank: len(w.tail.lines) for w in self.workers}
-        for worker in self.workers:
-            if everyone[worker.rank].phase not in ("", "spawn"):  # its handler is in place
-                with contextlib.suppress(OSError):
-                    os.kill(worker.pid, signal.SIGUSR1)
+        self._ask_for_stacks()
+        self._nodes.ask_for_stacks()
         deadline = time.monotonic() + STACKS_S
         quiet_rounds = 0
         while time.monotonic() < deadline and quiet_rounds < 3:
             time.sleep(0.05)
-            for worker in self.workers:
+            for worker in self.local:
                 self._drain(worker)
+            self._nodes.pump()
             quiet_rounds = quiet_rounds + 1 if all(len(w.tail.lines) > before[w.rank] for w in self.workers) else 0
         tail = [f"[rank {w.rank}] {line}" for w in self.workers for line in w.tail.lines]
         if not self._over:
@@ -341,7 +345,7 @@ class Fleet:
         self.results.wake()
         self.settled.set()
         self.queue.close()
-        kill_all(self.workers)
+        kill_all(self.local)
         self._call_back(error)
 
     def _call_back(self, error: ExecutorError) -> None:
@@ -365,22 +369,17 @@ class Fleet:
         if waited >= STOP_S + TERM_S:
             self._over = True
             return
-        for worker in self.workers:
+        for worker in self.local:
             procs.kill_group(worker.pid, signal.SIGTERM)
 
     def _clean_up(self) -> None:
         """Leave nothing behind: no process, descriptor or mapping."""
+        error = self.operations.error
+        self._nodes.end("" if error is None or error.kind == "shutdown" else str(error).partition("\n")[0])
         self.settled.set()
-        kill_all(self.workers)
-        self.queue.close()
+        self._end_here()
         self.results.close()
-        self._selector.close()
-        for worker in self.workers:
-            worker.close()
-        for fd in self._death_pipe:
-            os.close(fd)
         self._bell.close()
-        self.board.close()
 
 
 def _shutdown_error() -> ExecutorError:

@@ -6,7 +6,6 @@ from lockstep.distributed import ledger, observer, parallel_state, rendezvous
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.distributed.progress import ProgressCell
 from lockstep.executor.wire import Launch
-from lockstep.utils import net
 
 
 def join(launch: Launch, cell: ProgressCell) -> ParallelGroups:
@@ -17,8 +16,7 @@ def join(launch: Launch, cell: ProgressCell) -> ParallelGroups:
         launch.rank,
         launch.world_size,
         launch.local_rank,
-        net.LOOPBACK,
-        launch.rendezvous_port,
+        *launch.rendezvous,
         listen_fd=launch.listen_fd if launch.rank == 0 else None,
         backend="nccl" if launch.config.runtime.device == "cuda" else "gloo",
         timeout_s=parallel.distributed_timeout_seconds,

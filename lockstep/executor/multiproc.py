@@ -1,4 +1,4 @@
-"""One worker process per rank on this host, in lockstep: every order goes to all ranks through one message queue.
+"""One worker process per rank, in lockstep: every order goes to all ranks, through one message queue on each host.
 
 The driver never imports torch. A step costs the engine one copy into shared memory; the next step can be handed over
 while the ranks run this one. What can go wrong, and who notices, is in `fleet.py`.
@@ -19,6 +19,7 @@ from lockstep.config.tree import EngineConfig
 from lockstep.executor import affinity, wire
 from lockstep.executor.contract import Executor, ExecutorError, RankMemory, StepFuture
 from lockstep.executor.fleet import Fleet
+from lockstep.executor.gather import Door
 from lockstep.executor.operations import Operation, StepOperation
 from lockstep.executor.spawn import Plan
 from lockstep.observability.timeline import Timeline
@@ -33,11 +34,11 @@ class MultiprocExecutor(Executor):
         """Starts all ranks; returns when their models are loaded. Raises ExecutorError when one does not get there."""
         self.timeline = Timeline()
         parallel = config.parallel
-        world = parallel.world_size
-        cores = affinity.plan_here(world, parallel)
+        cores = affinity.plan_here(parallel.local_world_size, parallel)
         self.max_concurrent_batches = max(parallel.pipeline_parallel_size, 2 if config.scheduler.async_scheduling else 1)
         self._step_limit_s = parallel.execute_model_timeout_seconds
-        self._fleet = Fleet(Plan(config, spec, Path(folder), worker_cls, world, output_rank=world - parallel.stage_size), cores)
+        door = Door(parallel) if parallel.nnodes > 1 else None
+        self._fleet = Fleet(Plan(config, spec, Path(folder), worker_cls), cores, door)
         self._finalizer = weakref.finalize(self, self._fleet.stop)  # also at exit
         try:
             self._fleet.start()

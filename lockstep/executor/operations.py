@@ -79,6 +79,7 @@ class Operations:
         self._open: dict[int, Operation] = {}
         self._last = 0
         self.error: ExecutorError | None = None
+        self.places: dict[int, str] = {}  # rank -> the other host it is on, in words
         self.oldest_since = 0.0  # monotonic time since which the oldest has been the oldest
 
     def open(self, make: type[Operation], what: str, ranks: Iterable[int], limit_s: float) -> Operation:
@@ -123,7 +124,7 @@ class Operations:
             return
         if operation.raised:
             first_rank, first = operation.raised[0]
-            operation.error = failure.raised(first_rank, first)
+            operation.error = failure.raised(first_rank, first, where=self.places.get(first_rank, ""))
         del self._open[operation.id]
         self.oldest_since = time.monotonic()
         operation.finish()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -40,10 +41,19 @@ class WorkerProcess:
     tail: LogTail = field(default_factory=LogTail)
     ready: bool = False
     born: int = 0  # see `procs.birth`
+    where: str = ""  # the host, in words, when it is another one
 
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self.process.poll()
+
+    def state(self) -> str:
+        """The kernel's letter, see `procs.state`."""
+        return procs.state(self.pid)
 
     def close(self) -> None:
         """Close the driver's ends."""
@@ -63,8 +73,20 @@ class Plan:
     spec: ModelSpec
     folder: Path
     worker_cls: str
-    world_size: int
-    output_rank: int
+
+    @property
+    def world_size(self) -> int:
+        return self.config.parallel.world_size
+
+    @property
+    def output_rank(self) -> int:
+        """The first tensor-parallel rank of the last pipeline stage."""
+        return self.world_size - self.config.parallel.stage_size
+
+    @property
+    def ranks(self) -> range:
+        """The ranks on this host."""
+        return self.config.parallel.local_ranks
 
 
 @dataclass(frozen=True)
@@ -72,10 +94,11 @@ class Channels:
     """How driver and ranks reach each other."""
 
     queue: MessageQueue  # orders
-    results: QueueHandle  # of steps, from the output rank
+    results: QueueHandle | None  # of steps, from the output rank; None: they come through its reply socket
     board: ProgressBoard
     death_fd: int  # the read end of a pipe whose write end only the driver has
-    listener: Listener  # rank 0 serves the rendezvous on it
+    rendezvous: tuple[str, int]
+    listener: Listener | None = None  # rank 0 serves the rendezvous on it
 
 
 def spawn(plan: Plan, rank: int, share: RankCores, channels: Channels) -> WorkerProcess:
@@ -86,24 +109,26 @@ def spawn(plan: Plan, rank: int, share: RankCores, channels: Channels) -> Worker
     """
     ours, theirs = socket.socketpair()
     log_read, log_write = os.pipe()
-    handle = channels.queue.handle(rank)
-    reports = rank == plan.output_rank
+    local = rank - plan.ranks.start
+    handle = channels.queue.handle(local)
+    results = channels.results if rank == plan.output_rank else None
+    listen_fd = channels.listener.fileno() if rank == 0 and channels.listener is not None else -1
     launch = wire.Launch(
         rank=rank,
-        local_rank=rank,
+        local_rank=local,
         world_size=plan.world_size,
         output_rank=plan.output_rank,
         parent_pid=os.getpid(),
         death_fd=channels.death_fd,
         reply_fd=theirs.fileno(),
         queue=handle,
-        results=channels.results if reports else None,
+        results=results,
         board=channels.board.handle,
         share=share,
         worker_cls=plan.worker_cls,
         sys_path=[path or os.getcwd() for path in sys.path],
-        rendezvous_port=channels.listener.port,
-        listen_fd=channels.listener.fileno() if rank == 0 else -1,
+        rendezvous=channels.rendezvous,
+        listen_fd=listen_fd,
         config=plan.config,
         spec=plan.spec,
         folder=str(plan.folder),
@@ -112,8 +137,8 @@ def spawn(plan: Plan, rank: int, share: RankCores, channels: Channels) -> Worker
     letter = SharedBytes.create(len(text))
     letter.buffer[:] = text
     passed = [letter.fd, channels.death_fd, theirs.fileno(), channels.board.handle.fd, *handle.fds]
-    passed += [*(channels.results.fds if reports else ()), *([channels.listener.fileno()] if rank == 0 else [])]
-    channels.board.cell(rank).set(phase="spawn")
+    passed += [*(results.fds if results is not None else ()), *([listen_fd] if listen_fd >= 0 else [])]
+    channels.board.cell(local).set(phase="spawn")
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "lockstep.executor.worker_main", str(letter.fd), f"rank={rank}"],
@@ -137,10 +162,21 @@ def spawn(plan: Plan, rank: int, share: RankCores, channels: Channels) -> Worker
     return WorkerProcess(rank, process, ours, log_read, _pid_fd(process.pid), born=procs.birth(process.pid))
 
 
-def exit_codes(workers: Sequence[WorkerProcess]) -> list[tuple[WorkerProcess, int]]:
+class Process(Protocol):
+    """A rank's process, here or on another host."""
+
+    rank: int
+
+    def exit_code(self) -> int | None: ...
+
+
+AnyProcess = TypeVar("AnyProcess", bound=Process)
+
+
+def exit_codes(workers: Sequence[AnyProcess]) -> list[tuple[AnyProcess, int]]:
     """The workers that have ended, with their exit codes. Those a signal from outside killed come before those that
     aborted: an abort is what a peer's death does to the others."""
-    ended = [(w, code) for w in workers if (code := w.process.poll()) is not None]
+    ended = [(w, code) for w in workers if (code := w.exit_code()) is not None]
     return sorted(ended, key=lambda pair: (pair[1] >= 0, pair[1] == -6, pair[0].rank))
 
 

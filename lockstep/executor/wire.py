@@ -88,12 +88,12 @@ class Launch(msgspec.Struct, kw_only=True):
     death_fd: int
     reply_fd: int
     queue: QueueHandle
-    results: QueueHandle | None  # of the output rank: where it writes step results
+    results: QueueHandle | None  # of the output rank: where it writes step results; None: to the reply socket
     board: BoardHandle
     share: RankCores
     worker_cls: str  # "module:Class"
     sys_path: list[str]
-    rendezvous_port: int
+    rendezvous: tuple[str, int]  # host and port
     listen_fd: int  # the bound rendezvous socket, on rank 0; -1 elsewhere
     config: EngineConfig
     spec: ModelSpec

@@ -64,9 +64,11 @@ class WorkerLoop:
         reply: Callable[[wire.Answer], None],
         fault: Fault,
         results: MessageQueue | None,
+        reports: bool,
     ) -> None:
-        """`results`: of the output rank, whose step results go back."""
-        self._worker, self._queue, self._cell, self._reply, self._fault, self._results = worker, queue, cell, reply, fault, results
+        """reports: this is the output rank, whose step results go back: through `results`, else as any other answer."""
+        self._worker, self._queue, self._cell, self._reply, self._fault = worker, queue, cell, reply, fault
+        self._results, self._reports = results, reports
 
     def run(self) -> None:
         """Raises QueueClosed when the driver goes away. An exception in a step is answered, then raised again."""
@@ -94,16 +96,18 @@ class WorkerLoop:
             self._fault.strike_step(plan)
             timeline.lap("receive")
             result = self._worker.execute_model(plan)
-            if self._results is not None:
+            if self._reports:
                 assert result is not None, "the output rank's execute_model returned nothing"
-                self._report(self._results, wire.StepDone(order.id, result))
+                self._report(wire.StepDone(order.id, result))
             leave(timeline, plan, "reply")
         except Exception as e:
             self._reply(raised_answer(order.id, f"step {plan.step}", e, fatal=True))
             raise
 
-    def _report(self, results: MessageQueue, answer: wire.StepDone) -> None:
+    def _report(self, answer: wire.StepDone) -> None:
+        if self._results is None:
+            return self._reply(answer)
         try:
-            results.enqueue(wire.encode_value(answer), 0.0)
+            self._results.enqueue(wire.encode_value(answer), 0.0)
         except TimeoutError:  # nobody has fetched results for a while
             self._reply(answer)

@@ -41,7 +41,7 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     board = ProgressBoard.attach(launch.board)
-    cell = board.cell(launch.rank)
+    cell = board.cell(launch.local_rank)
     cell.set(phase="import")
     threading.Thread(target=_beat, args=(cell,), name="beat", daemon=True).start()
     reply = socket.socket(fileno=launch.reply_fd)
@@ -87,7 +87,8 @@ def main() -> None:
 
 def _serve(launch: wire.Launch, worker: Any, cell: ProgressCell, answer: Any, fault: Fault) -> None:
     queue = MessageQueue.attach(launch.queue)
-    loop = WorkerLoop(worker, queue, cell, answer, fault, MessageQueue.adopt(launch.results) if launch.results else None)
+    results = MessageQueue.adopt(launch.results) if launch.results else None
+    loop = WorkerLoop(worker, queue, cell, answer, fault, results, reports=launch.rank == launch.output_rank)
     answer(wire.Ready())
     try:
         loop.run()

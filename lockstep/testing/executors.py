@@ -20,7 +20,9 @@ FAKE_WORKER = "lockstep.testing.fake_worker:FakeWorker"
 SPEC = ModelSpec("FakeForCausalLM", 64, 2, 4, 2, 16, 128, 512, 1024)
 
 
-def fake_config(tp: int = 2, *, backend: str | None = None, step_s: float = 60.0, startup_s: float = 60.0, **parallel: Any) -> EngineConfig:
+def fake_config(
+    tp: int = 2, *, backend: str | None = None, step_s: float = 60.0, startup_s: float = 60.0, log_level: Any = "warning", **parallel: Any
+) -> EngineConfig:
     """A configuration for fake workers: no device, no folder. `step_s`, `startup_s`: the limits."""
     return EngineConfig(
         parallel=dataclasses.replace(
@@ -31,7 +33,7 @@ def fake_config(tp: int = 2, *, backend: str | None = None, step_s: float = 60.0
             **parallel,
         ),
         scheduler=SchedulerConfig(),
-        runtime=RuntimeConfig(device="cpu", startup_timeout_seconds=startup_s),
+        runtime=RuntimeConfig(device="cpu", startup_timeout_seconds=startup_s, log_level=log_level),
     )
 
 

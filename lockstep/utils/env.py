@@ -15,6 +15,17 @@ def host_ip() -> str:
     return _text("LOCKSTEP_HOST_IP")
 
 
+def cluster_key() -> str:
+    """LOCKSTEP_CLUSTER_KEY: a secret that all hosts of one engine share and prove to each other; empty means none."""
+    return _text("LOCKSTEP_CLUSTER_KEY")
+
+
+def rendezvous_port() -> int:
+    """LOCKSTEP_PORT: the port on which rank 0 serves the rendezvous for other hosts; 0 means any that is free."""
+    text = _text("LOCKSTEP_PORT")
+    return int(text) if text.isdigit() else 0
+
+
 def network_interface() -> str:
     """LOCKSTEP_INTERFACE: the interface ranks talk over; empty means loopback on one host, else the route's."""
     return _text("LOCKSTEP_INTERFACE")

@@ -39,6 +39,12 @@ class Listener:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def accept(self) -> tuple[socket.socket, str]:
+        """-> (connection, the peer's address). For a server that lives in this process. Does not wait: BlockingIOError for nobody."""
+        self._socket.setblocking(False)
+        connection, peer = self._socket.accept()
+        return connection, str(peer[0])
+
     def detach(self) -> int:
         """Give the descriptor away: the caller owns it now."""
         return self._socket.detach()
@@ -80,6 +86,23 @@ def interface_of(address: str) -> str | None:
         if any(entry.address.split("%")[0] == address for entry in entries):
             return str(name)
     return None
+
+
+def address_of(interface: str) -> str | None:
+    """The address of a network interface, IPv4 where it has one; None when it has none or does not exist."""
+    import psutil
+
+    entries = psutil.net_if_addrs().get(interface, [])
+    found = sorted((e.family != socket.AF_INET, e.address.split("%")[0]) for e in entries if e.family in (socket.AF_INET, socket.AF_INET6))
+    return str(found[0][1]) if found else None
+
+
+def prepare_link(link: socket.socket, silence_s: float) -> None:
+    """A connection of small messages between hosts: nothing waits for more to send, and an unanswered byte ends it in time."""
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
 
 
 def loopback_interface() -> str:

@@ -1,0 +1,52 @@
+"""The rules of running over several hosts ("nodes")."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from lockstep.config.errors import ConfigError
+from lockstep.config.tree import ParallelConfig
+
+
+def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
+    """Refuse numbers that no set of nodes can have. `headless`: this process is to serve a leader elsewhere."""
+    nodes, rank = parallel.nnodes, parallel.node_rank
+    if rank < 0 or rank >= nodes:
+        more = "" if nodes > 1 else ", or set nnodes to the number of hosts"
+        raise ConfigError(f"node_rank={rank} must be from 0 to nnodes - 1 (nnodes={nodes}): the leader is 0, the others count up{more}.")
+    if headless and nodes == 1:
+        raise ConfigError("headless needs nnodes > 1 (nnodes=1): one host has nobody to serve; leave it out.")
+    if headless and rank == 0:
+        raise ConfigError(
+            "--headless with node_rank=0: node 0 is the leader, which takes the requests; leave --headless out, or set node_rank."
+        )
+    if nodes == 1:
+        return
+    if rank > 0 and not headless:
+        raise ConfigError(
+            f"node_rank={rank} serves the leader (node 0) and takes no requests of its own: start it with `lockstep generate ... --headless`."
+        )
+    backend = parallel.distributed_executor_backend
+    if backend not in (None, "mp"):
+        raise ConfigError(
+            f"nnodes={nodes} > 1 can only be set when distributed_executor_backend is mp, and it is {backend!r}: use mp, or leave it out."
+        )
+    world = parallel.world_size
+    if world % nodes:
+        raise ConfigError(
+            f"world_size={world} must be divisible by nnodes={nodes}: each node runs as many ranks as the others; "
+            "change tensor_parallel_size or pipeline_parallel_size so that their product is."
+        )
+    if not 0 < parallel.master_port < 65536:
+        raise ConfigError(f"master_port={parallel.master_port} must be from 1 to 65535: give the same free port on every node.")
+    if not parallel.master_addr.strip() or _is_any(parallel.master_addr):
+        raise ConfigError(
+            f"master_addr={parallel.master_addr!r} is no address that other hosts could connect to: give that of node 0, the same on every node."
+        )
+
+
+def _is_any(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_unspecified
+    except ValueError:  # a name
+        return False

@@ -1,0 +1,258 @@
+"""The leader's door: the agents of the other hosts knock, prove that they have the key, and are let in when they fit."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from lockstep.config.errors import ConfigError
+from lockstep.config.tree import ParallelConfig
+from lockstep.distributed.progress import rank_list
+from lockstep.executor import node_wire
+from lockstep.executor.contract import ExecutorError
+from lockstep.executor.crew import received
+from lockstep.executor.failure import LogTail
+from lockstep.executor.link import Link, LinkLost
+from lockstep.executor.node_wire import Challenge, Hello, Identity, Refused, Welcome
+from lockstep.executor.wire import FrameReader
+from lockstep.observability.logging import get_logger
+from lockstep.utils import env, net
+from lockstep.utils.net import Listener
+from lockstep.utils.shm import Bell
+
+MAX_GUESTS = 64  # that have said nothing yet
+_TICK_S = 0.1
+_log = get_logger(__name__)
+
+
+@dataclass
+class RemoteRank:
+    """One rank on another host as the leader sees it: written by the monitor thread, from what the host's agent says."""
+
+    rank: int
+    where: str  # " on node 1 (its host)"
+    frames: FrameReader = field(default_factory=FrameReader)
+    tail: LogTail = field(default_factory=LogTail)
+    ready: bool = False
+    letter: str = ""
+    code: int | None = None
+    oom: bool = False
+
+    def exit_code(self) -> int | None:
+        return self.code
+
+    def state(self) -> str:
+        return self.letter
+
+
+@dataclass
+class Node:
+    """Another host."""
+
+    number: int
+    host: str
+    link: Link
+    ranks: dict[int, RemoteRank] = field(default_factory=dict)
+    ended: bool = False  # it left, and need not be told anything
+
+    @property
+    def name(self) -> str:
+        return f"node {self.number} ({self.host})"
+
+
+@dataclass
+class _Guest:
+    link: Link
+    address: str
+    nonce: bytes
+    since: float
+
+
+class Door:
+    """The socket at master_addr:master_port, bound before anything is started."""
+
+    def __init__(self, parallel: ParallelConfig) -> None:
+        """Raises ConfigError when this host has no such address or the port is taken."""
+        self.parallel, self.address = parallel, own_address(parallel)
+        try:
+            self.listener = Listener(self.address, parallel.master_port)
+        except OSError as e:
+            raise ConfigError(
+                f"master_addr={parallel.master_addr!r}, master_port={parallel.master_port}: {e}. Node 0 must listen at an address of its "
+                "own and a free port: choose another port on every node, or set LOCKSTEP_HOST_IP on node 0 to the address that it has."
+            ) from None
+        self.at = f"{parallel.master_addr}:{parallel.master_port}"
+        if not env.cluster_key() and not net.is_loopback(self.address):
+            warn_of_no_key()
+
+
+def warn_of_no_key() -> None:
+    """Said once on every node of several hosts without a key."""
+    _log.warning("LOCKSTEP_CLUSTER_KEY is not set: whoever reaches the leader's port can join; set the same secret on every node.")
+
+
+def own_address(parallel: ParallelConfig) -> str:
+    """The address at which other hosts reach the leader, in digits. Raises ConfigError when there is none."""
+    if env.host_ip():
+        return env.host_ip()
+    if env.network_interface():
+        address = net.address_of(env.network_interface())
+        if address is None:
+            raise ConfigError(f"LOCKSTEP_INTERFACE={env.network_interface()} has no address on this host: name another one, or unset it.")
+        return address
+    try:
+        address = net.resolve(parallel.master_addr)
+    except OSError as e:
+        raise ConfigError(f"master_addr={parallel.master_addr!r} is not known here ({e.strerror}): give the address of node 0.") from None
+    if net.is_loopback(address) and not net.is_loopback(parallel.master_addr):
+        raise ConfigError(
+            f"master_addr={parallel.master_addr!r} is {address} on this host, which no other host can reach: give node 0's address in "
+            "digits on every node, or set LOCKSTEP_HOST_IP here."
+        )
+    return address
+
+
+class Gathering:
+    """Waits for all other nodes. They beat, and are beaten to, from their welcome on."""
+
+    def __init__(self, door: Door, settings: Mapping[str, str], limit_s: float, bell: Bell, stopping: Callable[[], bool]) -> None:
+        """settings: those that all nodes must say alike. bell: rung when `stopping` may have become true."""
+        self._door, self._settings, self._limit_s, self._bell, self._stopping = door, settings, limit_s, bell, stopping
+        self._key, self._versions = env.cluster_key(), node_wire.versions()
+        self._guests: list[_Guest] = []
+        self._refused: list[str] = []
+
+    def run(self, nodes: dict[int, Node]) -> bool:
+        """Fill `nodes`, by number. False when it was stopped first.
+
+        Raises ExecutorError naming who is missing when the time is up, and who does not fit at once.
+        """
+        until = time.monotonic() + self._limit_s
+        listener = self._door.listener
+        try:
+            while len(nodes) < self._door.parallel.nnodes - 1:
+                if self._stopping():
+                    return False
+                if time.monotonic() > until:
+                    raise self._missing(nodes)
+                self._round(nodes)
+            return True
+        finally:
+            listener.close()  # whoever comes later is told by the kernel
+            for guest in self._guests:
+                guest.link.close()
+
+    def _round(self, nodes: dict[int, Node]) -> None:
+        with selectors.DefaultSelector() as selector:
+            for what in (
+                self._door.listener,
+                self._bell.fds[0],
+                *(g.link.socket for g in self._guests),
+                *(n.link.socket for n in nodes.values()),
+            ):
+                selector.register(what, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in selector.select(_TICK_S)]
+        if self._bell.fds[0] in ready:
+            self._bell.wait(0)
+        for guest in list(self._guests):
+            if guest.link.socket in ready or time.monotonic() - guest.since > self._door.parallel.node_timeout_seconds:
+                self._hear(guest, nodes)
+        for node in list(nodes.values()):
+            why = received(node.link)[1] if node.link.socket in ready else ""
+            try:
+                node.link.keep(lambda: node_wire.Beat(time.monotonic_ns()))
+            except LinkLost as e:
+                why = why or str(e)
+            if why:  # before anything was started: it may come again
+                _log.warning("%s went away while others were awaited: %s", node.name, why)
+                nodes.pop(node.number).link.close()
+        if self._door.listener in ready:
+            self._accept()
+
+    def _accept(self) -> None:
+        try:
+            connection, address = self._door.listener.accept()
+        except OSError:
+            return
+        if len(self._guests) >= MAX_GUESTS:
+            connection.close()
+            return
+        guest = _Guest(
+            Link(connection, self._door.parallel.node_timeout_seconds, self._bell.ring), address, os.urandom(32), time.monotonic()
+        )
+        guest.link.send(Challenge(node_wire.PROTOCOL, guest.nonce))
+        self._guests.append(guest)
+
+    def _hear(self, guest: _Guest, nodes: dict[int, Node]) -> None:
+        """The guest's Hello, or the end of its visit."""
+        messages, why = received(guest.link)
+        if not messages and not why and time.monotonic() - guest.since <= self._door.parallel.node_timeout_seconds:
+            return  # part of it
+        self._guests.remove(guest)
+        hello = messages[0] if messages else None
+        if not isinstance(hello, Hello):
+            guest.link.close()
+            self._note(f"{guest.address} connected and did not greet as a node does ({why or 'it said something else, or nothing'})")
+            return
+        if not node_wire.proven(hello.proof, self._key, "agent", guest.nonce, hello.nonce, hello.identity):
+            reason = "its LOCKSTEP_CLUSTER_KEY is not the leader's: set the same one on every node"
+            guest.link.close(Refused(reason))
+            self._note(f"a node at {guest.address} was refused: {reason}")
+            return
+        try:
+            who = msgspec.msgpack.decode(hello.identity, type=Identity)
+        except msgspec.DecodeError as e:
+            guest.link.close(Refused(f"its greeting cannot be read: {e}"))
+            self._note(f"a node at {guest.address} was refused: its greeting cannot be read")
+            return
+        name = f"node {who.node_rank} ({who.host}, pid {who.pid})"
+        misfit = self._misfit(who)
+        if misfit:
+            guest.link.close(Refused(misfit))
+            raise ExecutorError(f"{name} was refused: {misfit}.", phase="node", kind="refused")
+        if who.node_rank in nodes or not 0 < who.node_rank < self._door.parallel.nnodes:
+            there = nodes.get(who.node_rank)
+            reason = f"node_rank={who.node_rank} is taken" + (f" by the one on {there.host}" if there else " by the leader")
+            guest.link.close(Refused(f"{reason}: give each node its own, from 1 to {self._door.parallel.nnodes - 1}"))
+            self._note(f"another {name} was refused: {reason}")
+            return
+        guest.link.frames.limit = node_wire.MESSAGE_BYTES
+        guest.link.send(Welcome(node_wire.prove(self._key, "leader", hello.nonce, guest.nonce)))
+        nodes[who.node_rank] = Node(who.node_rank, who.host, guest.link)
+        _log.info("%s has connected from %s", name, guest.address)
+
+    def _misfit(self, who: Identity) -> str:
+        """Why this node cannot take part; "" when it can."""
+        for what, theirs, own in zip(("lockstep", "torch"), (who.lockstep, who.torch), self._versions, strict=True):
+            if theirs != own:
+                return f"it runs {what} {theirs} and the leader {own}: install the same version on every node"
+        for name in {**self._settings, **who.settings}:
+            theirs, own = who.settings.get(name, "nothing"), self._settings.get(name, "nothing")
+            if theirs != own:
+                return f"it has {name}={theirs} and the leader {name}={own}: say the same on every node"
+        return ""
+
+    def _note(self, text: str) -> None:
+        _log.warning("%s", text)
+        self._refused = [*self._refused[-4:], text]
+
+    def _missing(self, nodes: dict[int, Node]) -> ExecutorError:
+        parallel = self._door.parallel
+        late = [n for n in range(1, parallel.nnodes) if n not in nodes]
+        who = rank_list(late).replace("rank", "node", 1)
+        each = late[0] if len(late) == 1 else "N"
+        message = (
+            f"{who} of {parallel.nnodes} {'has' if len(late) == 1 else 'have'} not connected to {self._door.at} in {self._limit_s:g} s: start "
+            f"{'it' if len(late) == 1 else 'each'} with --nnodes {parallel.nnodes} --node-rank {each} --master-addr {parallel.master_addr} "
+            f"--master-port {parallel.master_port} --headless, and see that no firewall is between (startup_timeout_seconds={self._limit_s:g})."
+        )
+        if net.is_loopback(self._door.address):
+            message += f" {self._door.address} can be reached from this host only: for others, give its network address as master_addr."
+        if self._refused:
+            message += " Meanwhile, " + "; ".join(self._refused) + "."
+        return ExecutorError(message, phase="node", kind="hung")

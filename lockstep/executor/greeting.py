@@ -1,0 +1,103 @@
+"""How an agent gets to its leader: tries again until the leader is there, and both prove that they have the key."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import time
+
+import msgspec
+
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
+from lockstep.executor import gather, node_wire
+from lockstep.executor.contract import ExecutorError
+from lockstep.executor.link import Link, LinkLost
+from lockstep.executor.node_wire import Challenge, Hello, Identity, Message, Refused, Welcome
+from lockstep.observability.logging import get_logger
+from lockstep.utils import env, net
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
+_log = get_logger(__name__)
+
+
+def identity(config: EngineConfig, spec: ModelSpec) -> Identity:
+    """Who this node is."""
+    lockstep, torch = node_wire.versions()
+    settings = node_wire.agreed_settings(config, spec)
+    return Identity(config.parallel.node_rank, socket.gethostname(), os.getpid(), lockstep, torch, settings)
+
+
+def connect(config: EngineConfig, spec: ModelSpec) -> Link:
+    """The connection to the leader, both ends proven. Raises ExecutorError when the leader is not found in
+    startup_timeout_seconds, or will not have this node."""
+    parallel, limit_s = config.parallel, config.runtime.startup_timeout_seconds
+    host, port = parallel.master_addr, parallel.master_port
+    if not env.cluster_key() and not net.is_loopback(host):
+        gather.warn_of_no_key()
+    until, pause, why = time.monotonic() + limit_s, FIRST_PAUSE_S, ""
+    while time.monotonic() < until:
+        try:
+            link = Link(_open(host, port, min(5.0, limit_s)), parallel.node_timeout_seconds)
+        except OSError as e:
+            why = f"{e.strerror or e}"
+        else:
+            try:
+                return _greet(link, identity(config, spec), parallel.node_timeout_seconds)
+            except LinkLost as e:
+                link.close()
+                why = f"it was reached, but {e}"
+            except BaseException:
+                link.close()
+                raise
+        time.sleep(min(pause, max(0.0, until - time.monotonic())))
+        pause = min(pause * 1.6, LONGEST_PAUSE_S)
+    hint = ""
+    if net.is_loopback(host):
+        hint = f" {host} is this very host: give node 0's network address as master_addr if it is another one."
+    raise ExecutorError(
+        f"node {parallel.node_rank} of {parallel.nnodes} did not reach the leader at {host}:{port} in {limit_s:g} s ({why}): start node 0 with "
+        f"the same master_addr and master_port, and see that no firewall is between (startup_timeout_seconds={limit_s:g}).{hint}",
+        phase="node",
+        kind="hung",
+    )
+
+
+def _open(host: str, port: int, timeout_s: float) -> socket.socket:
+    source = env.host_ip() or (net.address_of(env.network_interface()) if env.network_interface() else None)
+    return socket.create_connection((host, port), timeout_s, (source, 0) if source else None)
+
+
+def _greet(link: Link, who: Identity, limit_s: float) -> Link:
+    key, until = env.cluster_key(), time.monotonic() + limit_s
+    challenge = _next(link, until)
+    if not isinstance(challenge, Challenge):
+        raise LinkLost(f"it said {type(challenge).__name__} first")
+    if challenge.protocol != node_wire.PROTOCOL:
+        raise _refused(who, f"the leader speaks version {challenge.protocol} of the protocol, this node {node_wire.PROTOCOL}")
+    said, nonce = msgspec.msgpack.encode(who), os.urandom(node_wire.NONCE_BYTES)
+    link.send(Hello(nonce, said, node_wire.prove(key, "agent", challenge.nonce, nonce, said)))
+    answer = _next(link, until)
+    if isinstance(answer, Refused):
+        raise _refused(who, answer.reason)
+    if not isinstance(answer, Welcome) or not node_wire.proven(answer.proof, key, "leader", nonce, challenge.nonce):
+        raise _refused(who, "what answers there does not have this node's LOCKSTEP_CLUSTER_KEY: set the same one on every node")
+    link.frames.limit = node_wire.MESSAGE_BYTES
+    _log.info("node %d is in: waiting for the others", who.node_rank)
+    return link
+
+
+def _next(link: Link, until: float) -> Message:
+    """The next message; what came with it is left for later. Raises LinkLost."""
+    with selectors.DefaultSelector() as one:
+        one.register(link.socket, selectors.EVENT_READ)
+        while time.monotonic() < until:
+            if one.select(0.2) and (messages := link.receive()):
+                link.early += messages[1:]
+                return messages[0]
+    raise LinkLost("it did not greet")
+
+
+def _refused(who: Identity, reason: str) -> ExecutorError:
+    return ExecutorError(f"node {who.node_rank} ({who.host}) was refused: {reason}.", phase="node", kind="refused")

@@ -1,0 +1,204 @@
+"""What the leader and the agents of other hosts say to each other, over one TCP connection each. msgspec structs only.
+
+    leader                         agent
+      Challenge  ---------------->           a nonce; nothing else is said to a stranger
+                 <----------------  Hello    proof of the key over that nonce and all that the agent says; a nonce of its own
+      Welcome    ---------------->           proof of the key the other way (or `Refused`, with the reason)
+      Start      ---------------->           when every node is there
+      Order, Stacks, End  ------->
+                 <----------------  Replied, Said, Ended, Leaving
+      Beat       <--------------->  Beat     from the welcome on; the agent's carry its ranks' progress cells
+
+A frame is 4 bytes of length and the message. What the ranks of a node say is passed on as bytes: only the leader reads it.
+The proof is for who may take part. What follows it is neither encrypted nor signed: it is for a network that is trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import msgspec
+
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
+from lockstep.version import __version__
+
+PROTOCOL = 1
+GREETING_BYTES = 64 << 10  # no message of the greeting is longer
+MESSAGE_BYTES = 1 << 28  # and no other one than this
+NONCE_BYTES = 32
+BEAT_S = 0.5
+# Settings that all nodes must say alike; everything else is the leader's to say.
+AGREED = (
+    *("nnodes", "tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"),
+    *("enable_expert_parallel", "pipeline_layer_partition", "model", "revision", "dtype", "quantization", "load_format", "device"),
+)
+
+
+class Challenge(msgspec.Struct, tag="challenge", array_like=True):
+    protocol: int
+    nonce: bytes
+
+
+class Identity(msgspec.Struct, array_like=True):
+    """Who an agent is. `settings`: those of AGREED, and what the model's config.json says, as text."""
+
+    node_rank: int
+    host: str
+    pid: int
+    lockstep: str
+    torch: str
+    settings: dict[str, str]
+
+
+class Hello(msgspec.Struct, tag="hello", array_like=True):
+    nonce: bytes
+    identity: bytes  # an encoded Identity: the proof is over these very bytes
+    proof: bytes
+
+
+class Welcome(msgspec.Struct, tag="welcome", array_like=True):
+    proof: bytes
+
+
+class Refused(msgspec.Struct, tag="refused", array_like=True):
+    reason: str
+
+
+class Start(msgspec.Struct, tag="start", array_like=True):
+    """Start the ranks of this node. host, port: of the rendezvous that rank 0 serves."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    host: str
+    port: int
+
+
+class Order(msgspec.Struct, tag="order", array_like=True, gc=False):
+    """An encoded `wire.Order`, for every rank of the node."""
+
+    body: bytes
+
+
+class Stacks(msgspec.Struct, tag="stacks", array_like=True):
+    """Have the ranks write their Python stacks."""
+
+
+class End(msgspec.Struct, tag="end", array_like=True):
+    """It is over. reason: what went wrong, "" for an orderly end."""
+
+    reason: str
+
+
+class Replied(msgspec.Struct, tag="replied", array_like=True, gc=False):
+    """Bytes from a rank's reply socket: frames of `wire`, or parts of them. Empty: it closed the socket."""
+
+    rank: int
+    data: bytes
+
+
+class Said(msgspec.Struct, tag="said", array_like=True, gc=False):
+    """Bytes that a rank wrote on standard output or error."""
+
+    rank: int
+    data: bytes
+
+
+class Ended(msgspec.Struct, tag="ended", array_like=True):
+    """A rank's process ended; all that it said has been sent before. oom: the host's out-of-memory killer was busy."""
+
+    rank: int
+    exitcode: int
+    oom: bool
+
+
+class Beat(msgspec.Struct, tag="beat", array_like=True, gc=False):
+    """A sign of life. now_ns: the sender's monotonic clock. By rank of the node: progress cells, and the kernel's letters."""
+
+    now_ns: int
+    cells: list[bytes] = []
+    states: list[str] = []
+
+
+class Leaving(msgspec.Struct, tag="leaving", array_like=True):
+    """The agent goes, and takes its ranks along."""
+
+    reason: str
+
+
+Message = Challenge | Hello | Welcome | Refused | Start | Order | Stacks | End | Replied | Said | Ended | Beat | Leaving
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Message).decode
+
+
+class FrameError(ValueError):
+    """Bytes that no node of ours would send."""
+
+
+def frame(message: Message) -> bytes:
+    """A message as it goes over the connection. Raises FrameError for one that is too long."""
+    body = _encode(message)
+    if len(body) > MESSAGE_BYTES:
+        raise FrameError(f"a message of {len(body)} bytes is longer than the {MESSAGE_BYTES} that nodes send each other")
+    return struct.pack("<I", len(body)) + body
+
+
+class Frames:
+    """Puts the byte stream of one connection together again."""
+
+    def __init__(self) -> None:
+        self.limit = GREETING_BYTES  # until it is known who speaks
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """The messages completed by `data`. Raises FrameError for bytes that are none."""
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            (size,) = struct.unpack_from("<I", self._buffer)
+            if size > self.limit:
+                raise FrameError(f"a frame of {size} bytes where at most {self.limit} are allowed")
+            if len(self._buffer) < 4 + size:
+                return
+            body = bytes(memoryview(self._buffer)[4 : 4 + size])
+            del self._buffer[: 4 + size]
+            try:
+                message = _decode(body)
+            except msgspec.DecodeError as e:
+                raise FrameError(f"a message that cannot be decoded: {e}") from None
+            yield message
+
+
+def prove(key: str, who: str, *parts: bytes) -> bytes:
+    """What only a holder of `key` can say. who: "leader" or "agent", so that neither can hand the other's proof back."""
+    whole = b"".join(struct.pack("<I", len(part)) + part for part in (who.encode(), *parts))
+    return hmac.new(key.encode(), whole, hashlib.sha256).digest()
+
+
+def proven(proof: bytes, key: str, who: str, *parts: bytes) -> bool:
+    """Whether `proof` is right."""
+    return hmac.compare_digest(proof, prove(key, who, *parts))
+
+
+def versions() -> tuple[str, str]:
+    """(lockstep's, torch's) version here, without importing torch."""
+    try:
+        return __version__, version("torch")
+    except PackageNotFoundError:
+        return __version__, "none"
+
+
+def agreed_settings(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
+    """What all nodes must say alike, by name."""
+    where: dict[str, Any] = {**_fields(config.model), **_fields(config.parallel), **_fields(config.runtime)}
+    model = hashlib.sha256(msgspec.msgpack.encode(spec)).hexdigest()[:16]
+    return {name: str(where[name]) for name in AGREED} | {"the model's config.json": model}
+
+
+def _fields(group: Any) -> dict[str, Any]:
+    return {name: getattr(group, name) for name in group.__dataclass_fields__}

@@ -1,0 +1,139 @@
+"""The other hosts, as the leader sees them: it gives orders to their agents and hears from them what their ranks say."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from lockstep.distributed.progress import ProgressBoard
+from lockstep.executor import node_wire
+from lockstep.executor.crew import received
+from lockstep.executor.gather import Door, Gathering, Node, RemoteRank
+from lockstep.executor.link import Link, LinkLost
+from lockstep.executor.node_wire import BEAT_S, Beat, End, Ended, Leaving, Order, Replied, Said, Stacks, Start
+from lockstep.executor.spawn import Plan
+from lockstep.observability.logging import get_logger
+from lockstep.utils.shm import Bell
+
+SILENT_S = 2.5 * BEAT_S  # a node that says nothing for so long may be what another rank's exception is about
+_log = get_logger(__name__)
+
+
+class Listener(Protocol):
+    """Who is told what came."""
+
+    def replied(self, worker: RemoteRank, data: bytes) -> None: ...
+    def said(self, worker: RemoteRank, data: bytes) -> None: ...
+    def node_lost(self, node: Node, why: str) -> None: ...
+
+
+class Nodes:
+    """All methods but `order` are called by the monitor thread. Empty where there is one host."""
+
+    def __init__(self, plan: Plan, door: Door | None, bell: Bell, board: ProgressBoard) -> None:
+        self.ranks: list[RemoteRank] = []  # ascending, those of all other nodes
+        self._plan, self._door, self._bell, self._board = plan, door, bell, board
+        self._nodes: dict[int, Node] = {}
+        self._ended = threading.Event()
+
+    def gather(self, stopping: Callable[[], bool]) -> bool:
+        """Wait until all are there. False when `stopping` became true. Raises ExecutorError when one is missing or unfit."""
+        if self._door is None:
+            return True
+        config = self._plan.config
+        settings = node_wire.agreed_settings(config, self._plan.spec)
+        return Gathering(self._door, settings, config.runtime.startup_timeout_seconds, self._bell, stopping).run(self._nodes)
+
+    def start(self, rendezvous: tuple[str, int], attend: Callable[[Link, Callable[[Node], None], Node], None], to: Listener) -> None:
+        """Have every node start its ranks. attend: watches a link. to: is told what comes from now on."""
+        self._attend, self._to = attend, to
+        count = self._plan.config.parallel.local_world_size
+        for number, node in sorted(self._nodes.items()):
+            ranks = range(number * count, (number + 1) * count)
+            node.ranks = {rank: RemoteRank(rank, f" on {node.name}") for rank in ranks}
+            self.ranks += node.ranks.values()
+            node.link.send(Start(self._plan.config, self._plan.spec, *rendezvous))
+        self.watch()
+
+    def watch(self) -> None:
+        """Look at every link again: whether it waits to send, whether it beats. Once a round."""
+        for node in self._nodes.values():
+            if node.ended:
+                continue
+            try:
+                node.link.keep(_beat)
+            except LinkLost as e:
+                self._leave(node, str(e))
+                continue
+            self._attend(node.link, self._read, node)
+
+    def order(self, body: bytes) -> None:
+        """Give an encoded order to every rank of every node, after all earlier ones. From any thread; never waits."""
+        if self._ended.is_set():
+            return
+        for node in self._nodes.values():
+            node.link.send(Order(body))
+
+    def ask_for_stacks(self) -> None:
+        for node in self._nodes.values():
+            node.link.send(Stacks())
+
+    def pump(self) -> None:
+        """Read what has come, without waiting."""
+        for node in self._nodes.values():
+            if not node.ended:
+                self._read(node)
+
+    def silent(self) -> bool:
+        """Whether one has said nothing for suspiciously long."""
+        return any(not node.ended and node.link.silent_s() > SILENT_S for node in self._nodes.values())
+
+    def end(self, reason: str) -> None:
+        """Tell everyone that it is over, and let go. reason: "" for an orderly end."""
+        self._ended.set()
+        if self._door is not None:
+            self._door.listener.close()
+        for node in self._nodes.values():
+            node.link.send(End(reason))
+        for node in self._nodes.values():
+            node.link.close(linger=not node.ended)
+
+    def _read(self, node: Node) -> None:
+        messages, why = received(node.link)
+        for message in messages:
+            self._take(node, message)
+        if why and not node.ended:
+            self._leave(node, why)
+
+    def _take(self, node: Node, message: node_wire.Message) -> None:
+        if isinstance(message, Beat):
+            self._show(node, message)
+        elif isinstance(message, Leaving):
+            self._leave(node, message.reason)
+        elif isinstance(message, Replied | Said | Ended):
+            worker = node.ranks.get(message.rank)
+            if worker is None:
+                self._leave(node, f"it spoke for rank {message.rank}, which is not its own")
+            elif isinstance(message, Replied):
+                self._to.replied(worker, message.data)
+            elif isinstance(message, Said):
+                self._to.said(worker, message.data)
+            else:
+                worker.code, worker.oom = message.exitcode, message.oom
+
+    def _show(self, node: Node, beat: Beat) -> None:
+        if len(beat.cells) != len(node.ranks) or len(beat.states) != len(node.ranks):
+            return  # it has not started them yet
+        for worker, cell, letter in zip(node.ranks.values(), beat.cells, beat.states, strict=True):
+            self._board.copy_in(worker.rank, cell, beat.now_ns)
+            worker.letter = letter
+
+    def _leave(self, node: Node, why: str) -> None:
+        node.ended = True
+        self._to.node_lost(node, why)
+
+
+def _beat() -> Beat:
+    return Beat(time.monotonic_ns())
