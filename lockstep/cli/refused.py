@@ -18,7 +18,7 @@ UNAVAILABLE: dict[str, str] = {
     **dict.fromkeys(("--nnodes", "--node-rank", "-r", "--master-addr", "--master-port", "--headless"), _ONE_HOST),
     **dict.fromkeys(
         (
-            *("--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr", "--data-parallel-size-local", "-dpl"),
+            *("--data-parallel-start-rank", "-dpr", "--data-parallel-size-local", "-dpl"),
             *("--data-parallel-address", "-dpa", "--data-parallel-rpc-port", "-dpp", "--data-parallel-backend", "-dpb"),
             *("--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
             *("--data-parallel-multi-port-external-lb", "-dpm", "--dp-sync-interval", "--disable-nccl-for-dp-synchronization"),

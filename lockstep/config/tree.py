@@ -45,6 +45,9 @@ class ParallelConfig:
         None, "Layers of each stage: balanced (default: by weights and work), even, reference, or their counts, like 5,6,6,5."
     )
     data_parallel_size: int = opt(1, "Replicas of the whole model.", "-dp")
+    data_parallel_rank: int | None = opt(
+        None, "Which replica this process belongs to; default: found from the launcher's RANK (external_launcher only).", "-dpn"
+    )
     prefill_context_parallel_size: int = opt(1, "Ranks that share one prompt.", "-pcp")
     decode_context_parallel_size: int = opt(1, "Ranks that share one request's KV cache.", "-dcp")
     enable_expert_parallel: bool = opt(False, "Place whole experts on ranks instead of cutting each.", "-ep")
