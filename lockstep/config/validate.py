@@ -206,8 +206,8 @@ def check_room(kv_bytes: int | None, ranks: int, device: str) -> None:
 
 def warn_of_crowding(parallel: ParallelConfig, device: str) -> None:
     """More ranks or threads than cores is right but slow: said once everything else holds."""
-    if device != "cpu":
-        return
+    if device != "cpu" or (launcher.is_external(parallel) and launcher.place(parallel).local_rank):
+        return  # the first rank of a host speaks for all
     ranks, threads, cores = launcher.ranks_here(parallel), parallel.threads_per_rank or 1, usable_cpus()
     cpus = min(cores, quota() or cores)
     if threads > 1 and ranks * threads > cpus:

@@ -15,11 +15,20 @@ import msgspec
 
 from lockstep.distributed import parallel_state
 from lockstep.distributed.groups import ParallelGroups
-from lockstep.executor import wire
+from lockstep.executor import failure, wire
 
 PATIENCE_S = 2.0  # how long after an echo its cause may take to be noted
 _PAUSE_S = 0.05
 _decode = msgspec.msgpack.Decoder(wire.Raised).decode
+
+
+# What shared memory says of a peer that will not come. (Sockets' words are known to `failure`.)
+_LOSS = ("has failed", "has left the group", "is dead", "has not come in")
+
+
+def is_echo(answer: wire.Raised) -> bool:
+    """Whether an exception may only tell of another rank's."""
+    return any(words in answer.message for words in _LOSS) or failure.tells_of_a_lost_peer(answer)
 
 
 class Causes:

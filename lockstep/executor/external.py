@@ -23,7 +23,7 @@ from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import settings
 from lockstep.executor import failure, wire
 from lockstep.executor.affinity import plan_here
-from lockstep.executor.causes import Causes
+from lockstep.executor.causes import Causes, is_echo
 from lockstep.executor.contract import Executor, ExecutorError, RankMemory, StepFuture
 from lockstep.executor.join import Membership
 from lockstep.executor.relay import Relay, ResultTimeout
@@ -35,6 +35,7 @@ from lockstep.utils.cores import keep_on
 FLUSH_S = 5.0  # at the end, for the other ranks to take the last results
 # What may differ between ranks: where the model lies on each host, and how a rank computes.
 _OWN = {"model", "tokenizer", "data_parallel_rank", "threads_per_rank", "cpu_binding", "log_level"}
+_DIFFER = " differ: rank "  # so say communicators whose ranks bring sizes that do not fit
 _ALIKE = "all ranks of a replica must be given the same prompts, parameters and settings, in the same order"
 
 
@@ -121,7 +122,7 @@ class ExternalLauncherExecutor(Executor):
         answers = [wire.decode_answer(data) for _, data in gathered]
         raised = [(rank, a) for rank, a in enumerate(answers) if isinstance(a, wire.Raised)]
         if raised:
-            raised.sort(key=lambda found: failure.tells_of_a_lost_peer(found[1]))
+            raised.sort(key=lambda found: is_echo(found[1]))
             raise failure.raised(*raised[0])
         return [wire.decode_value(a.value) for a in answers if isinstance(a, wire.CallDone)]
 
@@ -199,8 +200,9 @@ class ExternalLauncherExecutor(Executor):
         error = cause if isinstance(cause, ExecutorError) else None
         if error is None:
             answer = raised_answer(self._number, phase, cause, fatal=True)
-            echo = failure.tells_of_a_lost_peer(answer)
-            found = self._causes.find(self._number) if echo and self._causes is not None else None
+            if _DIFFER in answer.message:
+                answer.message += f" Either way, {_ALIKE}; check_collectives=True says what differs."
+            found = self._causes.find(self._number) if self._causes is not None and is_echo(answer) else None
             if found is None and self._causes is not None:
                 self._causes.tell(answer)
             error = failure.raised(*found) if found is not None else failure.raised(self._rank, answer)
