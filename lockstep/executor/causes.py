@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Collection
 from dataclasses import fields
 
 import msgspec
@@ -32,10 +33,13 @@ def is_echo(answer: wire.Raised) -> bool:
 
 
 class Causes:
-    """The notes of one replica's ranks. `life` keeps those of a former LLM apart."""
+    """The notes of one replica's ranks. `life` keeps those of a former LLM apart.
 
-    def __init__(self, groups: ParallelGroups, life: int) -> None:
-        self._groups, replica = groups, groups.replica
+    spared: names of groups not to be marked, since the user's program has them.
+    """
+
+    def __init__(self, groups: ParallelGroups, life: int, spared: Collection[str] = ()) -> None:
+        self._groups, self._spared, replica = groups, spared, groups.replica
         self._ranks, self._mine = range(replica.world_size), replica.rank_in_group
         self._store = parallel_state.shared_store(f"causes/{life}/{replica.ranks[0]}") if replica.world_size > 1 else None
 
@@ -66,7 +70,7 @@ class Causes:
         return None
 
     def _break_groups(self, reason: str) -> None:
-        for field in fields(self._groups):
+        for field in (f for f in fields(self._groups) if f.name not in self._spared):
             group = getattr(self._groups, field.name)
             fail = getattr(getattr(group, "cpu_communicator", None), "fail", None)
             if fail is not None and group.world_size > 1:

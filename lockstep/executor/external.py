@@ -56,6 +56,7 @@ class ExternalLauncherExecutor(Executor):
         self._rank, self._number = place.rank % parallel.world_size, 0
         self._worker: Any = None
         self._causes: Causes | None = None
+        self._replica: Any = None
         self._relay: Relay | None = None
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         share = plan_here(place.local_world_size, parallel)[place.local_rank]
@@ -63,7 +64,7 @@ class ExternalLauncherExecutor(Executor):
         try:
             self._membership = self._join(config, place)
             groups = self._membership.groups
-            self._replica, self._causes = groups.replica, Causes(groups, Membership.lives)
+            self._replica, self._causes = groups.replica, Causes(groups, Membership.lives, self._membership.spared)
             self._check_alike(config)
             self._compares = parallel.check_collectives and self._replica.world_size > 1
             output_rank = parallel.world_size - parallel.stage_size
@@ -148,6 +149,7 @@ class ExternalLauncherExecutor(Executor):
             with contextlib.suppress(Exception):
                 worker.shutdown()
         membership, self._membership = self._membership, None
+        self._causes, self._replica = None, None  # sockets close with the last reference to their group
         if membership is not None:
             with contextlib.suppress(Exception):
                 membership.leave()

@@ -86,6 +86,11 @@ class Membership:
             self.leave()
             raise
 
+    @property
+    def spared(self) -> tuple[str, ...]:
+        """The groups (of `ParallelGroups`) that must outlive this executor's failure: the user's world."""
+        return () if self._ours[0] else ("world",)
+
     def leave(self) -> None:
         """Release what was made here. Not collective; may be called twice."""
         if not self._open:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 GREEDY = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True}
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2, "max_tokens": 12, "logprobs": 2, "prompt_logprobs": 1}
 # 128 tokens of KV cache for 300 tokens of requests, in steps shorter than most prompts: chunks and preemption.
-TIGHT = {"block_size": 4, "num_gpu_blocks_override": 32, "max_num_batched_tokens": 24, "max_num_seqs": 6, "max_model_len": 128}
+TIGHT = {"block_size": 16, "num_gpu_blocks_override": 8, "max_num_batched_tokens": 24, "max_num_seqs": 6, "max_model_len": 128}
 ROOMY = {"kv_cache_memory_bytes": 4 << 20, "max_model_len": 128}
 
 
@@ -98,14 +98,14 @@ def test_every_rank_answers_as_one_process_does(
 
 def test_ranks_of_a_replica_have_the_same_everything(model: dict[str, Any], tmp_path: Path) -> None:
     """Sizes found from the memory that is free, too: each rank looked at another moment. And a rank that raises ends the job."""
-    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher", "gpu_memory_utilization": 0.01}
-    job = {"model": model, "prompts": prompts()[:2], "params": [GREEDY], "lives": [{**settings, "max_model_len": 64}]}
+    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher", "gpu_memory_utilization": 0.05}
+    job = {"model": model, "prompts": prompts()[:2], "params": [GREEDY], "lives": [{**settings, "max_model_len": 128}]}
     done = launch(tmp_path, 2, job)
     assert done.returncode == 0, done.stderr[-4000:]
     (first,), (second,) = lives_of(tmp_path, 2)
     assert first == second
     began = time.monotonic()
-    done = launch(tmp_path, 2, {**job, "raise": 0})
+    done = launch(tmp_path, 2, {**job, "params": [SAMPLED], "raise": 0})
     assert done.returncode != 0
     assert "rank 0 raised AttributeError in step 0" in done.stderr
     assert time.monotonic() - began < 60
