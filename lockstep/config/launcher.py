@@ -51,8 +51,8 @@ def place(parallel: ParallelConfig) -> Place:
         )
     if not (rank < world and local < here <= world):
         raise ConfigError(
-            f"RANK={rank}, LOCAL_RANK={local} and LOCAL_WORLD_SIZE={here} do not fit WORLD_SIZE={world}: a rank is less than its world's size; "
-            "let torchrun set these variables."
+            f"RANK={rank}, LOCAL_RANK={local} and LOCAL_WORLD_SIZE={here} do not fit WORLD_SIZE={world}: "
+            "a rank is less than its world's size; let torchrun set these variables."
         )
     replica, asked = rank // parallel.world_size, parallel.data_parallel_rank
     if asked is not None and asked != replica:

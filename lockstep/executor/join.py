@@ -64,7 +64,8 @@ class Membership:
         parallel = config.parallel
         if Membership._held:
             raise ConfigError(
-                "another LLM of this process has the launcher's ranks: call its shutdown() (or leave its `with` block) before making a new one."
+                "another LLM of this process has the launcher's ranks: "
+                "call its shutdown() (or leave its `with` block) before making a new one."
             )
         self._ours = [parallel_state.find_group("world") is None, not parallel_state.model_parallel_is_initialized()]
         Membership._held, self._open = True, True

@@ -97,7 +97,9 @@ class Relay:
         self._incoming = None
         future, result = self._expected.popleft(), _decode(data)
         if result.step != future.step:
-            raise RuntimeError(f"this rank waits for the result of step {future.step}, and rank {self._output_rank} sent that of {result.step}")
+            raise RuntimeError(
+                f"this rank waits for the result of step {future.step}, and rank {self._output_rank} sent that of {result.step}"
+            )
         future.value = result
 
 

@@ -67,7 +67,10 @@ BROKEN = [
     ({"decode_context_parallel_size": 2}, ["decode context parallelism is not available yet"]),
     ({"enable_expert_parallel": True}, ["expert parallelism is not available yet"]),
     ({"distributed_executor_backend": "ray"}, ["not available yet", "use mp"]),
-    ({"distributed_executor_backend": "external_launcher"}, ["RANK", "not in the environment", "start it with torchrun --nproc-per-node=1"]),
+    (
+        {"distributed_executor_backend": "external_launcher"},
+        ["RANK", "not in the environment", "start it with torchrun --nproc-per-node=1"],
+    ),
     ({"data_parallel_size": 2, "distributed_executor_backend": "mp"}, ["data parallelism is not available yet"]),
     ({"distributed_executor_backend": "bogus"}, ["unknown", "uni, mp"]),
     ({"distributed_executor_backend": "unii"}, ["unknown", "Did you mean 'uni'?"]),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from lockstep.config.build import build_config
 from lockstep.config.errors import ConfigError
 from lockstep.config.launcher import Place, place, ranks_here
 from lockstep.config.tree import ParallelConfig
 from lockstep.config.validate import resolve
-from lockstep.config.build import build_config
 
 TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
