@@ -46,7 +46,9 @@ class ParallelConfig:
         None, "Layers of each stage: balanced (default: by weights and work), even, reference, or their counts, like 5,6,6,5."
     )
     data_parallel_size: int = opt(1, "Replicas of the whole model.", "-dp")
-    data_parallel_rank: int | None = opt(None, "Which of the replicas this one is, where each is started by itself.", "-dpn")
+    data_parallel_rank: int | None = opt(
+        None, "Which replica this process is of, where each is started by itself; under external_launcher found from RANK.", "-dpn"
+    )
     data_parallel_routing: Routing = opt(
         "prefix", "Where a request goes: prefix (to the replica that has its beginning cached), shortest_queue or round_robin."
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lockstep.config import devices
+from lockstep.config import devices, launcher
 from lockstep.config.build import GROUPS, is_size, nearest
 from lockstep.config.defaults import MEMORY_SHARE, default_backend, default_token_budget
 from lockstep.config.errors import ConfigError
@@ -32,7 +32,7 @@ from lockstep.utils.sizes import size
 log = logging.getLogger("lockstep.config")
 
 BACKENDS = ("uni", "mp", "ray", "external_launcher")
-MISSING_BACKENDS = ("ray", "external_launcher")
+MISSING_BACKENDS = ("ray",)
 MAX_BLOCK_SIZE = 1024
 POSITIVE = (
     "tensor_parallel_size",
@@ -76,8 +76,10 @@ def check(config: EngineConfig, *, headless: bool = False) -> tuple[Literal["cpu
     check_values(config)
     check_available(config.parallel)
     check_nodes(config.parallel, headless=headless)
+    if launcher.is_external(config.parallel):
+        launcher.place(config.parallel)
     device = pick_device(config.runtime, config.parallel)
-    check_room(config.cache.kv_cache_memory_bytes, config.parallel.ranks_here, device)
+    check_room(config.cache.kv_cache_memory_bytes, launcher.ranks_here(config.parallel), device)
     folder = find_folder(config.model.model, config.model.revision)
     check_checkpoint(config.model, folder)
     spec = load_spec(folder)
@@ -144,7 +146,8 @@ def _fits(hint: Any, value: Any) -> bool:
 def check_available(parallel: ParallelConfig) -> None:
     """Refuse by name what this version does not have; then the rules between the parallel settings."""
     for name, words in MISSING_PARALLELISM.items():
-        if getattr(parallel, name) > 1:
+        launched = name == "data_parallel_size" and launcher.is_external(parallel)  # replicas that the launcher starts
+        if getattr(parallel, name) > 1 and not launched:
             raise ConfigError(
                 f"{name}={getattr(parallel, name)}: {words} is not available yet in this version; "
                 f"use tensor_parallel_size to split the model, and leave {name} at 1."
@@ -163,7 +166,7 @@ def check_available(parallel: ParallelConfig) -> None:
     if backend is None:
         return
     if backend not in BACKENDS:
-        raise ConfigError(f"distributed_executor_backend={backend!r} is unknown: choose one of uni, mp.{nearest(backend, BACKENDS[:2])}")
+        raise ConfigError(f"distributed_executor_backend={backend!r} is unknown: choose one of uni, mp.{nearest(backend, BACKENDS)}")
     if backend in MISSING_BACKENDS:
         raise ConfigError(
             f"distributed_executor_backend={backend!r} is not available yet in this version: use mp (worker processes on this host)."
@@ -180,7 +183,7 @@ def sizes(parallel: ParallelConfig) -> str:
 
 def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
     """The device the ranks run on. Raises ConfigError when it is not there, or has fewer devices than ranks."""
-    found, ranks = devices.cuda_device_count(), parallel.ranks_here
+    found, ranks = devices.cuda_device_count(), launcher.ranks_here(parallel)
     if runtime.device == "cuda":
         if found == 0:
             raise ConfigError(
@@ -213,9 +216,9 @@ def check_room(kv_bytes: int | None, ranks: int, device: str) -> None:
 
 def warn_of_crowding(parallel: ParallelConfig, device: str) -> None:
     """More ranks or threads than cores is right but slow: said once everything else holds."""
-    if device != "cpu":
-        return
-    ranks, threads, cores = parallel.ranks_here, parallel.threads_per_rank or 1, usable_cpus()
+    if device != "cpu" or (launcher.is_external(parallel) and launcher.place(parallel).local_rank):
+        return  # the first rank of a host speaks for all
+    ranks, threads, cores = launcher.ranks_here(parallel), parallel.threads_per_rank or 1, usable_cpus()
     cpus = min(cores, quota() or cores)
     if threads > 1 and ranks * threads > cpus:
         log.warning(
@@ -272,6 +275,7 @@ def check_model_fits(config: EngineConfig, spec: ModelSpec) -> None:
 def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) -> EngineConfig:
     """The tree with every automatic value filled in that can be known before the ranks have loaded the model."""
     parallel, model, cache = config.parallel, config.model, config.cache
+    external = launcher.is_external(parallel)
     share = cache.gpu_memory_utilization or MEMORY_SHARE[device]
     dtype: Any = model.dtype if model.dtype != "auto" else spec.dtype
     config = replace(
@@ -284,12 +288,14 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
         parallel=replace(
             parallel,
             distributed_executor_backend=default_backend(parallel),
+            data_parallel_rank=launcher.place(parallel).replica if external else parallel.data_parallel_rank,
             check_collectives=parallel.check_collectives or env.check_collectives(),
         ),
         cache=replace(cache, gpu_memory_utilization=share),
         runtime=replace(config.runtime, device=device),
     )
     # A GPU's memory cannot be asked for without torch; the ranks profile a step of this size there before anything else.
-    room = int(share * host_available_bytes()) // parallel.ranks_here if device == "cpu" else None
+    # Engines that must plan alike, each from its own look at the memory that is free just then, do not look at all.
+    room = int(share * host_available_bytes()) // launcher.ranks_here(parallel) if device == "cpu" and not external else None
     budget = default_token_budget(config, spec, room)
     return replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=budget))

@@ -52,6 +52,12 @@ class ObjectTransfer:
         obj_list[:] = received
         return obj_list
 
+    def all_gather_objects(self, obj: Any) -> list[Any]:
+        """Every rank's object, in group order, on every rank."""
+        if self.world_size > 1:
+            self._enter("all_gather_objects")
+        return objects.all_gather(self.cpu_communicator, obj)
+
     def _other(self, rank: int, word: str) -> int:
         self._peer(rank, word)
         assert rank != self.rank_in_group, f"Invalid {word} rank ({rank}): it is this rank itself"
@@ -73,3 +79,9 @@ class ObjectTransfer:
         self._other(src, "src")
         self._note("recv_object", detail=f"src={src}")
         return objects.recv(self.cpu_communicator, src)
+
+    def irecv_object(self, src: int) -> objects.Incoming:
+        """Start receiving the next object that group rank `src` sends to this rank; take it before the next is asked for."""
+        self._other(src, "src")
+        self._note("recv_object", detail=f"src={src}")
+        return objects.Incoming(self.cpu_communicator, src)

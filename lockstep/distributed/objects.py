@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ def _messages(data: bytes) -> list[Tensor]:
     return messages
 
 
-def _receive(receive: Callable[[Tensor], object]) -> Any:
-    """The object whose messages `receive` fills in."""
-    first = torch.empty(_FRAME, dtype=torch.uint8)
+def _receive(receive: Callable[[Tensor], object], first: Tensor | None = None) -> Any:
+    """The object whose messages `receive` fills in. first: where the first one goes."""
+    first = torch.empty(_FRAME, dtype=torch.uint8) if first is None else first
     receive(first)
     raw = memoryview(first.numpy())
     length = int.from_bytes(raw[:_HEAD], "little")
@@ -63,6 +64,42 @@ def isend(comm: Communicator, obj: Any, dst: int) -> list[Handle]:
 def recv(comm: Communicator, src: int) -> Any:
     """The next object that rank `src` sends to this one."""
     return _receive(lambda message: comm.recv_(message, src))
+
+
+class Incoming:
+    """The next object that rank `src` sends to this one, as it comes. Only one of a sender at a time."""
+
+    def __init__(self, comm: Communicator, src: int) -> None:
+        self._comm, self._src = comm, src
+        self._first = torch.empty(_FRAME, dtype=torch.uint8)
+        self._handle = comm.irecv_(self._first, src)
+
+    def is_completed(self) -> bool:
+        """Whether it is here; of a large one, whether it has begun to come."""
+        return self._handle.is_completed()
+
+    def wait(self) -> Any:
+        """The object."""
+
+        def receive(message: Tensor) -> None:
+            if message is first:
+                self._handle.wait()
+            else:
+                self._comm.recv_(message, self._src)
+
+        first = self._first
+        return _receive(receive, first)
+
+
+def all_gather(comm: Communicator, obj: Any) -> list[Any]:
+    """Every rank's object, by rank."""
+    if comm.world_size == 1:
+        return [obj]
+    data = codec.encode(obj)
+    sizes = comm.all_gather(torch.tensor([len(data)]), 0).tolist()
+    joined = memoryview(comm.all_gatherv(torch.frombuffer(bytearray(data), dtype=torch.uint8), sizes, 0).numpy())
+    ends = list(accumulate(sizes))
+    return [codec.decode(joined[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
 
 
 def communicator_of(group: Any) -> Communicator:

@@ -170,18 +170,34 @@ def open_store(init_method: str, rank: int, world_size: int, timeout_s: float, l
     raise ValueError(f"init method {init_method!r} is unknown: use env://, tcp://host:port or file:///path.")
 
 
+# The stores at master addresses, kept for the life of the process: (store, how often ranks met there). A rank that comes back for
+# another life must not meet a server that is about to close, nor find the former life's keys.
+_env_stores: dict[tuple[Any, ...], tuple[Any, int]] = {}
+
+
 def _env_store(rank: int, world_size: int, timeout_s: float, listen_fd: int | None) -> tuple[Any, str]:
+    from torch.distributed import PrefixStore
+
     address = env.master_address()
     if address is None:
         raise ValueError("init method env:// needs MASTER_ADDR and MASTER_PORT; torchrun sets them, or use tcp://host:port.")
     host, port = address
-    if env.has_agent_store():
-        # torchrun's agent serves a store there already; a prefix keeps a restarted attempt apart from the one before.
-        from torch.distributed import PrefixStore, TCPStore
+    seat = (host, port, rank, world_size, os.getpid())
+    store, lives = _env_stores.get(seat, (None, 0))
+    if store is None:
+        store = _agent_store(host, port, world_size, timeout_s) or connect(rank, world_size, host, port, listen_fd, timeout_s)
+    _env_stores[seat] = store, lives + 1
+    return PrefixStore(f"lockstep/life_{lives}", store), host
 
-        store = TCPStore(host, port, world_size, False, timedelta(seconds=timeout_s), wait_for_workers=False)
-        return PrefixStore(f"lockstep/attempt_{env.restart_count()}", store), host
-    return connect(rank, world_size, host, port, listen_fd, timeout_s), host
+
+def _agent_store(host: str, port: int, world_size: int, timeout_s: float) -> Any:
+    """The store that torchrun's agent serves at the master address; None where it does not."""
+    if not env.has_agent_store():
+        return None
+    from torch.distributed import PrefixStore, TCPStore
+
+    store = TCPStore(host, port, world_size, False, timedelta(seconds=timeout_s), wait_for_workers=False)
+    return PrefixStore(f"lockstep/attempt_{env.restart_count()}", store)  # apart from what an attempt before this one left
 
 
 def join(

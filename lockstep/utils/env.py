@@ -48,6 +48,12 @@ def torchrun_rank() -> tuple[int, int, int] | None:
     return int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0")), int(os.environ["WORLD_SIZE"])
 
 
+def launcher_variables() -> dict[str, str]:
+    """What torchrun tells each process about its place; empty text for what is not set."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: _text(name) for name in names}
+
+
 def check_collectives() -> bool:
     """LOCKSTEP_CHECK_COLLECTIVES: whether ranks compare their collectives even where the flag does not say so."""
     return _text("LOCKSTEP_CHECK_COLLECTIVES") not in ("", "0")

@@ -66,7 +66,10 @@ BROKEN = [
     ({"decode_context_parallel_size": 2}, ["decode context parallelism is not available yet"]),
     ({"enable_expert_parallel": True}, ["expert parallelism is not available yet"]),
     ({"distributed_executor_backend": "ray"}, ["not available yet", "use mp"]),
-    ({"distributed_executor_backend": "external_launcher"}, ["not available yet", "use mp"]),
+    (
+        {"distributed_executor_backend": "external_launcher"},
+        ["RANK", "not in the environment", "start it with torchrun --nproc-per-node=1"],
+    ),
     ({"distributed_executor_backend": "bogus"}, ["unknown", "uni, mp"]),
     ({"distributed_executor_backend": "unii"}, ["unknown", "Did you mean 'uni'?"]),
     ({"distributed_executor_backend": "uni", "tensor_parallel_size": 2}, ["one rank", "tensor_parallel_size=2", "use mp"]),
