@@ -112,16 +112,30 @@ def test_every_bit(dtype: str, folders: Any, tmp_path: Path) -> None:
     assert verify(configs, VerifyOptions(quiet=True, max_tokens=12, num_prompts=3, input_len=40), tmp_path) == 0
 
 
-def test_the_demo_model_offline() -> None:
+GREEDY = SamplingParams(temperature=0, max_tokens=48)
+TEXTS = ["def add(a, b):", "import os", "class Foo", "for i in range(", "x = {", '"""A module that', "if __name__ ==", "try:"]
+
+
+@cache
+def demo_alone() -> list[list[int]]:
     from lockstep.llm import LLM
 
-    found = []
-    for pp in (1, 2):
-        with LLM(pipeline_parallel_size=pp, max_model_len=256, threads_per_rank=1) as llm:
-            outputs = llm.generate(
-                ["def add(a, b):", "import os", "class Foo"], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False
-            )
-            found.append([o.outputs[0].token_ids for o in outputs])
-            sizes = [r.weight_bytes for r in llm.memory()]
-    assert found[0] == found[1]
-    assert max(sizes) < 1.6 * min(sizes), "stages are balanced by what they hold"
+    with LLM(max_model_len=256, threads_per_rank=1) as llm:
+        return [list(o.outputs[0].token_ids) for o in llm.generate(TEXTS, GREEDY, use_tqdm=False)]
+
+
+SPLITS = [(tp, pp, dp) for tp in (1, 2) for pp in (1, 2, 4) for dp in (1, 2) if (tp, pp, dp) != (1, 1, 1)]
+QUICK_SPLITS = [(1, 2, 1), (2, 2, 2)]
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), [pytest.param(*s, marks=() if s in QUICK_SPLITS else pytest.mark.full) for s in SPLITS])
+def test_the_demo_model_in_every_split(tp: int, pp: int, dp: int) -> None:
+    from lockstep.llm import LLM
+
+    sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "data_parallel_size": dp}
+    with LLM(max_model_len=256, kv_cache_memory_bytes=16 << 20, threads_per_rank=1, **sizes) as llm:
+        assert [list(o.outputs[0].token_ids) for o in llm.generate(TEXTS, GREEDY, use_tqdm=False)] == demo_alone()
+        weights = [rank.weight_bytes for rank in llm.memory()]
+    assert len(weights) == tp * pp * dp
+    if pp == 2:
+        assert max(weights) < 1.6 * min(weights), "stages are balanced by what they hold"
