@@ -69,7 +69,7 @@ BROKEN = [
     ({"distributed_executor_backend": "ray"}, ["not available yet", "use mp"]),
     (
         {"distributed_executor_backend": "external_launcher"},
-        ["RANK", "not in the environment", "start it with torchrun --nproc-per-node=1"],
+        ["RANK", "not in the environment", "torchrun --nproc-per-node=1"],
     ),
     ({"data_parallel_size": 2, "distributed_executor_backend": "mp"}, ["data parallelism is not available yet"]),
     ({"distributed_executor_backend": "bogus"}, ["unknown", "uni, mp"]),
