@@ -51,4 +51,6 @@ def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker
         from lockstep.executor.external import ExternalLauncherExecutor
 
         return ExternalLauncherExecutor(config, spec, folder, worker_cls=worker_cls)
-    raise ConfigError(f"distributed_executor_backend={backend!r} is not available: it must be 'uni', 'mp' or 'external_launcher'.")
+    raise ConfigError(
+        f"distributed_executor_backend={backend!r} is not available: it must be 'uni' or 'mp', or 'external_launcher' under torchrun."
+    )

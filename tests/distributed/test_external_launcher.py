@@ -134,7 +134,7 @@ def test_too_many_processes_are_refused_by_name(model: dict[str, Any], tmp_path:
 def test_without_a_launcher_it_says_how_to_start(model: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="RANK, .* are not in the environment: start it with torchrun --nproc-per-node=2"):
+    with pytest.raises(ConfigError, match=r"RANK, .* are not in the environment: start it with torchrun --nproc-per-node=2"):
         LLM(**model, tensor_parallel_size=2, distributed_executor_backend="external_launcher")
 
 

@@ -68,7 +68,7 @@ BROKEN = [
     ({"distributed_executor_backend": "ray"}, ["not available yet", "use mp"]),
     (
         {"distributed_executor_backend": "external_launcher"},
-        ["RANK", "not in the environment", "start it with torchrun --nproc-per-node=1"],
+        ["RANK", "not in the environment", "torchrun --nproc-per-node=1"],
     ),
     ({"distributed_executor_backend": "bogus"}, ["unknown", "uni, mp"]),
     ({"distributed_executor_backend": "unii"}, ["unknown", "Did you mean 'uni'?"]),
