@@ -69,12 +69,16 @@ class Nodes:
                 continue
             self._attend(node.link, self._read, node)
 
-    def order(self, body: bytes) -> None:
-        """Give an encoded order to every rank of every node, after all earlier ones. From any thread; never waits."""
+    def frame(self, order: bytes) -> bytes:
+        """An encoded order as `give` takes it. Raises FrameError (a ValueError) for one that is too long."""
+        return node_wire.frame(Order(order)) if self._nodes else b""
+
+    def give(self, frame: bytes) -> None:
+        """Give an order to every rank of every node, after all earlier ones. From any thread; never waits."""
         if self._ended.is_set():
             return
         for node in self._nodes.values():
-            node.link.send(Order(body))
+            node.link.send_frame(frame)
 
     def ask_for_stacks(self) -> None:
         for node in self._nodes.values():

@@ -198,7 +198,7 @@ def test_every_command_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -
         ("generate --prompt x -dp 2", "--data-parallel-size=2: data parallelism is not available yet"),
         ("generate --prompt x --node-rank 1", "--node-rank=1 must be from 0 to nnodes - 1 (--nnodes=1)"),
         ("generate --prompt x --nnodes 2 -tp 2 -r 1", "--node-rank=1 serves the leader (node 0)"),
-        ("generate --headless", "headless needs nnodes > 1 (--nnodes=1)"),
+        ("generate --headless", "--headless needs nnodes > 1 (--nnodes=1)"),
         ("chat --headless -n 2 -tp 2", "--headless with --node-rank=0: node 0 is the leader"),
         ("generate --prompt x -tp 0", "--tensor-parallel-size=0 is impossible"),
         ("generate /no/such/model --prompt x", "no such folder"),
