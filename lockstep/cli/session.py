@@ -45,8 +45,8 @@ def running(config: EngineConfig, *, quiet: bool, table: bool = True) -> Iterato
     """The model, loaded, and the seconds that took; stopped afterwards. Notes go to standard error unless `quiet`."""
     logging.configure(config.runtime.log_level)
     check(config)  # before a word is said: an impossible setting is answered by its error alone
-    name, tp = config.model.model or DEMO_NAME, config.parallel.tensor_parallel_size
-    note(f"loading {name} on {tp} rank{'s' if tp > 1 else ''} ...", quiet)
+    name, ranks, hosts = config.model.model or DEMO_NAME, config.parallel.world_size, config.parallel.nnodes
+    note(f"loading {name} on {ranks} rank{'s' if ranks > 1 else ''}{f' of {hosts} hosts' if hosts > 1 else ''} ...", quiet)
     start_s = time.monotonic()
     from lockstep.llm import LLM
 

@@ -15,7 +15,7 @@ def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
         more = "" if nodes > 1 else ", or set nnodes to the number of hosts"
         raise ConfigError(f"node_rank={rank} must be from 0 to nnodes - 1 (nnodes={nodes}): the leader is 0, the others count up{more}.")
     if headless and nodes == 1:
-        raise ConfigError("headless needs nnodes > 1 (nnodes=1): one host has nobody to serve; leave it out.")
+        raise ConfigError("--headless needs nnodes > 1 (nnodes=1): one host has nobody to serve; leave it out.")
     if headless and rank == 0:
         raise ConfigError(
             "--headless with node_rank=0: node 0 is the leader, which takes the requests; leave --headless out, or set node_rank."
@@ -24,7 +24,8 @@ def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
         return
     if rank > 0 and not headless:
         raise ConfigError(
-            f"node_rank={rank} serves the leader (node 0) and takes no requests of its own: start it with `lockstep generate ... --headless`."
+            f"node_rank={rank} serves the leader (node 0) and takes no requests of its own: start it with "
+            "`lockstep generate ... --headless`."
         )
     backend = parallel.distributed_executor_backend
     if backend not in (None, "mp"):
@@ -41,7 +42,8 @@ def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
         raise ConfigError(f"master_port={parallel.master_port} must be from 1 to 65535: give the same free port on every node.")
     if not parallel.master_addr.strip() or _is_any(parallel.master_addr):
         raise ConfigError(
-            f"master_addr={parallel.master_addr!r} is no address that other hosts could connect to: give that of node 0, the same on every node."
+            f"master_addr={parallel.master_addr!r} is no address that other hosts could connect to: give that of node 0, "
+            "the same on every node."
         )
 
 

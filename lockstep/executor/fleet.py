@@ -103,8 +103,9 @@ class Fleet(Crew):
 
     def _give(self, order: bytes, timeout: float) -> None:
         with self._ordering:
+            frame = self._nodes.frame(order)
             self.queue.enqueue(order, timeout)  # what the ranks here do not take, the others are not given either
-            self._nodes.order(order)
+            self._nodes.give(frame)
 
     def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
         with self._callback_lock:
@@ -133,6 +134,7 @@ class Fleet(Crew):
     def _run(self) -> None:
         try:
             if self._nodes.gather(lambda: bool(self._stopping_since)):
+                self._started = time.monotonic()
                 self._spawn()
             else:
                 self._over = True

@@ -7,6 +7,7 @@ import selectors
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -149,12 +150,9 @@ class Gathering:
 
     def _round(self, nodes: dict[int, Node]) -> None:
         with selectors.DefaultSelector() as selector:
-            for what in (
-                self._door.listener,
-                self._bell.fds[0],
-                *(g.link.socket for g in self._guests),
-                *(n.link.socket for n in nodes.values()),
-            ):
+            sockets = [*(guest.link.socket for guest in self._guests), *(node.link.socket for node in nodes.values())]
+            watched: list[Any] = [self._door.listener, self._bell.fds[0], *sockets]
+            for what in watched:
                 selector.register(what, selectors.EVENT_READ)
             ready = [key.fileobj for key, _ in selector.select(_TICK_S)]
         if self._bell.fds[0] in ready:
@@ -244,12 +242,13 @@ class Gathering:
     def _missing(self, nodes: dict[int, Node]) -> ExecutorError:
         parallel = self._door.parallel
         late = [n for n in range(1, parallel.nnodes) if n not in nodes]
+        one = len(late) == 1
         who = rank_list(late).replace("rank", "node", 1)
-        each = late[0] if len(late) == 1 else "N"
         message = (
-            f"{who} of {parallel.nnodes} {'has' if len(late) == 1 else 'have'} not connected to {self._door.at} in {self._limit_s:g} s: start "
-            f"{'it' if len(late) == 1 else 'each'} with --nnodes {parallel.nnodes} --node-rank {each} --master-addr {parallel.master_addr} "
-            f"--master-port {parallel.master_port} --headless, and see that no firewall is between (startup_timeout_seconds={self._limit_s:g})."
+            f"{who} of {parallel.nnodes} {'has' if one else 'have'} not connected to {self._door.at} in {self._limit_s:g} s: "
+            f"start {'it' if one else 'each'} with --nnodes {parallel.nnodes} --node-rank {late[0] if one else 'N'} "
+            f"--master-addr {parallel.master_addr} --master-port {parallel.master_port} --headless, and see that no firewall is "
+            f"between (startup_timeout_seconds={self._limit_s:g})."
         )
         if net.is_loopback(self._door.address):
             message += f" {self._door.address} can be reached from this host only: for others, give its network address as master_addr."

@@ -57,8 +57,9 @@ def connect(config: EngineConfig, spec: ModelSpec) -> Link:
     if net.is_loopback(host):
         hint = f" {host} is this very host: give node 0's network address as master_addr if it is another one."
     raise ExecutorError(
-        f"node {parallel.node_rank} of {parallel.nnodes} did not reach the leader at {host}:{port} in {limit_s:g} s ({why}): start node 0 with "
-        f"the same master_addr and master_port, and see that no firewall is between (startup_timeout_seconds={limit_s:g}).{hint}",
+        f"node {parallel.node_rank} of {parallel.nnodes} did not reach the leader at {host}:{port} in {limit_s:g} s ({why}): start "
+        f"node 0 with the same master_addr and master_port, and see that no firewall is between "
+        f"(startup_timeout_seconds={limit_s:g}).{hint}",
         phase="node",
         kind="hung",
     )

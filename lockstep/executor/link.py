@@ -41,9 +41,12 @@ class Link:
         self._beaten = 0.0
 
     def send(self, message: Message) -> None:
+        """As `send_frame`. Raises FrameError for a message that is too long."""
+        self.send_frame(node_wire.frame(message))
+
+    def send_frame(self, data: bytes) -> None:
         """Send, or queue what the connection does not take now. Never waits, never raises for a connection that is lost:
-        who receives learns of that. Messages arrive in the order of the calls. Raises FrameError for one that is too long."""
-        data = node_wire.frame(message)
+        who receives learns of that. Messages arrive in the order of the calls."""
         with self._lock:
             if not self._unsent:
                 data = data[self._send_some(data) :]

@@ -20,6 +20,7 @@ import hmac
 import struct
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -197,7 +198,11 @@ def agreed_settings(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
     """What all nodes must say alike, by name."""
     where: dict[str, Any] = {**_fields(config.model), **_fields(config.parallel), **_fields(config.runtime)}
     model = hashlib.sha256(msgspec.msgpack.encode(spec)).hexdigest()[:16]
-    return {name: str(where[name]) for name in AGREED} | {"the model's config.json": model}
+    settings = {name: str(where[name]) for name in AGREED} | {"the model's config.json": model}
+    local = Path(settings["model"]).expanduser()
+    if settings["model"] and local.is_dir():  # each host has it where it likes
+        settings["model"] = local.resolve().name
+    return settings
 
 
 def _fields(group: Any) -> dict[str, Any]:

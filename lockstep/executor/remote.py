@@ -36,6 +36,7 @@ class Nodes:
         self.ranks: list[RemoteRank] = []  # ascending, those of all other nodes
         self._plan, self._door, self._bell, self._board = plan, door, bell, board
         self._nodes: dict[int, Node] = {}
+        self._started: tuple[Node, ...] = ()  # those that take orders
         self._ended = threading.Event()
 
     def gather(self, stopping: Callable[[], bool]) -> bool:
@@ -55,6 +56,7 @@ class Nodes:
             node.ranks = {rank: RemoteRank(rank, f" on {node.name}") for rank in ranks}
             self.ranks += node.ranks.values()
             node.link.send(Start(self._plan.config, self._plan.spec, *rendezvous))
+        self._started = tuple(self._nodes.values())
         self.watch()
 
     def watch(self) -> None:
@@ -69,12 +71,16 @@ class Nodes:
                 continue
             self._attend(node.link, self._read, node)
 
-    def order(self, body: bytes) -> None:
-        """Give an encoded order to every rank of every node, after all earlier ones. From any thread; never waits."""
+    def frame(self, order: bytes) -> bytes:
+        """An encoded order as `give` takes it. Raises FrameError (a ValueError) for one that is too long."""
+        return node_wire.frame(Order(order)) if self._started else b""
+
+    def give(self, frame: bytes) -> None:
+        """Give an order to every rank of every node, after all earlier ones. From any thread; never waits."""
         if self._ended.is_set():
             return
-        for node in self._nodes.values():
-            node.link.send(Order(body))
+        for node in self._started:
+            node.link.send_frame(frame)
 
     def ask_for_stacks(self) -> None:
         for node in self._nodes.values():

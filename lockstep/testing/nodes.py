@@ -23,7 +23,7 @@ class Agent:
     """One node's program. Its output goes to a file, so that it never waits for a reader."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self.process = subprocess.Popen(
             command, stdout=self._log, stderr=self._log, stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})}
         )
@@ -71,7 +71,9 @@ def fake_agent(environment: dict[str, str] | None = None, **settings: Any) -> It
 
 
 @contextmanager
-def fake_nodes(nnodes: int = 2, tp: int = 2, environment: dict[str, str] | None = None, **settings: Any) -> Iterator[tuple[Executor, list[Agent]]]:
+def fake_nodes(
+    nnodes: int = 2, tp: int = 2, environment: dict[str, str] | None = None, **settings: Any
+) -> Iterator[tuple[Executor, list[Agent]]]:
     """An executor of fake workers over several nodes, and the agents, by node rank from 1 on. Ended at the end."""
     agents: list[Agent] = []
     common = {"tp": tp, "nnodes": nnodes, "cpu_binding": False, "startup_s": 30.0, **settings}

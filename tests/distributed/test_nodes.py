@@ -10,12 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from lockstep.executor import node_wire
 from lockstep.executor.contract import ExecutorError
+from lockstep.executor.link import Link, LinkLost
 from lockstep.protocol import NewRequest, SamplingParams, StepPlan
 from lockstep.testing.executors import children_of, decode_plan, fake_executor, wait_for
 from lockstep.testing.nodes import Agent, fake_agent, fake_nodes, held_port, pids_by_rank, seconds, signal_and_wait
@@ -233,8 +236,6 @@ def test_the_right_key_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_leader_without_the_key_is_not_obeyed() -> None:
     """It lets everybody in, and cannot prove that it has the key."""
-    from lockstep.executor import node_wire
-
     with socket.create_server(("127.0.0.1", 0)) as impostor:
         settings = {"tp": 2, "nnodes": 2, "node_rank": 1, "master_port": impostor.getsockname()[1], "startup_s": 10}
         with fake_agent({"LOCKSTEP_CLUSTER_KEY": "secret"}, **settings) as agent:
@@ -261,8 +262,6 @@ def test_a_second_node_of_the_same_rank_is_turned_away_and_noise_is_ignored() ->
                         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
                 wait_for(lambda: first.process.poll() is not None or second.process.poll() is not None, 20)
                 agents.append(Agent([sys.executable, "-m", "lockstep.testing.fake_node", json.dumps({**common, "node_rank": 2})]))
-
-            import threading
 
             thread = threading.Thread(target=third)
             thread.start()
@@ -296,6 +295,66 @@ def test_nothing_is_left_behind_in_the_leader() -> None:
     del executor, agent
     gc.collect()
     assert wait_for(lambda: state() == before, 5), (state(), before)
+
+
+def pair(silence_s: float = 5.0) -> tuple[Link, Link]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        other, _ = server.accept()
+    return Link(one, silence_s), Link(other, silence_s)
+
+
+def test_a_link_keeps_order_while_the_other_side_does_not_read() -> None:
+    ours, theirs = pair()
+    theirs.frames.limit = node_wire.MESSAGE_BYTES
+    wanted = [os.urandom(size) for size in (10, 3_000_000, 0, 5_000_000, 7)]
+    for body in wanted:
+        ours.send(node_wire.Order(body))
+    assert ours.waits, "more than a socket takes"
+    found: list[node_wire.Message] = []
+
+    def moved() -> bool:
+        ours.flush()
+        found.extend(theirs.receive())
+        return len(found) == len(wanted)
+
+    assert wait_for(moved, 20)
+    assert [message.body for message in found if isinstance(message, node_wire.Order)] == wanted
+    ours.close(node_wire.End("bye"))
+    assert theirs.receive() == [node_wire.End("bye")]
+    with pytest.raises(LinkLost, match="was closed"):
+        theirs.receive()
+    theirs.close()
+
+
+def test_a_link_that_is_silent_or_speaks_nonsense_is_lost() -> None:
+    ours, theirs = pair(0.6)
+    beat = node_wire.Beat(1)
+    for _ in range(20):
+        time.sleep(0.05)
+        try:
+            ours.keep(lambda: beat)
+        except LinkLost as e:
+            assert "no sign of life for 0.6 s" in str(e)
+            break
+    else:
+        raise AssertionError("silence was not noticed")
+    assert theirs.receive()[0] == beat
+    ours.socket.sendall((node_wire.GREETING_BYTES + 1).to_bytes(4, "little"))
+    with pytest.raises(LinkLost, match="a frame of 65537 bytes where at most 65536 are allowed"):
+        wait_for(theirs.receive, 5)
+    theirs.socket.sendall(b"\x03\x00\x00\x00abc")
+    with pytest.raises(LinkLost, match="cannot be decoded"):
+        wait_for(ours.receive, 5)
+    ours.close()
+    theirs.close()
+
+
+def test_a_proof_is_for_one_key_one_side_and_these_words() -> None:
+    proof = node_wire.prove("key", "agent", b"a", b"bc")
+    assert node_wire.proven(proof, "key", "agent", b"a", b"bc")
+    for other in (("yek", "agent", b"a", b"bc"), ("key", "leader", b"a", b"bc"), ("key", "agent", b"ab", b"c")):
+        assert not node_wire.proven(proof, *other)
 
 
 @pytest.fixture(scope="module")
