@@ -47,9 +47,14 @@ class Engine:
     more: dict[str, Any] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def ranks(self) -> int:
+        """Processes that compute."""
+        return self.tp * int(self.more.get("pipeline_parallel_size", 1)) * int(self.more.get("data_parallel_size", 1))
+
     def threads(self, run: Run) -> int:
         """Compute threads of each of its ranks."""
-        return int(self.more.get("threads_per_rank", max(1, len(run.cores) // self.tp)))
+        return int(self.more.get("threads_per_rank", max(1, len(run.cores) // self.ranks)))
 
 
 def parse(text: str, tp: int) -> Engine:
@@ -111,7 +116,7 @@ def environment(engine: Engine, run: Run) -> dict[str, str]:
     if engine.name in run.pythons:  # another Python: our import path is not for it
         environ.pop("PYTHONPATH", None)
     if engine.name == "vllm":
-        environ |= vllm_environment(run.pythons["vllm"], run.tcmalloc, thread_binding(engine.tp, engine.threads(run), run.cores))
+        environ |= vllm_environment(run.pythons["vllm"], run.tcmalloc, thread_binding(engine.ranks, engine.threads(run), run.cores))
     return environ | engine.variables
 
 
