@@ -21,8 +21,8 @@ EXECUTOR_DOOR = {"lockstep.executor.contract", "lockstep.executor.factory", "loc
 TORCH_FREE = [
     "lockstep", "lockstep.engine.core", "lockstep.protocol", "lockstep.config.validate", "lockstep.config.hf", "lockstep.llm",
     "lockstep.distributed.topology", "lockstep.distributed.partition", "lockstep.distributed.progress",
-    "lockstep.distributed.message_queue",
-    "lockstep.executor.contract", "lockstep.executor.factory", "lockstep.executor.multiproc", "lockstep.executor.node_agent", "lockstep.frontend.inputs",
+    "lockstep.distributed.message_queue", "lockstep.executor.node_agent",
+    "lockstep.executor.contract", "lockstep.executor.factory", "lockstep.executor.multiproc", "lockstep.frontend.inputs",
     "lockstep.frontend.tokenizer", "lockstep.cli.main", "lockstep.cli.flags", "lockstep.utils.net", "lockstep.observability.logging",
 ]  # fmt: skip
 
