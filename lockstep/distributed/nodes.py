@@ -28,9 +28,7 @@ def _write_token() -> tuple[str, str, str]:
     return path, token, env.host_id()
 
 
-def _holds(path: str, token: str, host: str) -> bool:
-    if host != env.host_id():
-        return False
+def _holds(path: str, token: str) -> bool:
     with contextlib.suppress(OSError), open(path) as file:
         return file.read() == token
     return False
@@ -53,7 +51,8 @@ def in_the_same_node_as(pg: Any, source_rank: int = 0) -> list[bool]:
             offer = _write_token()
             path = offer[0]
         offer = _broadcast(pg, offer, source_rank)
-        seen = _holds(*offer)
+        path_there, token, host = offer
+        seen = host == env.host_id() and _holds(path_there, token)
         return _gather_flags(pg, seen, rank, size)
     finally:
         # Every rank has looked: the gather above ended.

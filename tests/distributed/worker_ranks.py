@@ -27,7 +27,7 @@ def make_worker(rank: int, folder: str, tp: int, size: dict[str, int], pp: int =
     """A worker with its model loaded, in the ranks' own groups."""
     torch.set_num_threads(1)
     parallel_state.initialize_model_parallel(tp, pp)
-    config, spec, path = resolve(engine_config(folder, tp, size))  # pipeline stages are not in it: it would be refused
+    config, spec, path = resolve(engine_config(folder, tp, size, pipeline_parallel_size=pp))
     worker = Worker(config, spec, Path(path), rank, rank, ParallelGroups.current(), None)
     worker.init_device()
     worker.load_model()
