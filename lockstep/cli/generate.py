@@ -18,10 +18,12 @@ from lockstep.cli import flags
 from lockstep.cli.errors import UsageError, show_error
 from lockstep.cli.session import note, running
 from lockstep.config.source import find_folder
-from lockstep.config.tree import ModelConfig, opt
+from lockstep.config.tree import EngineConfig, ModelConfig, opt
+from lockstep.config.validate import resolve
 from lockstep.frontend.outputs import CompletionOutput, Position, RequestOutput
 from lockstep.frontend.prompts import check_early
 from lockstep.frontend.tokenizer import load_tokenizer, tokenizer_folder
+from lockstep.observability import logging
 from lockstep.protocol import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class GenerateOptions:
     )
     json: bool = opt(False, "Print one JSON line per prompt, in the prompts' order.")
     quiet: bool = opt(False, "Say nothing on standard error but errors.")
+    headless: bool = opt(False, "Take no prompts: keep replicas of this host for the leader on another one.")
 
 
 @dataclass
@@ -69,6 +72,8 @@ def run(argv: list[str]) -> int:
     """Parse, load, complete, print."""
     parsed = flags.parse("generate", argv, GenerateOptions, max_tokens=MAX_TOKENS, description="Complete prompts.")
     options, sampling = parsed.options, parsed.sampling
+    if options.headless:
+        return _headless(parsed.config, options.quiet)
     prompts = read_prompts(options)
     check_early(prompts, lambda: _tokenizer(parsed.config.model))  # a refusal need not wait for the weights
     with running(parsed.config, quiet=options.quiet, table=not options.json) as (llm, ready_s):
@@ -86,6 +91,22 @@ def run(argv: list[str]) -> int:
         options.quiet,
     )
     return 1 if counts.failed else 0
+
+
+def _headless(config: EngineConfig, quiet: bool) -> int:
+    """Serve the leader on another host until it ends."""
+    logging.configure(config.runtime.log_level)
+    config, spec, folder = resolve(config, headless=True)
+    from lockstep.cluster.keeper import keep_replicas
+
+    parallel = config.parallel
+    first = parallel.data_parallel_start_rank or 0
+    note(
+        f"keeping replicas {first} to {first + parallel.local_replicas - 1} of {parallel.data_parallel_size} for the leader at "
+        f"{parallel.data_parallel_address}:{parallel.data_parallel_rpc_port} ...",
+        quiet,
+    )
+    return keep_replicas(config, spec, folder)
 
 
 def read_prompts(options: GenerateOptions) -> list[Any]:

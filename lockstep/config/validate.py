@@ -20,6 +20,7 @@ from lockstep.config.defaults import MEMORY_SHARE, default_backend, default_toke
 from lockstep.config.errors import ConfigError
 from lockstep.config.hf import load_spec
 from lockstep.config.model_spec import ModelSpec, read_config_json
+from lockstep.config.replicas import check_replicas
 from lockstep.config.source import find_folder
 from lockstep.config.stages import check_stages
 from lockstep.config.tree import EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig
@@ -37,6 +38,7 @@ POSITIVE = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "data_parallel_size",
+    "data_parallel_size_local",
     "prefill_context_parallel_size",
     "decode_context_parallel_size",
     "distributed_timeout_seconds",
@@ -57,22 +59,24 @@ MISSING_PARALLELISM = {
 }
 
 
-def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, Path]:
+def resolve(config: EngineConfig, *, headless: bool = False) -> tuple[EngineConfig, ModelSpec, Path]:
     """Check the whole tree, find the model, and fill what is automatic.
 
     Returns the frozen result, the model's numbers and its folder. Raises ConfigError for the first rule that is broken.
+    `headless`: this process serves a leader on another host.
     """
-    device, spec, folder = check(config)
+    device, spec, folder = check(config, headless=headless)
     warn_of_crowding(config.parallel, device)
     return fill(config, spec, device), spec, folder
 
 
-def check(config: EngineConfig) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path]:
+def check(config: EngineConfig, *, headless: bool = False) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path]:
     """The device, the model's numbers and its folder, every rule checked. Raises ConfigError for the first that is broken."""
     check_values(config)
     check_available(config.parallel)
+    check_replicas(config.parallel, headless=headless)
     device = pick_device(config.runtime, config.parallel)
-    check_room(config.cache.kv_cache_memory_bytes, config.parallel.total_ranks, device)
+    check_room(config.cache.kv_cache_memory_bytes, config.parallel.ranks_here, device)
     folder = find_folder(config.model.model, config.model.revision)
     check_checkpoint(config.model, folder)
     spec = load_spec(folder)
@@ -149,11 +153,6 @@ def check_available(parallel: ParallelConfig) -> None:
             "enable_expert_parallel=True: expert parallelism is not available yet in this version; "
             "leave it out, and use tensor_parallel_size to split the model."
         )
-    rank, replicas = parallel.data_parallel_rank, parallel.data_parallel_size
-    if rank is not None and not 0 <= rank < replicas:
-        raise ConfigError(
-            f"data_parallel_rank={rank} is not one of data_parallel_size={replicas} replicas: it must be from 0 to {replicas - 1}."
-        )
     backend = parallel.distributed_executor_backend
     if backend is None:
         return
@@ -169,13 +168,14 @@ def check_available(parallel: ParallelConfig) -> None:
 
 def sizes(parallel: ParallelConfig) -> str:
     """The sizes that multiply to more than one rank, in words."""
-    named = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    elsewhere = parallel.local_replicas < parallel.data_parallel_size
+    named = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size_local" if elsewhere else "data_parallel_size")
     return " and ".join(f"{n}={getattr(parallel, n)}" for n in named if getattr(parallel, n) > 1) or f"{named[0]}=1"
 
 
 def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
     """The device the ranks run on. Raises ConfigError when it is not there, or has fewer devices than ranks."""
-    found, ranks = devices.cuda_device_count(), parallel.total_ranks
+    found, ranks = devices.cuda_device_count(), parallel.ranks_here
     if runtime.device == "cuda":
         if found == 0:
             raise ConfigError(
@@ -209,7 +209,7 @@ def warn_of_crowding(parallel: ParallelConfig, device: str) -> None:
     """More ranks or threads than cores is right but slow: said once everything else holds."""
     if device != "cpu":
         return
-    ranks, threads, cores = parallel.total_ranks, parallel.threads_per_rank or 1, usable_cpus()
+    ranks, threads, cores = parallel.ranks_here, parallel.threads_per_rank or 1, usable_cpus()
     cpus = min(cores, quota() or cores)
     if threads > 1 and ranks * threads > cpus:
         log.warning(
@@ -284,6 +284,6 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
         runtime=replace(config.runtime, device=device),
     )
     # A GPU's memory cannot be asked for without torch; the ranks profile a step of this size there before anything else.
-    room = int(share * host_available_bytes()) // parallel.total_ranks if device == "cpu" else None
+    room = int(share * host_available_bytes()) // parallel.ranks_here if device == "cpu" else None
     budget = default_token_budget(config, spec, room)
     return replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=budget))

@@ -15,6 +15,11 @@ def host_ip() -> str:
     return _text("LOCKSTEP_HOST_IP")
 
 
+def cluster_key() -> str:
+    """LOCKSTEP_CLUSTER_KEY: a secret that all hosts of one engine share and prove to each other; empty means none."""
+    return _text("LOCKSTEP_CLUSTER_KEY")
+
+
 def network_interface() -> str:
     """LOCKSTEP_INTERFACE: the interface ranks talk over; empty means loopback on one host, else the route's."""
     return _text("LOCKSTEP_INTERFACE")

@@ -39,6 +39,12 @@ class Listener:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def accept(self) -> tuple[socket.socket, str]:
+        """-> (connection, the peer's address). For a server that lives in this process. Does not wait: BlockingIOError for nobody."""
+        self._socket.setblocking(False)
+        connection, peer = self._socket.accept()
+        return connection, str(peer[0])
+
     def detach(self) -> int:
         """Give the descriptor away: the caller owns it now."""
         return self._socket.detach()
@@ -80,6 +86,24 @@ def interface_of(address: str) -> str | None:
         if any(entry.address.split("%")[0] == address for entry in entries):
             return str(name)
     return None
+
+
+def prepare_link(link: socket.socket, silence_s: float) -> None:
+    """A connection of small messages between hosts: nothing waits for more to send, and an unanswered byte ends it in time.
+
+    Where nothing is sent the kernel asks: a host that does not answer for `silence_s` is an error on the socket either way.
+    """
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    every_s = max(1, round(silence_s / 5))
+    for name, value in (
+        ("TCP_KEEPIDLE", every_s),
+        ("TCP_KEEPINTVL", every_s),
+        ("TCP_KEEPCNT", 4),
+        ("TCP_USER_TIMEOUT", int(silence_s * 1000)),
+    ):
+        if hasattr(socket, name):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def loopback_interface() -> str:

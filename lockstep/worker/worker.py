@@ -142,7 +142,7 @@ class Worker(Recorded):
         per_block = kv.bytes_per_block(self.model.kv_layers(), self.config.cache.block_size, self.dtype)
         if self._free_bytes is None:
             self._mark("profile")
-            room = profile.room_bytes(self.config, self.device, self.config.parallel.total_ranks)
+            room = profile.room_bytes(self.config, self.device, self.config.parallel.ranks_here)
             self._activation_bytes = profile.largest_step_bytes(self.model, self.spec, self.config, self.groups, self.device)
             self._free_bytes = max(0, room - self._activation_bytes)
             self._mark("ready")
