@@ -145,12 +145,11 @@ class Keeper:
 
     def _serve(self, replica: int, connection: socket.socket) -> int:
         """Run a replica's process on the connection; its exit code."""
-        with connection:
-            with self._lock:
-                if self._stopping.is_set():
-                    return LOST_ROUTER
-                process, ours = start_process(self._config, self._spec, self._folder, replica, self._death_pipe[0], connection)
-                self._processes[replica] = process
+        with connection, self._lock:
+            if self._stopping.is_set():
+                return LOST_ROUTER
+            process, ours = start_process(self._config, self._spec, self._folder, replica, self._death_pipe[0], connection)
+            self._processes[replica] = process
         with ours:
             return process.wait()
 
