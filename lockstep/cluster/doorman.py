@@ -132,7 +132,7 @@ class Doorman:
     def _listen(self) -> None:
         with self._listener:
             while not self._closed:
-                if self._stopped in select.select([self._listener, self._stopped], [], [])[0]:
+                if self._stopped.fileno() in select.select([self._listener.fileno(), self._stopped.fileno()], [], [])[0]:
                     return
                 try:
                     connection, address = self._listener.accept()

@@ -47,8 +47,8 @@ def _check_start(parallel: ParallelConfig, *, headless: bool) -> None:
     if not headless:
         if start is not None:
             raise ConfigError(
-                f"data_parallel_start_rank={start} without headless: it asks for an endpoint on each host, which belongs to `lockstep serve` "
-                "and is not available yet in this version; add headless to keep replicas for a leader, or leave it out on the leader."
+                f"data_parallel_start_rank={start} without headless: an endpoint on each host belongs to `lockstep serve`, which is "
+                "not available yet in this version; add headless to keep replicas for a leader, or leave it out on the leader."
             )
         return
     if size == 1:
