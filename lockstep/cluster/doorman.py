@@ -27,7 +27,6 @@ from lockstep.utils.handshake import prove, proven
 
 GREETING_S = 5.0  # how long a greeting may take
 MOST_GUESTS = 64  # greeted at once: whoever comes then has to come again
-SILENCE_S = 10.0  # a host that answers nothing for so long is lost
 
 _log = get_logger(__name__)
 
@@ -147,7 +146,7 @@ class Doorman:
 
     def _receive(self, connection: socket.socket, address: str) -> None:
         try:
-            net.prepare_link(connection, SILENCE_S)
+            net.prepare_link(connection, greeting.silence_s(self.parallel))
             self._greet(connection, address)
         except (OSError, msgspec.DecodeError) as e:
             self._note(f"{address} connected and did not greet as a keeper of replicas does ({e})")

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from lockstep.config.model_spec import ModelSpec
-from lockstep.config.tree import EngineConfig
+from lockstep.config.tree import EngineConfig, ParallelConfig
 from lockstep.kernels.library import choose
 from lockstep.utils.frames import receive_one, send_one
 from lockstep.utils.handshake import prove, proven
@@ -34,6 +34,7 @@ Message = TypeVar("Message")
 PROTOCOL = 1
 MOST_BYTES = 64 << 10  # of one message of the greeting
 LEADER, KEEPER = "dp-leader", "dp-keeper"
+SILENCE_S = 10.0
 _SAMPLE_BYTES = 64 << 10
 
 # Settings that all hosts must say alike: they decide what a request's answer is, or which requests are taken.
@@ -91,6 +92,11 @@ decode_hello = msgspec.msgpack.Decoder(Hello).decode
 decode_identity = msgspec.msgpack.Decoder(Identity).decode
 _decode_challenge = msgspec.msgpack.Decoder(Challenge).decode
 _decode_answer = msgspec.msgpack.Decoder(Welcome | Refused).decode
+
+
+def silence_s(parallel: ParallelConfig) -> float:
+    """A host that answers nothing for so long is lost."""
+    return float(getattr(parallel, "node_timeout_seconds", SILENCE_S))
 
 
 def versions() -> tuple[str, str]:

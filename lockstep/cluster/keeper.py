@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.cluster import greeting
-from lockstep.cluster.doorman import GREETING_S, SILENCE_S
+from lockstep.cluster.doorman import GREETING_S
 from lockstep.cluster.greeting import Identity, RefusedError
 from lockstep.cluster.replica import STOP_S, end_process, start_process
 from lockstep.cluster.replica_main import LOST_ROUTER
@@ -35,7 +35,7 @@ from lockstep.utils import env, net, procs
 
 CONNECT_S = 5.0
 GONE_S = 5.0  # a leader that was there and at whose port nobody listens for so long has ended
-TAKEN_S = 2 * SILENCE_S  # who held our place may be gone and not be missed yet
+TAKEN_SILENCES = 2  # for so many times the longest silence, who held our place may be gone and not be missed yet
 MOST_PAUSE_S = 2.0
 
 _log = get_logger(__name__)
@@ -73,6 +73,7 @@ class Keeper:
         self._replicas = range(parallel.data_parallel_start_rank or 0, (parallel.data_parallel_start_rank or 0) + parallel.local_replicas)
         self._leader = (parallel.data_parallel_address, parallel.data_parallel_rpc_port)
         self.at = f"{self._leader[0]}:{self._leader[1]}"
+        self._silence_s = greeting.silence_s(parallel)
         self._key, self._name = env.cluster_key(), os.urandom(16)
         self._settings = greeting.agreed_settings(config, spec, folder)
         self._death_pipe = os.pipe()
@@ -163,7 +164,7 @@ class Keeper:
             try:
                 return self._knock(replica)
             except RefusedError as e:
-                if not e.again or time.monotonic() - began_s > TAKEN_S:
+                if not e.again or time.monotonic() - began_s > TAKEN_SILENCES * self._silence_s:
                     raise
                 if not told:
                     _log.warning("the leader at %s refuses replica %d for now: %s", self.at, replica, e)
@@ -188,7 +189,7 @@ class Keeper:
         own = (env.host_ip(), 0) if env.host_ip() else None
         connection = socket.create_connection(self._leader, CONNECT_S, source_address=own)
         try:
-            net.prepare_link(connection, SILENCE_S)
+            net.prepare_link(connection, self._silence_s)
             lockstep, torch = greeting.versions()
             who = Identity(replica, self._name, socket.gethostname(), os.getpid(), lockstep, torch, self._settings)
             greeting.greet(connection, self._key, who, time.monotonic() + GREETING_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import time
 
@@ -11,6 +12,8 @@ from lockstep.cluster.doorman import Arrival
 from lockstep.cluster.replica import STOP_S, ReplicaHandle
 from lockstep.executor.contract import ExecutorError
 from lockstep.utils.frames import Channel
+
+_UNANSWERED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 
 class RemoteReplica(ReplicaHandle):
@@ -28,7 +31,10 @@ class RemoteReplica(ReplicaHandle):
         return f"replica {self.replica} on host {self.arrival.host}"
 
     def unexplained(self) -> ExecutorError:
-        why = self.channel.broken or self.why or "the connection was closed: its process or its host's keeper ended"
+        why, broken = self.why or "the connection was closed: its process or its host's keeper ended", self.channel.broken
+        if broken is not None:
+            words = broken.strerror or str(broken)
+            why = f"its host does not answer any more ({words})" if broken.errno in _UNANSWERED else f"the connection failed ({words})"
         return ExecutorError(f"{self.name} is lost: {why}.", kind="died")
 
     def end(self, ask: bool) -> None:

@@ -23,7 +23,7 @@ class Channel(Generic[Message]):
         connection.setblocking(False)
         self._socket, self._decode = connection, decode
         self._in, self._out = bytearray(), bytearray()
-        self.broken = ""  # why the connection failed, in the system's words; a plain end is none
+        self.broken: OSError | None = None  # what the connection failed with; a plain end is none
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -98,7 +98,7 @@ class Channel(Generic[Message]):
 
     def _failed(self, error: OSError) -> ConnectionError:
         """Note why, once (the socket says it once); a host that cannot be reached is as gone as one that hung up."""
-        self.broken = self.broken or error.strerror or str(error)
+        self.broken = self.broken or error
         return error if isinstance(error, ConnectionError) else ConnectionAbortedError(error.errno, error.strerror)
 
     def close(self) -> None:
