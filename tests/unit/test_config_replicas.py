@@ -83,7 +83,7 @@ def test_a_host_is_shared_by_its_own_replicas_only(
     monkeypatch.setattr(affinity.machine, "quota", lambda: None)
     plan = affinity.plan_here(2, p)
     each, first = (24 // (2 * local), 2 * (mine or 0)) if mine is not None else (12, 0)
-    assert [rank.cpus for rank in plan] == [tuple(range((first + i) * each, (first + i + 1) * each)) for i in range(2)]
+    assert [rank.cores for rank in plan] == [tuple(range((first + i) * each, (first + i + 1) * each)) for i in range(2)]
 
 
 def test_what_belongs_to_the_server_is_refused_by_name() -> None:
