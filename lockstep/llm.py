@@ -73,14 +73,18 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        *,
+        data_parallel_rank: int | Sequence[int] | None = None,
+        session_id: str | Sequence[str] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; the outputs in the prompts' order.
 
         A prompt is text, a list of token ids, or a dict with `prompt` or `prompt_token_ids`. `sampling_params`: one for
-        all, or one per prompt. `priority`: per prompt, lower first, under scheduling_policy="priority". Raises
+        all, or one per prompt. `priority`: per prompt, lower first, under scheduling_policy="priority". With replicas, and
+        for all or per prompt: `data_parallel_rank` names the replica, `session_id` keeps those of one session together. Raises
         ValueError, before anything runs, when one of them cannot; ExecutorError when a rank fails in the middle.
         """
-        jobs = self._jobs(prompts, sampling_params, RequestOutputKind.FINAL_ONLY, priority)
+        jobs = self._jobs(prompts, sampling_params, RequestOutputKind.FINAL_ONLY, priority, data_parallel_rank, session_id)
         done: dict[str, RequestOutput] = {}
         with Progress(len(jobs), show=use_tqdm) as bar:
             for output in self._run(jobs):
@@ -174,7 +178,13 @@ class LLM:
             self._running = False
 
     def _jobs(
-        self, prompts: Prompt | Sequence[Prompt], params: Params, kind: RequestOutputKind | None, priority: Sequence[int] | None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params,
+        kind: RequestOutputKind | None,
+        priority: Sequence[int] | None,
+        replica: int | Sequence[int] | None = None,
+        session: str | Sequence[str] | None = None,
     ) -> list[Job]:
         """Every prompt as a job, or ValueError for the first that cannot be one."""
         listed = _as_list(prompts)
@@ -183,6 +193,8 @@ class LLM:
         sampling = _per_prompt("sampling_params", several, listed, params)
         _check_sampling(sampling)
         priorities = _per_prompt("priority", priority, listed, 0)
+        replicas = _per_prompt("data_parallel_rank", None if isinstance(replica, int) else replica, listed, replica)
+        sessions = _per_prompt("session_id", None if isinstance(session, str) else session, listed, session)
         now_s = time.monotonic()
         if kind is not None:
             sampling = [msgspec.structs.replace(p, output_kind=kind) for p in sampling]
@@ -190,6 +202,8 @@ class LLM:
         for index, (prompt, p, rank) in enumerate(zip(listed, sampling, priorities, strict=True)):
             with named(index, len(listed)):
                 job = self._inputs.job(prompt, p, priority=rank, arrival_s=now_s)
+                for request in job.requests:
+                    request.data_parallel_rank, request.session_id = replicas[index], sessions[index]
                 self._client.check_request(job.requests[0])  # the others of n differ from it in nothing that is checked
             jobs.append(job)
         return jobs

@@ -5,7 +5,11 @@ from __future__ import annotations
 from lockstep.cli.errors import UsageError
 
 _LATER = "is not available yet in this version"
-_DP = f"data parallelism {_LATER}: leave it out"
+_DP = f"keeping replicas in step (for expert parallelism) {_LATER}: leave it out"
+_ENDPOINTS = (
+    f"it chooses the endpoints of `lockstep serve`, which {_LATER}: leave it out (one endpoint, the leader's, has all replicas behind it; "
+    "--data-parallel-rank makes this process one replica by itself)"
+)
 _EP = f"expert parallelism {_LATER}: leave it out"
 _CP = f"context parallelism {_LATER}: leave it out"
 _LORA = f"LoRA {_LATER}: merge the adapter into the model first"
@@ -16,13 +20,12 @@ _SERVER = f"the server {_LATER}: use `lockstep generate` or `lockstep chat`"
 UNAVAILABLE: dict[str, str] = {
     **dict.fromkeys(
         (
-            *("--data-parallel-start-rank", "-dpr", "--data-parallel-size-local", "-dpl"),
-            *("--data-parallel-address", "-dpa", "--data-parallel-rpc-port", "-dpp", "--data-parallel-backend", "-dpb"),
             *("--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
-            *("--data-parallel-multi-port-external-lb", "-dpm", "--dp-sync-interval", "--disable-nccl-for-dp-synchronization"),
+            *("--data-parallel-multi-port-external-lb", "-dpm"),
         ),
-        _DP,
+        _ENDPOINTS,
     ),
+    **dict.fromkeys(("--dp-sync-interval", "--disable-nccl-for-dp-synchronization"), _DP),
     **dict.fromkeys(
         (
             *("--enable-ep-weight-filter", "--all2all-backend", "--enable-eplb", "--eplb-config", "--expert-placement-strategy"),

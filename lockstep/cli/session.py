@@ -21,14 +21,21 @@ if TYPE_CHECKING:
     from lockstep.llm import LLM
 
 
-HEADLESS = "Run this host's ranks for node 0, and take no requests here (several hosts; node-rank 1 and up)."
+HEADLESS = "Take no requests: run this host's ranks (--node-rank 1 and up) or replicas (-dpr) for the leader on another host."
 
 
 def serve_node(config: EngineConfig, *, quiet: bool) -> int:
-    """Run the ranks of this host for a leader on another, until it ends; the exit code."""
+    """Run the ranks or the replicas of this host for a leader on another, until it ends; the exit code."""
     logging.configure(config.runtime.log_level)
     config, spec, folder = resolve(config, headless=True)
     parallel = config.parallel
+    if parallel.nnodes == 1:
+        from lockstep.cluster.keeper import keep_replicas
+
+        first, last = parallel.data_parallel_start_rank or 0, (parallel.data_parallel_start_rank or 0) + parallel.local_replicas - 1
+        at = f"{parallel.data_parallel_address}:{parallel.data_parallel_rpc_port}"
+        note(f"keeping replicas {first} to {last} of {parallel.data_parallel_size} for the leader at {at} ...", quiet)
+        return keep_replicas(config, spec, folder)
     note(
         f"node {parallel.node_rank} of {parallel.nnodes}: looking for the leader at {parallel.master_addr}:{parallel.master_port} ...",
         quiet,
@@ -45,7 +52,9 @@ def running(config: EngineConfig, *, quiet: bool, table: bool = True) -> Iterato
     """The model, loaded, and the seconds that took; stopped afterwards. Notes go to standard error unless `quiet`."""
     logging.configure(config.runtime.log_level)
     check(config)  # before a word is said: an impossible setting is answered by its error alone
-    name, ranks, hosts = config.model.model or DEMO_NAME, config.parallel.world_size, config.parallel.nnodes
+    parallel = config.parallel
+    name, hosts = config.model.model or DEMO_NAME, parallel.nnodes
+    ranks = parallel.world_size * (parallel.data_parallel_size if parallel.data_parallel_rank is None else 1)
     note(f"loading {name} on {ranks} rank{'s' if ranks > 1 else ''}{f' of {hosts} hosts' if hosts > 1 else ''} ...", quiet)
     start_s = time.monotonic()
     from lockstep.llm import LLM

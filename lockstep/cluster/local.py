@@ -7,6 +7,7 @@ from typing import Any
 
 from lockstep.cluster.contract import EngineClient
 from lockstep.engine.core import EngineCore
+from lockstep.engine.errors import RequestError
 from lockstep.engine.stats import EngineStats
 from lockstep.executor.contract import ExecutorError, RankMemory
 from lockstep.observability.timeline import Timeline
@@ -29,6 +30,9 @@ class LocalClient(EngineClient):
         return self.core.executor.timeline
 
     def check_request(self, request: EngineRequest) -> None:
+        wanted, mine = request.data_parallel_rank, self.config.parallel.data_parallel_rank or 0
+        if wanted not in (None, mine):
+            raise RequestError(f"data_parallel_rank={wanted} does not exist: there is one engine here, {mine}. Name it, or none.")
         self.core.check_request(request)
 
     def add_request(self, request: EngineRequest) -> None:

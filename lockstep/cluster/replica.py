@@ -1,4 +1,4 @@
-"""A replica as the router holds it: its process, its channel, and what the process last said."""
+"""A replica as the router holds it: its channel and what it last said; and on this host its process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,43 +19,25 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
 from lockstep.utils import env, procs
-from lockstep.utils.frames import Channel
+from lockstep.utils.frames import Channel, send_one
 
 STOP_S = 6.0  # how long a replica may take to end its ranks
+LAUNCH_S = 30.0  # ... and to read what it is; more than a few KB wait for that
 
 
-class ReplicaProcess:
+class ReplicaHandle(ABC):
     """One start of one replica. `fileno` is readable when it has something to say or is gone."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, replica: int, death_fd: int) -> None:
-        """Start it. It is ready when it says `wire.Ready`."""
-        self.replica = replica
-        ours, theirs = socket.socketpair()
-        config = replace(config, parallel=replace(config.parallel, data_parallel_rank=replica))
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "lockstep.cluster.replica_main", str(theirs.fileno()), str(death_fd), f"replica={replica}"],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what ranks print is no output of this program
-                pass_fds=(theirs.fileno(), death_fd),
-                start_new_session=True,
-                env=_environment(),
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self.channel: Channel[Any] = Channel(ours, wire.decode_reply)
+    pid: int  # of its process; 0 on another host
+
+    def __init__(self, replica: int, channel: Channel[Any]) -> None:
+        self.replica, self.channel = replica, channel
         self.failed: wire.Failed | None = None  # its last words, if it had any
-        sys_path = [path or os.getcwd() for path in sys.path]
-        launch = wire.Launch(config=config, spec=spec, folder=str(folder), parent_pid=os.getpid(), sys_path=sys_path)
-        with contextlib.suppress(ConnectionError):  # dead already: its channel says so
-            self.channel.send(wire.encode(launch))
 
     @property
-    def pid(self) -> int:
-        return self.process.pid
+    def name(self) -> str:
+        """What messages call it."""
+        return f"replica {self.replica}"
 
     def fileno(self) -> int:
         return self.channel.fileno()
@@ -61,36 +45,95 @@ class ReplicaProcess:
     def error(self) -> ExecutorError:
         """Why it is gone: what it said, or how it ended."""
         said = self.failed
-        if said is not None:
-            return ExecutorError(
-                f"replica {self.replica}: {said.message}",
-                rank=said.rank,
-                phase=said.phase,
-                exitcode=said.exitcode,
-                kind=said.kind,
-                error_type=said.error_type,
-                log_tail=said.log_tail,
-            )
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(1.0)
-        cause = procs.exit_cause(self.process.returncode)
-        message = f"replica {self.replica} (pid {self.pid}) died: {cause}."
-        return ExecutorError(message, exitcode=self.process.returncode, kind="died")
+        if said is None:
+            return self.unexplained()
+        return ExecutorError(
+            f"{self.name}: {said.message}",
+            rank=said.rank,
+            phase=said.phase,
+            exitcode=said.exitcode,
+            kind=said.kind,
+            error_type=said.error_type,
+            log_tail=said.log_tail,
+        )
 
     def ask(self) -> None:
         """Ask it to stop; `end` waits for it."""
         with contextlib.suppress(OSError):
             self.channel.send(wire.encode(wire.Stop()))
 
+    @abstractmethod
+    def unexplained(self) -> ExecutorError:
+        """Why it is gone, when it said nothing."""
+
+    @abstractmethod
     def end(self, ask: bool) -> None:
-        """Stop the process and its ranks, politely if it was asked. Never raises, may be called twice."""
-        if ask:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_S)
-        procs.kill_group(self.pid)
+        """Be done with it, politely if it was asked. Never raises, may be called twice."""
+
+
+class ReplicaProcess(ReplicaHandle):
+    """A replica on this host: a process with ranks of its own."""
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, replica: int, death_fd: int) -> None:
+        """Start it. It is ready when it says `wire.Ready`."""
+        self.process, ours = start_process(config, spec, folder, replica, death_fd)
+        super().__init__(replica, Channel(ours, wire.decode_reply))
+        self.pid = self.process.pid
+
+    def unexplained(self) -> ExecutorError:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(2.0)
+            self.process.wait(1.0)
+        cause = procs.exit_cause(self.process.returncode)
+        return ExecutorError(f"{self.name} (pid {self.pid}) died: {cause}.", exitcode=self.process.returncode, kind="died")
+
+    def end(self, ask: bool) -> None:
+        end_process(self.process, STOP_S if ask else 0.0)
         self.channel.close()
+
+
+def start_process(
+    config: EngineConfig, spec: ModelSpec, folder: Path, replica: int, death_fd: int, router: socket.socket | None = None
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a replica's process and tell it what it is. router: its connection to the router; without one, it is the one returned.
+
+    The process ends when the last other end of `death_fd` is closed. -> (the process, our end of a connection to it)
+    """
+    ours, theirs = socket.socketpair()
+    inherited = [theirs.fileno(), death_fd, *([router.fileno()] if router is not None else [])]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lockstep.cluster.replica_main", str(theirs.fileno()), str(death_fd), f"replica={replica}"],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what ranks print is no output of this program
+            pass_fds=inherited,
+            start_new_session=True,
+            env=_environment(),
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    launch = wire.Launch(
+        config=replace(config, parallel=replace(config.parallel, data_parallel_rank=replica)),
+        spec=spec,
+        folder=str(folder),
+        parent_pid=os.getpid(),
+        sys_path=[path or os.getcwd() for path in sys.path],
+        router_fd=None if router is None else router.fileno(),
+    )
+    with contextlib.suppress(OSError):  # dead already: the connection's end says so
+        send_one(ours, wire.encode(launch), time.monotonic() + LAUNCH_S)
+    return process, ours
+
+
+def end_process(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Wait so long for a replica's process to end by itself, then end it and its ranks."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(patience_s)
+    procs.kill_group(process.pid)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(2.0)
 
 
 def _environment() -> dict[str, str]:

@@ -30,6 +30,7 @@ from lockstep.protocol import EngineOutput
 from lockstep.utils import procs
 from lockstep.utils.frames import Channel
 
+LOST_ROUTER = 3  # exit code: the router is gone, or cannot be reached
 REPORT_S = 0.02  # at most so often the router is told what this replica carries
 
 # What the router may call: name -> how it is done.
@@ -118,6 +119,8 @@ def main() -> None:
     faulthandler.enable()
     sys.path[:] = launch.sys_path
     logging.configure(launch.config.runtime.log_level)
+    if launch.router_fd is not None:
+        channel = Channel(socket.socket(fileno=launch.router_fd), wire.decode_order)
     core = None
     try:
         executor = make_executor(launch.config, launch.spec, Path(launch.folder))
@@ -125,8 +128,10 @@ def main() -> None:
         channel.send(wire.encode(wire.Ready(core.config, core.memory)))
         channel.drain()
         Replica(core, channel).run(orders)
-    except (Ended, ConnectionError):
+    except Ended:
         code = 0
+    except ConnectionError:
+        code = LOST_ROUTER
     except Exception as e:
         code = 1
         with contextlib.suppress(ConnectionError):

@@ -4,17 +4,13 @@ A request is known here by its prompt and the tokens that have come. When its re
 same one when it is back): the engine goes on from there as after a preemption, and since answers do not depend on the batch,
 the tokens that follow are those that would have followed. The caller sees nothing but a pause.
 
-Who is alive and when to start whom is the supervisor's to know; what a replica carries is the load book's; where a request goes
-is a function of `balance`. This file only moves messages between them.
+Replicas are the fleet's, here or on other hosts; who is alive and when to start whom is the supervisor's to know; what a replica
+carries is the load book's; where a request goes is `placement`'s. This file only moves requests between them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import selectors
 import time
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,13 +18,12 @@ from typing import Any
 
 import msgspec
 
-from lockstep.cluster import balance, wire
+from lockstep.cluster import wire
 from lockstep.cluster.contract import EngineClient
+from lockstep.cluster.fleet import Fleet, Lost
 from lockstep.cluster.load_book import LoadBook
-from lockstep.cluster.prefix_index import PrefixIndex
-from lockstep.cluster.replica import ReplicaProcess
-from lockstep.cluster.supervisor import RestartPolicy, State, Supervisor
-from lockstep.config.errors import ConfigError
+from lockstep.cluster.placement import Placement
+from lockstep.cluster.supervisor import RestartPolicy, State
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.engine.admission import Limits, check_request
@@ -64,33 +59,29 @@ class _Live:
 
 
 class DataParallelClient(EngineClient):
-    """See EngineClient. Starts `config.parallel.data_parallel_size` replicas, each a process of its own with its ranks."""
+    """See EngineClient. Of `config.parallel.data_parallel_size` replicas, each a process of its own with its ranks, it starts those
+    of this host and waits for the others."""
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, policy: RestartPolicy | None = None) -> None:
-        """Raises ConfigError or ExecutorError when a replica does not start."""
-        self._config, self._spec, self._folder = config, spec, folder
+        """Raises ConfigError or ExecutorError when a replica does not start, or does not come in startup_timeout_seconds."""
+        self._config, self._spec = config, spec
         count = config.parallel.data_parallel_size
         self.timeline, self.failure = Timeline(), None
-        self.supervisor = Supervisor(count, policy, time.monotonic())
         self.book = LoadBook(count)
         self.recoveries_s: list[float] = []  # of each request that went on elsewhere: from the loss to its next token
-        self._prefixes = PrefixIndex(count)
+        self._placement = Placement(config)
         self._live: dict[str, _Live] = {}
         self._homeless: list[str] = []  # requests that no replica can take now
         self._outputs: list[EngineOutput] = []
         self._answers: dict[int, wire.Answer | wire.Refused] = {}
-        self._calls = self._routed = 0
+        self._calls = 0
         self._limits: Limits | None = None  # once a replica has said how large its cache is
         self._lost_since: dict[int, float] = {}  # replica -> when it was lost, until it is back
-        self._selector = selectors.DefaultSelector()
-        self._death_pipe = os.pipe()
-        self._replicas: list[ReplicaProcess | None] = [None] * count
         for i in range(count):
             self.book.set_routable(i, False)
-        self._finalizer = weakref.finalize(self, _end_all, self._replicas, self._death_pipe)
+        self._fleet = Fleet(config, spec, folder, policy)
+        self.supervisor = self._fleet.supervisor
         try:
-            for i in range(count):
-                self._start(i)
             self._await_all()
         except BaseException:
             self.shutdown()
@@ -102,14 +93,14 @@ class DataParallelClient(EngineClient):
         self._raise_failure()
         assert self._limits is not None
         check_request(request, self._limits)
+        self._placement.check(request, self.book.loads)
 
     def add_request(self, request: EngineRequest) -> None:
         self._raise_failure()
-        assert self._limits is not None
         if request.request_id in self._live:
             raise RequestError(f"request id {request.request_id!r} is in use by an unfinished request: choose another id.")
         try:
-            check_request(request, self._limits)
+            self.check_request(request)
         except RequestError as e:
             raise RequestError(f"request {request.request_id!r}: {e}") from None
         self._live[request.request_id] = _Live(request)
@@ -124,7 +115,7 @@ class DataParallelClient(EngineClient):
                 self._finish(name)
                 self._outputs.append(EngineOutput(request_id=name, new_token_ids=[], finish_reason="abort"))
             else:
-                self._send(live.replica, wire.Abort([name]))
+                self._fleet.send(live.replica, wire.Abort([name]))
 
     def step(self) -> list[EngineOutput]:
         if self.failure is not None and not self._outputs:
@@ -142,22 +133,11 @@ class DataParallelClient(EngineClient):
             self._homeless.append(name)
             return
         known = live.request.prompt_token_ids + live.tokens
-        self._routed += 1
-        replica = self._choose(known, loads)
+        replica = self._placement.choose(live.request, known, loads, again=live.replays > 0)
         # No guess at tokens to come: most requests name a limit that they never reach.
         ticket = self.book.start(name, replica, len(known))
         live.replica = replica
-        self._send(replica, wire.Add(live.resumed(), ticket))
-
-    def _choose(self, tokens: Sequence[int], loads: list[balance.ReplicaLoad]) -> int:
-        how = self._config.parallel.data_parallel_routing
-        if how == "round_robin":
-            return balance.round_robin(loads, self._routed)
-        if how == "shortest_queue" or not self._config.cache.enable_prefix_caching:
-            return balance.shortest_queue(loads, start=self._routed)
-        replica = balance.prefix_affine(loads, self._prefixes.matches(tokens), start=self._routed)
-        self._prefixes.insert(tokens, replica)
-        return replica
+        self._fleet.send(replica, wire.Add(live.resumed(), ticket))
 
     def _take(self, output: EngineOutput) -> None:
         """An output has come: count it, pass it on."""
@@ -183,64 +163,39 @@ class DataParallelClient(EngineClient):
 
     # --- replicas ---
 
-    def _start(self, replica: int) -> None:
-        process = ReplicaProcess(self._config, self._spec, self._folder, replica, self._death_pipe[0])
-        self._replicas[replica] = process
-        self._selector.register(process, selectors.EVENT_READ, replica)
-
     def _await_all(self) -> None:
-        """Until every replica is ready; the first failure ends it."""
+        """Until every replica is ready; the first that fails, or that is given up, ends it."""
+        lives = self.supervisor.lives
         deadline = time.monotonic() + self._config.runtime.startup_timeout_seconds
-        while any(life.state is State.STARTING for life in self.supervisor.lives):
-            if time.monotonic() > deadline:
-                late = [i for i, life in enumerate(self.supervisor.lives) if life.state is State.STARTING]
-                raise ExecutorError(
-                    f"replicas {late} were not ready after startup_timeout_seconds={self._config.runtime.startup_timeout_seconds:g}.",
-                    phase="start",
-                    kind="hung",
-                )
+        while any(life.state is not State.READY for life in lives):
+            if time.monotonic() > deadline or any(life.state is State.GIVEN_UP for life in lives):
+                raise ExecutorError(self._fleet.late(), phase="start", kind="hung")
             self._pump(0.2)
 
     def _pump(self, timeout_s: float) -> None:
         """Sleep until a replica has something to say, one is to be started, or `timeout_s` has passed; handle all there is."""
-        due = self.supervisor.next_due_s()
-        if due is not None:
-            timeout_s = max(0.0, min(timeout_s, due - time.monotonic()))
-        for key, events in self._selector.select(timeout_s):
-            if events & selectors.EVENT_WRITE:
-                self._flush(key.data)
-            if events & selectors.EVENT_READ:
-                self._listen(key.data)
-        for replica in self.supervisor.due(time.monotonic()):
-            _log.info("replica %d is started again", replica)
-            self._start(replica)
-
-    def _listen(self, replica: int) -> None:
-        process = self._replicas[replica]
-        if process is None:
-            return
-        try:
-            replies = process.channel.receive()
-        except (ConnectionError, msgspec.DecodeError):
-            self._lost(replica)
-            return
-        for reply in replies:
-            if isinstance(reply, wire.News):
-                if reply.outputs:
-                    self.supervisor.worked(replica)
-                for output in reply.outputs:
-                    self._take(output)
-                if reply.load is not None:
-                    load = reply.load
-                    self.book.reconcile(replica, load.waiting_tokens, load.running_tokens, load.requests, reply.ticket)
-            elif isinstance(reply, wire.Ready):
-                self._ready(replica, reply)
-            elif isinstance(reply, wire.Failed):
-                process.failed = reply
-                self._lost(replica)  # now: ending its ranks takes it a while
-                return
+        for event in self._fleet.pump(timeout_s):
+            if isinstance(event, Lost):
+                self._lost(event)
             else:
-                self._answers[reply.id] = reply
+                self._hear(event.replica, event.reply)
+        limit_s = self._config.runtime.startup_timeout_seconds
+        if self._live and self.supervisor.stranded_s(time.monotonic()) > limit_s:
+            self._fail(ExecutorError(f"no replica has taken requests for {limit_s:g} s (startup_timeout_seconds). {self._fleet.late()}"))
+
+    def _hear(self, replica: int, reply: wire.Reply) -> None:
+        if isinstance(reply, wire.News):
+            if reply.outputs:
+                self._fleet.supervisor.worked(replica)
+            for output in reply.outputs:
+                self._take(output)
+            if reply.load is not None:
+                load = reply.load
+                self.book.reconcile(replica, load.waiting_tokens, load.running_tokens, load.requests, reply.ticket)
+        elif isinstance(reply, wire.Ready):
+            self._ready(replica, reply)
+        elif isinstance(reply, wire.Answer | wire.Refused):
+            self._answers[reply.id] = reply
 
     def _ready(self, replica: int, reply: wire.Ready) -> None:
         """A replica takes requests. The smallest cache of all bounds what is accepted: any replica may have to take it over."""
@@ -251,37 +206,25 @@ class DataParallelClient(EngineClient):
         lost_s = self._lost_since.pop(replica, None)
         if lost_s is not None:
             _log.warning("replica %d is back, %.2f s after it was lost", replica, now_s - lost_s)
-        self.supervisor.ready(replica, now_s)
         self.book.set_routable(replica, True)
         homeless, self._homeless = self._homeless, []
         for name in homeless:
             self._place(name)
 
-    def _lost(self, replica: int) -> None:
-        """A replica is gone: its requests go elsewhere, and it is started again after a pause."""
-        process = self._replicas[replica]
-        assert process is not None
-        now_s, error, life = time.monotonic(), process.error(), self.supervisor.lives[replica]
-        self._selector.unregister(process)
-        self._replicas[replica] = None
-        never_ran = life.state is State.STARTING and life.starts == 1
-        state = self.supervisor.failed(replica, now_s)
+    def _lost(self, event: Lost) -> None:
+        """A replica is gone: its requests go elsewhere."""
+        now_s, replica = time.monotonic(), event.replica
         self._lost_since.setdefault(replica, now_s)
         self.book.set_routable(replica, False)
         self.book.forget(replica)
-        self._prefixes.forget(replica)
-        if never_ran:  # for the user to know, not for us to repair
-            process.end(ask=False)
-            raise ConfigError(str(error)) if error.error_type == "ConfigError" else error
+        self._placement.forget(replica)
         mine = [name for name, live in self._live.items() if live.replica == replica]
-        then = f"it is started again in {life.due_s - now_s:.2f} s" if state is State.WAITING else "it is given up"
-        _log.warning("%s %d requests go on elsewhere; %s", error, len(mine), then)
+        _log.warning("%s %d requests go on elsewhere; %s", event.error, len(mine), event.then)
         if self.supervisor.hopeless:
-            self._fail(error)
+            self._fail(event.error)
+            return
         for name in mine:
-            if name in self._live:
-                self._replay(name, now_s, error)
-        process.end(ask=False)
+            self._replay(name, now_s, event.error)
 
     def _replay(self, name: str, now_s: float, error: ExecutorError) -> None:
         live = self._live[name]
@@ -300,27 +243,6 @@ class DataParallelClient(EngineClient):
             self._finish(name)
             self._outputs.append(EngineOutput(request_id=name, new_token_ids=[], finish_reason="error", error=str(error)))
 
-    def _send(self, replica: int, order: wire.Order) -> None:
-        process = self._replicas[replica]
-        if process is None:
-            return
-        with contextlib.suppress(ConnectionError):  # its end is read from the same channel soon
-            process.channel.send(wire.encode(order))
-            self._watch(replica, process)
-
-    def _flush(self, replica: int) -> None:
-        process = self._replicas[replica]
-        if process is not None:
-            with contextlib.suppress(ConnectionError):
-                process.channel.flush()
-            self._watch(replica, process)
-
-    def _watch(self, replica: int, process: ReplicaProcess) -> None:
-        """Wake up for room to write only while something waits for it."""
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if process.channel.unsent else 0)
-        if self._selector.get_key(process).events != events:
-            self._selector.modify(process, events, replica)
-
     def _raise_failure(self) -> None:
         if self.failure is not None:
             raise self.failure
@@ -335,7 +257,7 @@ class DataParallelClient(EngineClient):
             if life.state is State.READY:
                 self._calls += 1
                 asked.append((replica, self._calls))
-                self._send(replica, wire.Call(self._calls, method, list(args)))
+                self._fleet.send(replica, wire.Call(self._calls, method, list(args)))
         deadline = time.monotonic() + CALL_S
         found = []
         for replica, number in asked:
@@ -368,23 +290,10 @@ class DataParallelClient(EngineClient):
         return Profile([replace(t, name=f"replica {i} {t.name}") for i, tracks in enumerate(found) for t in tracks])
 
     def pids(self) -> list[int]:
-        """The process of each replica; 0 for one that does not run now."""
-        return [0 if process is None else process.pid for process in self._replicas]
+        """The process of each replica; 0 for one that does not run now, or not on this host."""
+        return self._fleet.pids()
 
     def shutdown(self) -> None:
         if self.failure is None:
             self._fail(ExecutorError("the engine has been shut down: make a new one.", kind="shutdown"))
-        self.supervisor.stop()
-        self._finalizer()
-
-
-def _end_all(replicas: list[ReplicaProcess | None], death_pipe: tuple[int, int]) -> None:
-    """End every replica: all are asked first, so that they end at the same time."""
-    running = [process for process in replicas if process is not None]
-    for process in running:
-        process.ask()
-    for process in running:
-        process.end(ask=True)
-    replicas[:] = [None] * len(replicas)
-    for fd in death_pipe:
-        os.close(fd)
+        self._fleet.close()

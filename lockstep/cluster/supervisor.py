@@ -59,12 +59,14 @@ class Supervisor:
     def __init__(self, replicas: int, policy: RestartPolicy | None = None, now_s: float = 0.0) -> None:
         self.policy = policy or RestartPolicy()
         self.lives = [Life(since_s=now_s) for _ in range(replicas)]
+        self._none_ready_s: float | None = now_s  # since when; None while one is
 
     def ready(self, replica: int, now_s: float) -> None:
         """It says that it takes requests."""
         life = self.lives[replica]
         assert life.state is State.STARTING, f"replica {replica} is ready while {life.state.value}"
         life.state, life.since_s = State.READY, now_s
+        self._none_ready_s = None
 
     def worked(self, replica: int) -> None:
         """It brought tokens."""
@@ -79,6 +81,8 @@ class Supervisor:
         life.since_s = now_s
         life.state = State.GIVEN_UP if life.failures >= self.policy.most_failures else State.WAITING
         life.due_s = now_s + self.policy.pause_s(life.failures)
+        if self._none_ready_s is None and not any(other.state is State.READY for other in self.lives):
+            self._none_ready_s = now_s
         return life.state
 
     def due(self, now_s: float) -> list[int]:
@@ -98,6 +102,10 @@ class Supervisor:
         """No replica is started any more."""
         for life in self.lives:
             life.state = State.STOPPED
+
+    def stranded_s(self, now_s: float) -> float:
+        """For how long no replica has taken requests; 0 while one does."""
+        return 0.0 if self._none_ready_s is None else now_s - self._none_ready_s
 
     @property
     def hopeless(self) -> bool:

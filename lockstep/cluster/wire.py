@@ -14,13 +14,17 @@ from lockstep.protocol import EngineOutput, EngineRequest
 
 
 class Launch(msgspec.Struct, tag="launch", array_like=True, kw_only=True):
-    """All that a replica process is told before its first order, as the first message on its channel."""
+    """All that a replica process is told before its first order, as the first message from who starts it.
+
+    router_fd: its connection to the router, where that is not the one that this message comes over.
+    """
 
     config: EngineConfig  # of this replica: data_parallel_rank says which
     spec: ModelSpec
     folder: str
     parent_pid: int
     sys_path: list[str]
+    router_fd: int | None = None
 
 
 class Add(msgspec.Struct, tag="add", array_like=True):

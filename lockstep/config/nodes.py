@@ -14,9 +14,17 @@ def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
     if rank < 0 or rank >= nodes:
         more = "" if nodes > 1 else ", or set nnodes to the number of hosts"
         raise ConfigError(f"node_rank={rank} must be from 0 to nnodes - 1 (nnodes={nodes}): the leader is 0, the others count up{more}.")
-    if headless and nodes == 1:
-        raise ConfigError("--headless needs nnodes > 1 (nnodes=1): one host has nobody to serve; leave it out.")
-    if headless and rank == 0:
+    if headless and nodes == 1 and parallel.data_parallel_size == 1:
+        raise ConfigError(
+            "--headless needs nnodes > 1 (nnodes=1) or data_parallel_size > 1 (data_parallel_size=1): one host has nobody to serve; "
+            "leave it out."
+        )
+    if nodes > 1 and parallel.data_parallel_size > 1:
+        raise ConfigError(
+            f"nnodes={nodes} with data_parallel_size={parallel.data_parallel_size}: replicas that each span hosts are not available yet "
+            "in this version; give each host whole replicas (data_parallel_size_local), or leave one of the two out."
+        )
+    if headless and nodes > 1 and rank == 0:
         raise ConfigError(
             "--headless with node_rank=0: node 0 is the leader, which takes the requests; leave --headless out, or set node_rank."
         )

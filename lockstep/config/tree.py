@@ -49,6 +49,15 @@ class ParallelConfig:
     data_parallel_rank: int | None = opt(
         None, "Which replica this process is of, where each is started by itself; under external_launcher found from RANK.", "-dpn"
     )
+    data_parallel_size_local: int | None = opt(
+        None, "Replicas that run on this host; default: all of them. The others are kept by other hosts, with headless.", "-dpl"
+    )
+    data_parallel_start_rank: int | None = opt(None, "The first of this host's replicas, on a host that runs headless.", "-dpr")
+    data_parallel_address: str = opt(
+        "127.0.0.1", "Address of the leader, which takes the requests, as other hosts with replicas reach it.", "-dpa"
+    )
+    data_parallel_rpc_port: int = opt(29550, "Port on the leader at which hosts with replicas report.", "-dpp")
+    data_parallel_backend: str = opt("mp", "How replicas are started: mp (processes).", "-dpb")
     data_parallel_routing: Routing = opt(
         "prefix", "Where a request goes: prefix (to the replica that has its beginning cached), shortest_queue or round_robin."
     )
@@ -99,9 +108,25 @@ class ParallelConfig:
         return range(first, first + self.local_world_size)
 
     @property
+    def local_replicas(self) -> int:
+        """Replicas on this host: they share its cores and its memory."""
+        return self.data_parallel_size if self.data_parallel_size_local is None else self.data_parallel_size_local
+
+    @property
+    def local_replica(self) -> int | None:
+        """Which of its host's replicas this one is; None where this is none. Hosts have replicas in runs."""
+        rank = self.data_parallel_rank
+        return None if rank is None else (rank - (self.data_parallel_start_rank or 0)) % self.local_replicas
+
+    @property
+    def first_device(self) -> int:
+        """The device of this replica's first rank on this host: replicas take the host's devices in order."""
+        return (self.local_replica or 0) * self.local_world_size
+
+    @property
     def ranks_here(self) -> int:
-        """Ranks on this host, of all replicas: what its cores and its memory are shared by."""
-        return self.local_world_size * self.data_parallel_size
+        """Ranks of all replicas on this host."""
+        return self.local_world_size * self.local_replicas
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lockstep.config.errors import ConfigError
 from lockstep.config.hf import load_spec
 from lockstep.config.model_spec import ModelSpec, read_config_json
 from lockstep.config.nodes import check_nodes
+from lockstep.config.replicas import check_replicas
 from lockstep.config.source import find_folder
 from lockstep.config.stages import check_stages
 from lockstep.config.tree import EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig
@@ -38,6 +39,7 @@ POSITIVE = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "data_parallel_size",
+    "data_parallel_size_local",
     "prefill_context_parallel_size",
     "decode_context_parallel_size",
     "nnodes",
@@ -64,7 +66,7 @@ def resolve(config: EngineConfig, *, headless: bool = False) -> tuple[EngineConf
     """Check the whole tree, find the model, and fill what is automatic.
 
     Returns the frozen result, the model's numbers and its folder. Raises ConfigError for the first rule that is broken.
-    `headless`: this process runs ranks for a leader on another host.
+    `headless`: this process serves a leader on another host.
     """
     device, spec, folder = check(config, headless=headless)
     warn_of_crowding(config.parallel, device)
@@ -76,6 +78,7 @@ def check(config: EngineConfig, *, headless: bool = False) -> tuple[Literal["cpu
     check_values(config)
     check_available(config.parallel)
     check_nodes(config.parallel, headless=headless)
+    check_replicas(config.parallel, headless=headless and config.parallel.nnodes == 1)
     if launcher.is_external(config.parallel):
         launcher.place(config.parallel)
     device = pick_device(config.runtime, config.parallel)
@@ -157,11 +160,6 @@ def check_available(parallel: ParallelConfig) -> None:
             "enable_expert_parallel=True: expert parallelism is not available yet in this version; "
             "leave it out, and use tensor_parallel_size to split the model."
         )
-    rank, replicas = parallel.data_parallel_rank, parallel.data_parallel_size
-    if rank is not None and not 0 <= rank < replicas:
-        raise ConfigError(
-            f"data_parallel_rank={rank} is not one of data_parallel_size={replicas} replicas: it must be from 0 to {replicas - 1}."
-        )
     backend = parallel.distributed_executor_backend
     if backend is None:
         return
@@ -177,7 +175,8 @@ def check_available(parallel: ParallelConfig) -> None:
 
 def sizes(parallel: ParallelConfig) -> str:
     """The sizes that multiply to more than one rank, in words."""
-    named = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    elsewhere = parallel.local_replicas < parallel.data_parallel_size
+    named = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size_local" if elsewhere else "data_parallel_size")
     return " and ".join(f"{n}={getattr(parallel, n)}" for n in named if getattr(parallel, n) > 1) or f"{named[0]}=1"
 
 

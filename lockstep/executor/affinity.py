@@ -55,8 +55,8 @@ def plan_cores(
 
 
 def plan_here(n_ranks: int, parallel: ParallelConfig) -> list[RankCores]:
-    """The plan for `n_ranks` on this host, for what this process may use; of several replicas, this one's part of it."""
-    replicas, mine = parallel.data_parallel_size, parallel.data_parallel_rank
+    """The plan for `n_ranks` on this host, for what this process may use; of several replicas here, this one's part of it."""
+    replicas, mine = parallel.local_replicas, parallel.local_replica
     if mine is None:
         replicas, mine = 1, 0
     whole = plan_cores(machine.usable_cores(), n_ranks * replicas, parallel.threads_per_rank, parallel.cpu_binding, machine.quota())

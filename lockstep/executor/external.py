@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class ExternalLauncherExecutor(Executor):
         self._replica: Any = None
         self._relay: Relay | None = None
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-        share = plan_here(place.local_world_size, parallel)[place.local_rank]
+        share = plan_here(place.local_world_size, replace(parallel, data_parallel_rank=None))[place.local_rank]
         self._membership: Membership | None = None
         try:
             self._membership = self._join(config, place)

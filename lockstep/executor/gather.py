@@ -22,7 +22,7 @@ from lockstep.executor.link import Link, LinkLost
 from lockstep.executor.node_wire import Challenge, Hello, Identity, Refused, Welcome
 from lockstep.executor.wire import FrameReader
 from lockstep.observability.logging import get_logger
-from lockstep.utils import env, net
+from lockstep.utils import env, handshake, net
 from lockstep.utils.net import Listener
 from lockstep.utils.shm import Bell
 
@@ -197,7 +197,7 @@ class Gathering:
             guest.link.close()
             self._note(f"{guest.address} connected and did not greet as a node does ({why or 'it said something else, or nothing'})")
             return
-        if not node_wire.proven(hello.proof, self._key, "agent", guest.nonce, hello.nonce, hello.identity):
+        if not handshake.proven(hello.proof, self._key, "agent", guest.nonce, hello.nonce, hello.identity):
             reason = "its LOCKSTEP_CLUSTER_KEY is not the leader's: set the same one on every node"
             guest.link.close(Refused(reason))
             self._note(f"a node at {guest.address} was refused: {reason}")
@@ -220,7 +220,7 @@ class Gathering:
             self._note(f"another {name} was refused: {reason}")
             return
         guest.link.frames.limit = node_wire.MESSAGE_BYTES
-        guest.link.send(Welcome(node_wire.prove(self._key, "leader", hello.nonce, guest.nonce)))
+        guest.link.send(Welcome(handshake.prove(self._key, "leader", hello.nonce, guest.nonce)))
         nodes[who.node_rank] = Node(who.node_rank, who.host, guest.link)
         _log.info("%s has connected from %s", name, guest.address)
 

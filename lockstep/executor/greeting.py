@@ -16,7 +16,7 @@ from lockstep.executor.contract import ExecutorError
 from lockstep.executor.link import Link, LinkLost
 from lockstep.executor.node_wire import Challenge, Hello, Identity, Message, Refused, Welcome
 from lockstep.observability.logging import get_logger
-from lockstep.utils import env, net
+from lockstep.utils import env, handshake, net
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 _log = get_logger(__name__)
@@ -78,11 +78,11 @@ def _greet(link: Link, who: Identity, limit_s: float) -> Link:
     if challenge.protocol != node_wire.PROTOCOL:
         raise _refused(who, f"the leader speaks version {challenge.protocol} of the protocol, this node {node_wire.PROTOCOL}")
     said, nonce = msgspec.msgpack.encode(who), os.urandom(node_wire.NONCE_BYTES)
-    link.send(Hello(nonce, said, node_wire.prove(key, "agent", challenge.nonce, nonce, said)))
+    link.send(Hello(nonce, said, handshake.prove(key, "agent", challenge.nonce, nonce, said)))
     answer = _next(link, until)
     if isinstance(answer, Refused):
         raise _refused(who, answer.reason)
-    if not isinstance(answer, Welcome) or not node_wire.proven(answer.proof, key, "leader", nonce, challenge.nonce):
+    if not isinstance(answer, Welcome) or not handshake.proven(answer.proof, key, "leader", nonce, challenge.nonce):
         raise _refused(who, "what answers there does not have this node's LOCKSTEP_CLUSTER_KEY: set the same one on every node")
     link.frames.limit = node_wire.MESSAGE_BYTES
     _log.info("node %d is in: waiting for the others", who.node_rank)

@@ -18,7 +18,7 @@ def join(launch: Launch, cell: ProgressCell) -> ParallelGroups:
     rendezvous.join(
         launch.rank,
         launch.world_size,
-        launch.local_rank,
+        parallel.first_device + launch.local_rank,
         *launch.rendezvous,
         listen_fd=launch.listen_fd if launch.rank == 0 else None,
         backend="nccl" if launch.config.runtime.device == "cuda" else "gloo",

@@ -16,7 +16,6 @@ The proof is for who may take part. What follows it is neither encrypted nor sig
 from __future__ import annotations
 
 import hashlib
-import hmac
 import struct
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -173,17 +172,6 @@ class Frames:
             except msgspec.DecodeError as e:
                 raise FrameError(f"a message that cannot be decoded: {e}") from None
             yield message
-
-
-def prove(key: str, who: str, *parts: bytes) -> bytes:
-    """What only a holder of `key` can say. who: "leader" or "agent", so that neither can hand the other's proof back."""
-    whole = b"".join(struct.pack("<I", len(part)) + part for part in (who.encode(), *parts))
-    return hmac.new(key.encode(), whole, hashlib.sha256).digest()
-
-
-def proven(proof: bytes, key: str, who: str, *parts: bytes) -> bool:
-    """Whether `proof` is right."""
-    return hmac.compare_digest(proof, prove(key, who, *parts))
 
 
 def versions() -> tuple[str, str]:

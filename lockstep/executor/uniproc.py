@@ -60,7 +60,7 @@ class UniprocExecutor(Executor):
                 groups = ParallelGroups.solo()
                 if config.runtime.device == "cpu":
                     self._seat = Seat(share)
-            self._worker = cls(config, spec, Path(folder), 0, 0, groups, None)
+            self._worker = cls(config, spec, Path(folder), 0, config.parallel.first_device, groups, None)
             self._worker.init_device(share)
         with self._ending("load"):
             self._worker.load_model()

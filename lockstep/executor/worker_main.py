@@ -68,10 +68,11 @@ def main() -> None:
             os.close(launch.listen_fd)  # nobody will serve on it: do not hold the port
         # Now, not earlier: threads inherit it, and those of the groups must run while this one computes on its core.
         keep_on(launch.share.cores)
+        device = launch.config.parallel.first_device + launch.local_rank
         phase = "init"
         cell.set(phase=phase)
         fault.strike(phase)
-        worker = cls(launch.config, launch.spec, Path(launch.folder), launch.rank, launch.local_rank, groups, cell)
+        worker = cls(launch.config, launch.spec, Path(launch.folder), launch.rank, device, groups, cell)
         worker.init_device(launch.share, own_process=True)
         phase = "load"
         cell.set(phase=phase)

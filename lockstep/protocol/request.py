@@ -25,6 +25,8 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     arrival_s: float = 0.0  # monotonic clock
     output_token_ids: list[int] = []  # generated before its replica was lost: it goes on after them
     cache_salt: str | None = None  # requests share cached prefixes only within one salt
+    data_parallel_rank: int | None = None  # the replica that is to run it; None: the router chooses
+    session_id: str | None = None  # requests of one session go to one replica, as far as loads allow
 
 
 class EngineOutput(msgspec.Struct, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -22,6 +23,7 @@ class Channel(Generic[Message]):
         connection.setblocking(False)
         self._socket, self._decode = connection, decode
         self._in, self._out = bytearray(), bytearray()
+        self.broken: OSError | None = None  # what the connection failed with; a plain end is none
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -45,6 +47,8 @@ class Channel(Generic[Message]):
                 sent = self._socket.send(self._out)
             except BlockingIOError:
                 return
+            except OSError as error:
+                raise self._failed(error) from None
             del self._out[:sent]
 
     def drain(self) -> None:
@@ -66,7 +70,8 @@ class Channel(Generic[Message]):
                 data = self._socket.recv(_CHUNK)
             except BlockingIOError:
                 break
-            except ConnectionError:
+            except OSError as error:
+                self._failed(error)
                 data = b""
             if not data:
                 ended = True
@@ -91,5 +96,38 @@ class Channel(Generic[Message]):
         del self._in[:at]
         return found
 
+    def _failed(self, error: OSError) -> ConnectionError:
+        """Note why, once (the socket says it once); a host that cannot be reached is as gone as one that hung up."""
+        self.broken = self.broken or error
+        return error if isinstance(error, ConnectionError) else ConnectionAbortedError(error.errno, error.strerror)
+
     def close(self) -> None:
         self._socket.close()
+
+
+def send_one(connection: socket.socket, message: bytes, deadline_s: float) -> None:
+    """Send one message, blocking until `deadline_s` of the monotonic clock. Raises OSError (TimeoutError) when it cannot."""
+    connection.settimeout(max(0.001, deadline_s - time.monotonic()))
+    connection.sendall(_HEAD.pack(len(message)) + message)
+
+
+def receive_one(connection: socket.socket, deadline_s: float, most_bytes: int) -> bytes:
+    """The next message and not a byte more: what follows is for whoever gets the connection next. Blocks until `deadline_s`.
+
+    Raises OSError (TimeoutError, ConnectionError) when none came whole, or a longer one than `most_bytes` was announced.
+    """
+    (size,) = _HEAD.unpack(_exactly(connection, _HEAD.size, deadline_s))
+    if size > most_bytes:
+        raise ConnectionAbortedError(f"a message of {size} bytes was announced: this is no peer of ours")
+    return _exactly(connection, size, deadline_s)
+
+
+def _exactly(connection: socket.socket, size: int, deadline_s: float) -> bytes:
+    found = bytearray()
+    while len(found) < size:
+        connection.settimeout(max(0.001, deadline_s - time.monotonic()))
+        data = connection.recv(size - len(found))
+        if not data:
+            raise ConnectionResetError("the other end is gone")
+        found += data
+    return bytes(found)

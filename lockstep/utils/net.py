@@ -98,11 +98,21 @@ def address_of(interface: str) -> str | None:
 
 
 def prepare_link(link: socket.socket, silence_s: float) -> None:
-    """A connection of small messages between hosts: nothing waits for more to send, and an unanswered byte ends it in time."""
+    """A connection of small messages between hosts: nothing waits for more to send, and an unanswered byte ends it in time.
+
+    Where nothing is sent the kernel asks: a host that does not answer for `silence_s` is an error on the socket either way.
+    """
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
+    every_s = max(1, round(silence_s / 5))
+    for name, value in (
+        ("TCP_KEEPIDLE", every_s),
+        ("TCP_KEEPINTVL", every_s),
+        ("TCP_KEEPCNT", 4),
+        ("TCP_USER_TIMEOUT", int(silence_s * 1000)),
+    ):
+        if hasattr(socket, name):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def loopback_interface() -> str:

@@ -23,7 +23,7 @@ from lockstep.protocol import NewRequest, SamplingParams, StepPlan
 from lockstep.testing.executors import children_of, decode_plan, fake_executor, wait_for
 from lockstep.testing.nodes import Agent, fake_agent, fake_nodes, held_port, pids_by_rank, seconds, signal_and_wait
 from lockstep.testing.tiny import make_tiny
-from lockstep.utils import procs
+from lockstep.utils import handshake, procs
 
 HOST = re.escape(socket.gethostname())
 NODE_1 = rf"node 1 \({HOST}"
@@ -351,10 +351,10 @@ def test_a_link_that_is_silent_or_speaks_nonsense_is_lost() -> None:
 
 
 def test_a_proof_is_for_one_key_one_side_and_these_words() -> None:
-    proof = node_wire.prove("key", "agent", b"a", b"bc")
-    assert node_wire.proven(proof, "key", "agent", b"a", b"bc")
+    proof = handshake.prove("key", "agent", b"a", b"bc")
+    assert handshake.proven(proof, "key", "agent", b"a", b"bc")
     for other in (("yek", "agent", b"a", b"bc"), ("key", "leader", b"a", b"bc"), ("key", "agent", b"ab", b"c")):
-        assert not node_wire.proven(proof, *other)
+        assert not handshake.proven(proof, *other)
 
 
 @pytest.fixture(scope="module")

@@ -69,3 +69,17 @@ def test_ready_twice_is_our_own_mistake() -> None:
     s.ready(0, 0.0)
     with pytest.raises(AssertionError, match="while ready"):
         s.ready(0, 1.0)
+
+
+def test_how_long_nobody_has_taken_requests() -> None:
+    s = Supervisor(2, POLICY, now_s=5.0)
+    assert s.stranded_s(7.0) == 2.0, "nobody has come up yet"
+    s.ready(0, 8.0)
+    s.ready(1, 8.0)
+    s.failed(0, 10.0)
+    assert s.stranded_s(20.0) == 0.0
+    s.failed(1, 30.0)
+    assert s.stranded_s(31.0) == 1.0
+    s.due(99.0)
+    s.ready(1, 100.0)
+    assert s.stranded_s(101.0) == 0.0

@@ -1,0 +1,208 @@
+"""The leader's door for replicas that other hosts keep: who may come in is settled here, on threads of its own.
+
+The router never waits for a stranger: it learns of a replica when the greeting is over and the connection is worth having.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import select
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from lockstep.cluster import greeting
+from lockstep.cluster.greeting import Challenge, Identity, Refused, Welcome
+from lockstep.config.errors import ConfigError
+from lockstep.config.tree import ParallelConfig
+from lockstep.observability.logging import get_logger
+from lockstep.utils import env, net
+from lockstep.utils.frames import receive_one, send_one
+from lockstep.utils.handshake import prove, proven
+
+GREETING_S = 5.0  # how long a greeting may take
+MOST_GUESTS = 64  # greeted at once: whoever comes then has to come again
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A replica of another host that may be given a start."""
+
+    replica: int
+    connection: socket.socket
+    host: str
+    keeper: bytes
+
+    @property
+    def ended(self) -> bool:
+        """Whether the other side has hung up, also where there is something left to read."""
+        fd = self.connection.fileno()
+        if fd < 0:
+            return True
+        poll = select.poll()
+        poll.register(fd, getattr(select, "POLLRDHUP", 0))
+        return bool(poll.poll(0))
+
+
+class Doorman:
+    """`fileno` is readable when somebody has come in. The router calls; guests are greeted on other threads."""
+
+    def __init__(self, parallel: ParallelConfig, settings: dict[str, str]) -> None:
+        """Listen. settings: those that hosts must agree on. Raises ConfigError when this host has no such address or port."""
+        self.parallel, self._settings = parallel, settings
+        self._key, self._versions = env.cluster_key(), greeting.versions()
+        self._lock = threading.Lock()
+        self._holders: dict[int, Arrival] = {}  # the last who was let in, by replica; an ended one holds nothing
+        self._barred: dict[int, str] = {}
+        self._refused: list[str] = []
+        self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
+        self._guests = threading.Semaphore(MOST_GUESTS)
+        self._closed = False
+        self.at = f"{parallel.data_parallel_address}:{parallel.data_parallel_rpc_port}"
+        try:
+            host = env.host_ip() or net.resolve(parallel.data_parallel_address)
+            self._listener = net.Listener(host, parallel.data_parallel_rpc_port)
+        except OSError as e:
+            raise ConfigError(
+                f"data_parallel_address={parallel.data_parallel_address!r}, data_parallel_rpc_port={parallel.data_parallel_rpc_port}: {e}. "
+                "The leader must listen at an address of its own and a free port: choose another port on every host, or set "
+                "LOCKSTEP_HOST_IP here to the address that this host has."
+            ) from None
+        self._bell, self._ring = socket.socketpair()
+        self._stop, self._stopped = socket.socketpair()
+        for end in (self._bell, self._ring):
+            end.setblocking(False)
+        if not self._key and not net.is_loopback(host):
+            _log.warning("LOCKSTEP_CLUSTER_KEY is not set: whoever reaches %s can join; set the same secret on every host.", self.at)
+        self._thread = threading.Thread(target=self._listen, name="dp-doorman", daemon=True)
+        self._thread.start()
+
+    def fileno(self) -> int:
+        return self._bell.fileno()
+
+    def arrived(self) -> list[Arrival]:
+        """Who has come in since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            while self._bell.recv(64):
+                pass
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._arrivals.get_nowait())
+        return found
+
+    def bar(self, replica: int, reason: str) -> None:
+        """Refuse this replica from now on."""
+        with self._lock:
+            self._barred[replica] = reason
+
+    def missing(self, replicas: list[int], waited_s: float) -> str:
+        """That nobody has come for these replicas: how to start them, and who was refused meanwhile."""
+        p = self.parallel
+        several = len(replicas) > 1
+        text = (
+            f"replica{'s' if several else ''} {', '.join(map(str, replicas))} {'have' if several else 'has'} not reported at {self.at} in "
+            f"{waited_s:g} s: start `lockstep generate MODEL --headless -dp {p.data_parallel_size} -dpl {len(replicas)} -dpr {replicas[0]} "
+            f"-dpa {p.data_parallel_address} -dpp {p.data_parallel_rpc_port}` on another host, and see that no firewall is between."
+        )
+        if net.is_loopback(self._listener.host):
+            text += f" {self._listener.host} is reached from this host only: for others, give its network address as data_parallel_address."
+        with self._lock:
+            return text + (f" Meanwhile, {'; '.join(self._refused)}." if self._refused else "")
+
+    def close(self) -> None:
+        """Let nobody in any more. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._stop.close()
+            self._thread.join(2.0)
+            for end in (self._stopped, self._bell, self._ring):
+                end.close()
+
+    # --- on other threads ---
+
+    def _listen(self) -> None:
+        with self._listener:
+            while not self._closed:
+                if self._stopped.fileno() in select.select([self._listener.fileno(), self._stopped.fileno()], [], [])[0]:
+                    return
+                try:
+                    connection, address = self._listener.accept()
+                except OSError:  # it hung up already; or no descriptor is left, which passes
+                    time.sleep(0.01)
+                    continue
+                if not self._guests.acquire(blocking=False):
+                    self._note(f"{address} was turned away: {MOST_GUESTS} greetings are going on")
+                    connection.close()
+                    continue
+                threading.Thread(target=self._receive, args=(connection, address), name="dp-greeting", daemon=True).start()
+
+    def _receive(self, connection: socket.socket, address: str) -> None:
+        try:
+            net.prepare_link(connection, greeting.silence_s(self.parallel))
+            self._greet(connection, address)
+        except (OSError, msgspec.DecodeError) as e:
+            self._note(f"{address} connected and did not greet as a keeper of replicas does ({e})")
+            connection.close()
+        finally:
+            self._guests.release()
+
+    def _greet(self, connection: socket.socket, address: str) -> None:
+        deadline_s = time.monotonic() + GREETING_S
+        nonce = os.urandom(32)
+        send_one(connection, greeting.encode(Challenge(greeting.PROTOCOL, nonce)), deadline_s)
+        hello = greeting.decode_hello(receive_one(connection, deadline_s, greeting.MOST_BYTES))
+        if not proven(hello.proof, self._key, greeting.KEEPER, nonce, hello.nonce, hello.identity):
+            reason = "its LOCKSTEP_CLUSTER_KEY is not the leader's: set the same one on every host"
+            self._refuse(connection, f"a host at {address}", Refused(reason), deadline_s)
+            return
+        who = greeting.decode_identity(hello.identity)
+        name = f"replica {who.replica} of host {who.host} ({address}, pid {who.pid})"
+        arrival = Arrival(who.replica, connection, who.host, who.keeper)
+        refused = self._judge(who, arrival)
+        if refused is not None:
+            self._refuse(connection, name, refused, deadline_s)
+            return
+        send_one(connection, greeting.encode(Welcome(prove(self._key, greeting.LEADER, hello.nonce, nonce, hello.identity))), deadline_s)
+        _log.info("%s has reported", name)
+        self._arrivals.put(arrival)
+        with contextlib.suppress(OSError):  # full: it rings already; closed: nobody listens
+            self._ring.send(b"1")
+
+    def _judge(self, who: Identity, arrival: Arrival) -> Refused | None:
+        """Whether it suits us. If so, the replica is its own from now on."""
+        p = self.parallel
+        if reason := greeting.misfit(who, self._versions, self._settings):
+            return Refused(reason)
+        if not p.local_replicas <= who.replica < p.data_parallel_size:
+            return Refused(
+                f"replica {who.replica} is not one that another host may keep: the leader runs replicas 0 to {p.local_replicas - 1} of "
+                f"{p.data_parallel_size}; choose data_parallel_start_rank and data_parallel_size_local so that they fit"
+            )
+        with self._lock:
+            if who.replica in self._barred:
+                return Refused(self._barred[who.replica])
+            holder = self._holders.get(who.replica)
+            if holder is not None and holder.keeper != who.keeper and not holder.ended:
+                return Refused(
+                    f"replica {who.replica} is taken by host {holder.host}: give each host its own data_parallel_start_rank", again=True
+                )
+            self._holders[who.replica] = arrival
+        return None
+
+    def _refuse(self, connection: socket.socket, name: str, refused: Refused, deadline_s: float) -> None:
+        self._note(f"{name} was refused: {refused.reason}")
+        with contextlib.suppress(OSError), connection:
+            send_one(connection, greeting.encode(refused), deadline_s)
+
+    def _note(self, text: str) -> None:
+        _log.warning("%s", text)
+        with self._lock:
+            self._refused = [*self._refused[-4:], text]

@@ -1,0 +1,230 @@
+"""All replicas, on this host and on others: started, listened to, lost, started again. Knows nothing of requests.
+
+A replica of this host is a process that is started here. One of another host is a connection that its keeper makes: to start
+it is to take the connection. What is the same for both is the supervisor's: who may be started, and when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lockstep.cluster import wire
+from lockstep.cluster.doorman import Arrival, Doorman
+from lockstep.cluster.greeting import agreed_settings
+from lockstep.cluster.remote import RemoteReplica
+from lockstep.cluster.replica import ReplicaHandle, ReplicaProcess
+from lockstep.cluster.supervisor import RestartPolicy, State, Supervisor
+from lockstep.config.errors import ConfigError
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import EngineConfig
+from lockstep.executor.contract import ExecutorError
+from lockstep.observability.logging import get_logger
+
+_DOOR = -1  # the selector's key of the doorman, among replicas
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A replica said something. After `wire.Ready` the supervisor has it as ready."""
+
+    replica: int
+    reply: Any
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A replica is gone, with all that it ran. then: what is done about it, in words."""
+
+    replica: int
+    error: ExecutorError
+    then: str
+
+
+Event = Said | Lost
+
+
+class Fleet:
+    """The replicas behind one router. One thread calls it."""
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, policy: RestartPolicy | None) -> None:
+        """Start every replica of this host, and wait at the door for the others. Raises ConfigError when there can be no door."""
+        self._config, self._spec, self._folder = config, spec, folder
+        parallel = config.parallel
+        count = parallel.data_parallel_size
+        self.supervisor = Supervisor(count, policy, time.monotonic())
+        self._doorman = Doorman(parallel, agreed_settings(config, spec, folder)) if parallel.local_replicas < count else None
+        self._selector = selectors.DefaultSelector()
+        self._death_pipe = os.pipe()
+        self._replicas: list[ReplicaHandle | None] = [None] * count
+        self._waiting: dict[int, Arrival] = {}  # that have come before they may start
+        self._finalizer = weakref.finalize(self, _end_all, self._replicas, self._waiting, self._doorman, self._death_pipe)
+        if self._doorman is not None:
+            self._selector.register(self._doorman, selectors.EVENT_READ, _DOOR)
+        try:
+            for replica in range(parallel.local_replicas):
+                self._start(replica)
+        except BaseException:
+            self.close()
+            raise
+
+    def pids(self) -> list[int]:
+        """The process of each replica; 0 for one that does not run now, or not here."""
+        return [0 if handle is None else handle.pid for handle in self._replicas]
+
+    def pump(self, timeout_s: float) -> Iterator[Event]:
+        """Sleep until a replica has something to say, one is to be started, or `timeout_s` has passed; all there is, in order.
+
+        Take each event before the next one. Raises ConfigError or ExecutorError for a replica that never came up at all.
+        """
+        due = self.supervisor.next_due_s()
+        if due is not None:
+            timeout_s = max(0.0, min(timeout_s, due - time.monotonic()))
+        for key, events in self._selector.select(timeout_s):
+            if key.data == _DOOR:
+                yield from self._open_door()
+                continue
+            if events & selectors.EVENT_WRITE:
+                self._flush(key.data)
+            if events & selectors.EVENT_READ:
+                yield from self._listen(key.data)
+        for replica in self.supervisor.due(time.monotonic()):
+            _log.info("replica %d is started again", replica)
+            self._start(replica)
+
+    def send(self, replica: int, order: wire.Order) -> None:
+        """Send an order, or as much of it as there is room for; the rest follows in `pump`. Lost if the replica is."""
+        handle = self._replicas[replica]
+        if handle is None:
+            return
+        with contextlib.suppress(ConnectionError):  # its end is read from the same channel soon
+            handle.channel.send(wire.encode(order))
+            self._watch(replica, handle)
+
+    def late(self) -> str:
+        """Who is not ready, in words, for when it should be; "" when all are."""
+        late = [i for i, life in enumerate(self.supervisor.lives) if life.state is not State.READY]
+        limit_s = self._config.runtime.startup_timeout_seconds
+        absent = [i for i in late if self._replicas[i] is None]
+        if absent and self._doorman is not None:
+            return self._doorman.missing(absent, limit_s)
+        return f"replicas {late} were not ready after startup_timeout_seconds={limit_s:g}." if late else ""
+
+    def close(self) -> None:
+        """End all of them: those here, and through their keepers those elsewhere. May be called twice."""
+        self.supervisor.stop()
+        self._finalizer()
+
+    def _start(self, replica: int) -> None:
+        """Start a process, or take the connection of one that has come; without one there is nothing to do until it comes."""
+        handle: ReplicaHandle
+        if replica < self._config.parallel.local_replicas:
+            handle = ReplicaProcess(self._config, self._spec, self._folder, replica, self._death_pipe[0])
+        elif replica in self._waiting:
+            handle = RemoteReplica(self._waiting.pop(replica))
+        else:
+            return
+        self._replicas[replica] = handle
+        self._selector.register(handle, selectors.EVENT_READ, replica)
+
+    def _open_door(self) -> Iterator[Event]:
+        """Replicas of other hosts have come: they start now, or when the supervisor lets them."""
+        assert self._doorman is not None
+        for arrival in self._doorman.arrived():
+            replica, handle = arrival.replica, self._replicas[arrival.replica]
+            if isinstance(handle, RemoteReplica):  # its keeper, or its host's next one, knows better than we do
+                handle.why = "its host has connected anew"
+                yield from self._lose(replica)
+            if self.supervisor.lives[replica].state in (State.GIVEN_UP, State.STOPPED):
+                arrival.connection.close()
+                continue
+            before = self._waiting.pop(replica, None)
+            if before is not None:
+                before.connection.close()
+            self._waiting[replica] = arrival
+            if self.supervisor.lives[replica].state is State.STARTING:
+                self._start(replica)
+
+    def _listen(self, replica: int) -> Iterator[Event]:
+        handle = self._replicas[replica]
+        if handle is None:
+            return
+        try:
+            replies = handle.channel.receive()
+        except (ConnectionError, msgspec.DecodeError):
+            yield from self._lose(replica)
+            return
+        for reply in replies:
+            if isinstance(reply, wire.Failed):
+                handle.failed = reply
+                yield from self._lose(replica)  # now: ending its ranks takes it a while
+                return
+            if isinstance(reply, wire.Ready):
+                self.supervisor.ready(replica, time.monotonic())
+            yield Said(replica, reply)
+
+    def _lose(self, replica: int) -> Iterator[Event]:
+        """A replica is gone: it is started again after a pause, or given up. One that never ran is for the user to know."""
+        handle, life = self._replicas[replica], self.supervisor.lives[replica]
+        assert handle is not None
+        now_s, error = time.monotonic(), handle.error()
+        self._selector.unregister(handle)
+        self._replicas[replica] = None
+        tells = handle.failed is not None or not isinstance(handle, RemoteReplica)  # a host that goes may come again
+        never_ran = life.state is State.STARTING and life.starts == 1 and tells
+        state = self.supervisor.failed(replica, now_s)
+        if never_ran:
+            handle.end(ask=False)
+            raise ConfigError(str(error)) if error.error_type == "ConfigError" else error
+        then = f"it is started again in {life.due_s - now_s:.2f} s"
+        if state is not State.WAITING:
+            then = "it is given up"
+            if self._doorman is not None:
+                self._doorman.bar(replica, f"replica {replica} was given up after {life.failures} failures in a row, the last one: {error}")
+        elif isinstance(handle, RemoteReplica):
+            then = "it is taken back when its host offers it again"
+        try:
+            yield Lost(replica, error, then)  # its requests first
+        finally:
+            handle.end(ask=False)
+
+    def _flush(self, replica: int) -> None:
+        handle = self._replicas[replica]
+        if handle is not None:
+            with contextlib.suppress(ConnectionError):
+                handle.channel.flush()
+            self._watch(replica, handle)
+
+    def _watch(self, replica: int, handle: ReplicaHandle) -> None:
+        """Wake up for room to write only while something waits for it."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if handle.channel.unsent else 0)
+        if self._selector.get_key(handle).events != events:
+            self._selector.modify(handle, events, replica)
+
+
+def _end_all(
+    replicas: list[ReplicaHandle | None], waiting: dict[int, Arrival], doorman: Doorman | None, death_pipe: tuple[int, int]
+) -> None:
+    """End every replica: all are asked first, so that they end at the same time. Those that have just come are asked as well."""
+    running = [handle for handle in replicas if handle is not None]
+    if doorman is not None:
+        running += [RemoteReplica(arrival) for arrival in (*waiting.values(), *doorman.arrived())]
+        doorman.close()
+    for handle in running:
+        handle.ask()
+    for handle in running:
+        handle.end(ask=True)
+    replicas[:] = [None] * len(replicas)
+    for fd in death_pipe:
+        os.close(fd)

@@ -1,0 +1,83 @@
+"""The rules of data parallelism: which replicas run where, and who takes the requests."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from lockstep.config.errors import ConfigError
+from lockstep.config.tree import ParallelConfig
+
+
+def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
+    """Refuse what no set of hosts can have. `headless`: this process keeps replicas for a leader elsewhere. Raises ConfigError."""
+    size, local = parallel.data_parallel_size, parallel.data_parallel_size_local
+    if parallel.data_parallel_backend == "ray":
+        raise ConfigError("data_parallel_backend='ray' is not available yet in this version: use mp (processes).")
+    if parallel.data_parallel_backend != "mp":
+        raise ConfigError(f"data_parallel_backend={parallel.data_parallel_backend!r} is unknown: use mp.")
+    if local is not None and local > size:
+        raise ConfigError(
+            f"data_parallel_size_local={local} is more than data_parallel_size={size}: a host runs a part of all replicas; "
+            f"use at most {size}, or raise data_parallel_size."
+        )
+    _check_rank(parallel, headless=headless)
+    _check_start(parallel, headless=headless)
+    if headless or (parallel.local_replicas < size and parallel.data_parallel_rank is None):
+        _check_meeting_point(parallel)
+
+
+def _check_rank(parallel: ParallelConfig, *, headless: bool) -> None:
+    """data_parallel_rank: this process is one replica and nothing else, and whoever started it sends it its requests."""
+    rank, size = parallel.data_parallel_rank, parallel.data_parallel_size
+    if rank is None:
+        return
+    if not 0 <= rank < size:
+        raise ConfigError(f"data_parallel_rank={rank} is not one of data_parallel_size={size} replicas: it must be from 0 to {size - 1}.")
+    if headless or parallel.data_parallel_start_rank is not None:
+        other = "headless" if headless else f"data_parallel_start_rank={parallel.data_parallel_start_rank}"
+        raise ConfigError(
+            f"data_parallel_rank={rank} with {other}: this process is either one replica by itself, or keeps replicas for a leader; "
+            f"leave data_parallel_rank out, or {other.split('=', maxsplit=1)[0]}."
+        )
+
+
+def _check_start(parallel: ParallelConfig, *, headless: bool) -> None:
+    """data_parallel_start_rank: which replicas a headless host keeps. The leader's are the first, from 0 on."""
+    start, size, local = parallel.data_parallel_start_rank, parallel.data_parallel_size, parallel.data_parallel_size_local
+    if not headless:
+        if start is not None:
+            raise ConfigError(
+                f"data_parallel_start_rank={start} without headless: an endpoint on each host belongs to `lockstep serve`, which is "
+                "not available yet in this version; add headless to keep replicas for a leader, or leave it out on the leader."
+            )
+        return
+    if size == 1:
+        raise ConfigError("headless with data_parallel_size=1: one replica has nobody to keep it for; raise data_parallel_size.")
+    if local is None:
+        raise ConfigError("headless needs data_parallel_size_local: say how many replicas this host keeps.")
+    if start is None:
+        raise ConfigError("headless needs data_parallel_start_rank: say which replica is the first that this host keeps; the leader has 0.")
+    if start < 1:
+        raise ConfigError(f"data_parallel_start_rank={start} must be at least 1 with headless: replica 0 is the leader's.")
+    if start + local > size:
+        raise ConfigError(
+            f"data_parallel_start_rank={start} and data_parallel_size_local={local} make replicas up to {start + local - 1}, but "
+            f"data_parallel_size={size} has them up to {size - 1}: start at {max(1, size - local)}, or keep {max(0, size - start)}."
+        )
+
+
+def _check_meeting_point(parallel: ParallelConfig) -> None:
+    address, port = parallel.data_parallel_address, parallel.data_parallel_rpc_port
+    if not 0 < port < 65536:
+        raise ConfigError(f"data_parallel_rpc_port={port} must be from 1 to 65535: give the same free port on every host.")
+    if not address.strip() or _is_any(address):
+        raise ConfigError(
+            f"data_parallel_address={address!r} is no address that other hosts could connect to: give the leader's, the same on every host."
+        )
+
+
+def _is_any(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_unspecified
+    except ValueError:  # a name
+        return False
