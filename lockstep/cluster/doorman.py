@@ -129,9 +129,12 @@ class Doorman:
     # --- on other threads ---
 
     def _listen(self) -> None:
+        poll = select.poll()
+        poll.register(self._listener.fileno(), select.POLLIN)
+        poll.register(self._stopped.fileno(), select.POLLIN)
         with self._listener:
             while not self._closed:
-                if self._stopped.fileno() in select.select([self._listener.fileno(), self._stopped.fileno()], [], [])[0]:
+                if self._stopped.fileno() in [fd for fd, _ in poll.poll()]:
                     return
                 try:
                     connection, address = self._listener.accept()

@@ -11,7 +11,7 @@ import os
 import selectors
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from lockstep.cluster import wire
 from lockstep.cluster.doorman import Arrival, Doorman
 from lockstep.cluster.greeting import agreed_settings
 from lockstep.cluster.remote import RemoteReplica
-from lockstep.cluster.replica import ReplicaHandle, ReplicaProcess
+from lockstep.cluster.replica import STOP_S, ReplicaHandle, ReplicaProcess
 from lockstep.cluster.supervisor import RestartPolicy, State, Supervisor
 from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
@@ -30,6 +30,7 @@ from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
 from lockstep.observability.logging import get_logger
 
+GRACE_S = 20.0  # a replica times its steps itself and knows why one is late: let it speak first
 _DOOR = -1  # the selector's key of the doorman, among replicas
 
 _log = get_logger(__name__)
@@ -101,7 +102,30 @@ class Fleet:
                 yield from self._listen(key.data)
         for replica in self.supervisor.due(time.monotonic()):
             _log.info("replica %d is started again", replica)
-            self._start(replica)
+            try:
+                self._start(replica)
+            except OSError as e:  # no process or descriptor to be had just now
+                self.supervisor.failed(replica, time.monotonic())
+                _log.warning("replica %d could not be started: %s", replica, e)
+
+    def condemn(self, busy: Sequence[int]) -> Iterator[Event]:
+        """End the replicas that have said nothing for longer than they may: while they start, or have work to do (`busy`)."""
+        now_s, runtime, parallel = time.monotonic(), self._config.runtime, self._config.parallel
+        for replica, life in enumerate(self.supervisor.lives):
+            handle = self._replicas[replica]
+            if handle is None:
+                continue
+            if life.state is State.STARTING:
+                limit_s, what = runtime.startup_timeout_seconds, "did not get ready in {:g} s (startup_timeout_seconds)"
+                late = life.starts > 1 and now_s - life.since_s > limit_s
+            else:
+                limit_s, what = parallel.execute_model_timeout_seconds + GRACE_S, "has requests and said nothing for {:g} s"
+                if replica not in busy:
+                    handle.heard_s = now_s
+                late = now_s - handle.heard_s > limit_s
+            if late:
+                handle.why = what.format(limit_s)
+                yield from self._lose(replica)
 
     def send(self, replica: int, order: wire.Order) -> None:
         """Send an order, or as much of it as there is room for; the rest follows in `pump`. Lost if the replica is."""
@@ -123,8 +147,13 @@ class Fleet:
 
     def close(self) -> None:
         """End all of them: those here, and through their keepers those elsewhere. May be called twice."""
+        ready = [life.state is State.READY for life in self.supervisor.lives]
+        for replica, handle in enumerate(self._replicas):
+            if handle is not None:
+                handle.listens = ready[replica]
         self.supervisor.stop()
         self._finalizer()
+        self._selector.close()
 
     def _start(self, replica: int) -> None:
         """Start a process, or take the connection of one that has come; without one there is nothing to do until it comes."""
@@ -165,7 +194,10 @@ class Fleet:
         except (ConnectionError, msgspec.DecodeError):
             yield from self._lose(replica)
             return
-        for reply in replies:
+        handle.heard_s = time.monotonic()
+        handle.inbox.extend(replies)
+        while handle.inbox:  # one by one: who takes them may be interrupted
+            reply = handle.inbox.popleft()
             if isinstance(reply, wire.Failed):
                 handle.failed = reply
                 yield from self._lose(replica)  # now: ending its ranks takes it a while
@@ -178,6 +210,8 @@ class Fleet:
         """A replica is gone: it is started again after a pause, or given up. One that never ran is for the user to know."""
         handle, life = self._replicas[replica], self.supervisor.lives[replica]
         assert handle is not None
+        if handle.why:  # it would not go by itself
+            handle.end(ask=False, until_s=0.0)
         now_s, error = time.monotonic(), handle.error()
         self._selector.unregister(handle)
         self._replicas[replica] = None
@@ -185,7 +219,7 @@ class Fleet:
         never_ran = life.state is State.STARTING and life.starts == 1 and tells
         state = self.supervisor.failed(replica, now_s)
         if never_ran:
-            handle.end(ask=False)
+            handle.end(ask=False, until_s=0.0)
             raise ConfigError(str(error)) if error.error_type == "ConfigError" else error
         then = f"it is started again in {life.due_s - now_s:.2f} s"
         if state is not State.WAITING:
@@ -197,7 +231,7 @@ class Fleet:
         try:
             yield Lost(replica, error, then)  # its requests first
         finally:
-            handle.end(ask=False)
+            handle.end(ask=False, until_s=0.0)
 
     def _flush(self, replica: int) -> None:
         handle = self._replicas[replica]
@@ -221,10 +255,13 @@ def _end_all(
     if doorman is not None:
         running += [RemoteReplica(arrival) for arrival in (*waiting.values(), *doorman.arrived())]
         doorman.close()
-    for handle in running:
-        handle.ask()
-    for handle in running:
-        handle.end(ask=True)
-    replicas[:] = [None] * len(replicas)
-    for fd in death_pipe:
-        os.close(fd)
+    try:
+        for handle in running:
+            handle.ask()
+        until_s = time.monotonic() + STOP_S
+        for handle in running:
+            handle.end(ask=handle.listens, until_s=until_s)
+        replicas[:] = [None] * len(replicas)
+    finally:  # whatever interrupts us: without the pipe they end
+        for fd in death_pipe:
+            os.close(fd)

@@ -35,7 +35,9 @@ class Placement:
         again: the request has run before and its replica died. It may go anywhere then: to be finished is worth more than where.
         """
         self._routed += 1
-        keeps_index = self._routing == "prefix" and self._caching
+        # A salted request reads no cache but that of its salt, which is nobody else's.
+        keeps_index = self._routing == "prefix" and self._caching and request.cache_salt is None
+        names = self._prefixes.names(tokens) if keeps_index else []
         if request.data_parallel_rank is not None and not again:
             replica = balance.explicit(request.data_parallel_rank, loads)
         elif request.session_id is not None:
@@ -45,9 +47,9 @@ class Placement:
         elif not keeps_index:
             replica = balance.shortest_queue(loads, start=self._routed)
         else:
-            replica = balance.prefix_affine(loads, self._prefixes.matches(tokens), start=self._routed)
+            replica = balance.prefix_affine(loads, self._prefixes.matches(tokens, names), start=self._routed)
         if keeps_index:
-            self._prefixes.insert(tokens, replica)
+            self._prefixes.insert(tokens, replica, names)
         return replica
 
     def forget(self, replica: int) -> None:

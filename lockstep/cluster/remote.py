@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import select
 import time
 
 from lockstep.cluster import wire
 from lockstep.cluster.doorman import Arrival
-from lockstep.cluster.replica import STOP_S, ReplicaHandle
+from lockstep.cluster.replica import ReplicaHandle
 from lockstep.executor.contract import ExecutorError
 from lockstep.utils.frames import Channel
 
@@ -24,7 +23,6 @@ class RemoteReplica(ReplicaHandle):
     def __init__(self, arrival: Arrival) -> None:
         super().__init__(arrival.replica, Channel(arrival.connection, wire.decode_reply))
         self.arrival = arrival
-        self.why = ""  # that it was given up here, where the connection itself says nothing
 
     @property
     def name(self) -> str:
@@ -37,11 +35,10 @@ class RemoteReplica(ReplicaHandle):
             why = f"its host does not answer any more ({words})" if broken.errno in _UNANSWERED else f"the connection failed ({words})"
         return ExecutorError(f"{self.name} is lost: {why}.", kind="died")
 
-    def end(self, ask: bool) -> None:
+    def end(self, ask: bool, until_s: float) -> None:
         if ask:  # what is unread here when we close would make the kernel drop what it has not sent yet
-            until = time.monotonic() + STOP_S
             with contextlib.suppress(OSError):
-                while (left := until - time.monotonic()) > 0 and select.select([self.channel], [], [], left)[0]:
+                while (left := until_s - time.monotonic()) > 0 and self.channel.wait(left):
                     self.channel.flush()
                     self.channel.receive()
         self.channel.close()

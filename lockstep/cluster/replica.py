@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 import lockstep
 from lockstep.cluster import wire
@@ -22,6 +25,7 @@ from lockstep.utils import env, procs
 from lockstep.utils.frames import Channel, send_one
 
 STOP_S = 6.0  # how long a replica may take to end its ranks
+LEAVE_S = 1.0  # ... and once it has hung up, its process
 LAUNCH_S = 30.0  # ... and to read what it is; more than a few KB wait for that
 
 
@@ -33,6 +37,10 @@ class ReplicaHandle(ABC):
     def __init__(self, replica: int, channel: Channel[Any]) -> None:
         self.replica, self.channel = replica, channel
         self.failed: wire.Failed | None = None  # its last words, if it had any
+        self.inbox: deque[Any] = deque()  # said, and not taken yet
+        self.heard_s = time.monotonic()  # when it last said anything, or had nothing to say
+        self.why = ""  # that it was given up here, where it says nothing itself
+        self.listens = True  # whether it would hear an order to stop
 
     @property
     def name(self) -> str:
@@ -45,6 +53,8 @@ class ReplicaHandle(ABC):
     def error(self) -> ExecutorError:
         """Why it is gone: what it said, or how it ended."""
         said = self.failed
+        if said is None and self.why:
+            return ExecutorError(f"{self.name} {self.why}.", kind="hung")
         if said is None:
             return self.unexplained()
         return ExecutorError(
@@ -67,8 +77,8 @@ class ReplicaHandle(ABC):
         """Why it is gone, when it said nothing."""
 
     @abstractmethod
-    def end(self, ask: bool) -> None:
-        """Be done with it, politely if it was asked. Never raises, may be called twice."""
+    def end(self, ask: bool, until_s: float) -> None:
+        """Be done with it, politely until `until_s` of the monotonic clock if it was asked. Never raises, may be called twice."""
 
 
 class ReplicaProcess(ReplicaHandle):
@@ -86,8 +96,14 @@ class ReplicaProcess(ReplicaHandle):
         cause = procs.exit_cause(self.process.returncode)
         return ExecutorError(f"{self.name} (pid {self.pid}) died: {cause}.", exitcode=self.process.returncode, kind="died")
 
-    def end(self, ask: bool) -> None:
-        end_process(self.process, STOP_S if ask else 0.0)
+    def end(self, ask: bool, until_s: float) -> None:
+        # It may be in the middle of telling us something, and the order to stop behind others: move both along.
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            while ask and self.process.poll() is None and time.monotonic() < until_s:
+                self.channel.flush()
+                if self.channel.wait(0.02):
+                    self.channel.receive()
+        end_process(self.process, max(0.0, min(until_s - time.monotonic(), LEAVE_S)) if ask else 0.0)
         self.channel.close()
 
 

@@ -50,12 +50,13 @@ class _Live:
     request: EngineRequest
     tokens: list[int] = field(default_factory=list)  # that have come
     replica: int = -1  # where it runs; -1: nowhere now
+    alias: str = ""  # what it is called there: a new name for each placement, so that nothing late is taken for its own
     replays: int = 0
     lost_s: float = 0.0  # when its replica died; 0: it has gone on since
 
     def resumed(self) -> EngineRequest:
         """The request as a replica gets it now."""
-        return msgspec.structs.replace(self.request, output_token_ids=list(self.tokens)) if self.tokens else self.request
+        return msgspec.structs.replace(self.request, request_id=self.alias, output_token_ids=list(self.tokens))
 
 
 class DataParallelClient(EngineClient):
@@ -71,6 +72,8 @@ class DataParallelClient(EngineClient):
         self.recoveries_s: list[float] = []  # of each request that went on elsewhere: from the loss to its next token
         self._placement = Placement(config)
         self._live: dict[str, _Live] = {}
+        self._aliases: dict[str, str] = {}  # alias -> request id
+        self._placed = 0
         self._homeless: list[str] = []  # requests that no replica can take now
         self._outputs: list[EngineOutput] = []
         self._answers: dict[int, wire.Answer | wire.Refused] = {}
@@ -97,7 +100,9 @@ class DataParallelClient(EngineClient):
 
     def add_request(self, request: EngineRequest) -> None:
         self._raise_failure()
-        if request.request_id in self._live:
+        if not self._live:
+            self._pump(0.0)  # who died while nobody looked must not be chosen
+        if request.request_id in self._live or any(o.request_id == request.request_id for o in self._outputs):
             raise RequestError(f"request id {request.request_id!r} is in use by an unfinished request: choose another id.")
         try:
             self.check_request(request)
@@ -109,19 +114,17 @@ class DataParallelClient(EngineClient):
     def abort(self, request_ids: Iterable[str]) -> None:
         for name in request_ids:
             live = self._live.get(name)
-            if live is None:
-                continue
-            if live.replica < 0:
+            if live is not None:  # ended here and now: what its replica still says of it, or whether it dies, is all the same
                 self._finish(name)
                 self._outputs.append(EngineOutput(request_id=name, new_token_ids=[], finish_reason="abort"))
-            else:
-                self._fleet.send(live.replica, wire.Abort([name]))
+                if live.replica >= 0:
+                    self._fleet.send(live.replica, wire.Abort([live.alias]))
 
     def step(self) -> list[EngineOutput]:
         if self.failure is not None and not self._outputs:
             raise self.failure
-        if not self._outputs and (self._live or self.supervisor.repairing):
-            self._pump(NAP_S)
+        if not self._outputs:
+            self._pump(NAP_S if self._live or self.supervisor.repairing else 0.0)
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -136,14 +139,18 @@ class DataParallelClient(EngineClient):
         replica = self._placement.choose(live.request, known, loads, again=live.replays > 0)
         # No guess at tokens to come: most requests name a limit that they never reach.
         ticket = self.book.start(name, replica, len(known))
-        live.replica = replica
+        self._placed += 1
+        live.replica, live.alias = replica, f"{self._placed}:{name}"
+        self._aliases[live.alias] = name
         self._fleet.send(replica, wire.Add(live.resumed(), ticket))
 
     def _take(self, output: EngineOutput) -> None:
         """An output has come: count it, pass it on."""
-        live = self._live.get(output.request_id)
-        if live is None:
+        name = self._aliases.get(output.request_id)
+        if name is None:
             return  # aborted here while it was on its way
+        live = self._live[name]
+        output.request_id = name
         if output.new_token_ids:
             live.tokens += output.new_token_ids
             if live.lost_s:
@@ -157,6 +164,7 @@ class DataParallelClient(EngineClient):
 
     def _finish(self, name: str) -> None:
         live = self._live.pop(name)
+        self._aliases.pop(live.alias, None)
         self.book.finish(name, len(live.tokens))
         if name in self._homeless:
             self._homeless.remove(name)
@@ -180,6 +188,9 @@ class DataParallelClient(EngineClient):
             else:
                 self._hear(event.replica, event.reply)
         limit_s = self._config.runtime.startup_timeout_seconds
+        for event in self._fleet.condemn([load.replica for load in self.book.loads if load.requests]):
+            assert isinstance(event, Lost)
+            self._lost(event)
         if self._live and self.supervisor.stranded_s(time.monotonic()) > limit_s:
             self._fail(ExecutorError(f"no replica has taken requests for {limit_s:g} s (startup_timeout_seconds). {self._fleet.late()}"))
 
@@ -228,6 +239,7 @@ class DataParallelClient(EngineClient):
 
     def _replay(self, name: str, now_s: float, error: ExecutorError) -> None:
         live = self._live[name]
+        self._aliases.pop(live.alias, None)
         live.replica, live.replays, live.lost_s = -1, live.replays + 1, live.lost_s or now_s
         if live.replays > MOST_REPLAYS:
             self._finish(name)
@@ -249,9 +261,10 @@ class DataParallelClient(EngineClient):
 
     # --- all replicas at once ---
 
-    def _call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every ready replica's engine; the answers in the replicas' order."""
+    def _call(self, method: str, *args: Any, skip_lost: bool = False) -> list[tuple[int, Any]]:
+        """Call a method of every ready replica's engine: (replica, answer) of each. skip_lost: do without those that die meanwhile."""
         self._raise_failure()
+        self._pump(0.0)
         asked: list[tuple[int, int]] = []  # (replica, call)
         for replica, life in enumerate(self.supervisor.lives):
             if life.state is State.READY:
@@ -259,35 +272,43 @@ class DataParallelClient(EngineClient):
                 asked.append((replica, self._calls))
                 self._fleet.send(replica, wire.Call(self._calls, method, list(args)))
         deadline = time.monotonic() + CALL_S
+        starts = {replica: self.supervisor.lives[replica].starts for replica, _ in asked}
         found = []
-        for replica, number in asked:
-            while number not in self._answers:
-                if self.supervisor.lives[replica].state is not State.READY:
+        try:
+            for replica, number in asked:
+                life = self.supervisor.lives[replica]
+                while number not in self._answers and life.state is State.READY and life.starts == starts[replica]:
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"replica {replica} did not answer the call of {method} in {CALL_S:g} s")
+                    self._pump(0.1)
+                answer = self._answers.get(number)
+                if isinstance(answer, wire.Refused):
+                    raise ExecutorError(f"replica {replica}: {answer.message}", kind="raised")
+                if answer is not None:
+                    found.append((replica, answer.value))
+                elif not skip_lost:
                     raise ExecutorError(f"replica {replica} was lost during the call of {method}: call again.", kind="died")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"replica {replica} did not answer the call of {method} in {CALL_S:g} s")
-                self._pump(0.1)
-            answer = self._answers.pop(number)
-            if isinstance(answer, wire.Refused):
-                raise ExecutorError(f"replica {replica}: {answer.message}", kind="raised")
-            found.append(answer.value)
+        finally:
+            for _, number in asked:
+                self._answers.pop(number, None)
         return found
 
     def stats(self) -> EngineStats:
-        return combined([msgspec.msgpack.decode(v, type=EngineStats) for v in self._call("stats")])
+        return combined([msgspec.msgpack.decode(v, type=EngineStats) for _, v in self._call("stats", skip_lost=True)])
 
     def ranks(self) -> list[RankMemory]:
-        return [rank for v in self._call("ranks") for rank in msgspec.msgpack.decode(v, type=list[RankMemory])]
+        return [rank for _, v in self._call("ranks", skip_lost=True) for rank in msgspec.msgpack.decode(v, type=list[RankMemory])]
 
     def collective_rpc(self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
-        return [value for v in self._call("collective_rpc", method, list(args), kwargs) for value in msgspec.msgpack.decode(v)]
+        answers = self._call("collective_rpc", method, list(args), kwargs)
+        return [value for _, v in answers for value in msgspec.msgpack.decode(v)]
 
     def start_profile(self) -> None:
         self._call("start_profile")
 
     def stop_profile(self) -> Profile:
-        found = [msgspec.msgpack.decode(v, type=Profile).tracks for v in self._call("stop_profile")]
-        return Profile([replace(t, name=f"replica {i} {t.name}") for i, tracks in enumerate(found) for t in tracks])
+        found = [(replica, msgspec.msgpack.decode(v, type=Profile).tracks) for replica, v in self._call("stop_profile")]
+        return Profile([replace(t, name=f"replica {replica} {t.name}") for replica, tracks in found for t in tracks])
 
     def pids(self) -> list[int]:
         """The process of each replica; 0 for one that does not run now, or not on this host."""

@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+HEALTHY_S = 600.0  # who was up for so long can run, also where nobody asked anything of it
+
 
 class State(Enum):
     """Where a replica is in its life."""
@@ -77,6 +79,8 @@ class Supervisor:
         life = self.lives[replica]
         if life.state not in (State.STARTING, State.READY):
             return life.state
+        if life.state is State.READY and now_s - life.since_s >= HEALTHY_S:
+            life.failures = 0
         life.failures += 1
         life.since_s = now_s
         life.state = State.GIVEN_UP if life.failures >= self.policy.most_failures else State.WAITING

@@ -107,10 +107,9 @@ class Scheduler:
     def schedule(self) -> ScheduledStep | None:
         """The next step, to be issued at once and passed to `update` with its result, in order. None when there is nothing to do."""
         plan = PlanBuilder(self.limits.max_num_batched_tokens)
-        rows = -(-(len(self.running) + min(len(self.waiting), len(self._free_slots))) // self._stages)
-        preempted = self._schedule_running(plan, rows)
+        preempted = self._schedule_running(plan, -(-len(self.running) // self._stages))
         if not preempted and self.waiting:
-            self._schedule_waiting(plan, rows)
+            self._schedule_waiting(plan, -(-(len(self.running) + min(len(self.waiting), len(self._free_slots))) // self._stages))
         if not plan.rows:
             return None
         self.kv.commit()
@@ -122,12 +121,12 @@ class Scheduler:
         return step
 
     def _schedule_running(self, plan: PlanBuilder, rows: int) -> bool:
-        """Step 1, for at most `rows` requests. Returns whether anyone was preempted."""
+        """Step 1, with at most `rows` rows that sample. Returns whether anyone was preempted."""
         running, preemptions = self.running.items, self._preemptions
         block_size = self.limits.block_size
         at = 0
         pipelined = self._stages > 1
-        while at < len(running) and plan.budget > 0 and len(plan.rows) < rows:
+        while at < len(running) and plan.budget > 0 and len(plan.sampled) < rows:
             request = running[at]
             at += 1
             if pipelined and request.in_flight:
@@ -169,9 +168,9 @@ class Scheduler:
         self.waiting.add(request)
 
     def _schedule_waiting(self, plan: PlanBuilder, rows: int) -> None:
-        """Step 2, up to `rows` requests in all. Stops at the first that must wait for memory, so that none is overtaken for ever."""
+        """Step 2, up to `rows` rows that sample. Stops at the first that must wait for memory, so that none is overtaken for ever."""
         at = 0
-        while at < len(self.waiting) and self._free_slots and plan.budget > 0 and len(plan.rows) < rows:
+        while at < len(self.waiting) and self._free_slots and plan.budget > 0 and len(plan.sampled) < rows:
             request = self.waiting.items[at]
             if request.in_flight:
                 break  # preempted while its token was in flight: its length is not known to be final yet
@@ -201,7 +200,7 @@ class Scheduler:
         """Give a waiting request a slot and blocks, and put it in the plan."""
         self.kv.admit(request, cached, end)
         if request.num_cached < 0:
-            request.num_cached = request.num_computed
+            request.num_cached = min(request.num_computed, request.num_prompt)  # one that goes on has cached outputs too
         request.slot = self._free_slots.pop()
         request.status = Status.RUNNING
         request.sent = len(request.token_ids)

@@ -12,6 +12,7 @@ Notation: p stages, m micro-batches, t_s the mean time that stage s computes on 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,12 +32,12 @@ class Schedule:
     busy: Sequence[Sequence[Span]]
 
     @classmethod
-    def of(cls, profile: Profile, stages: int, stage_size: int) -> Schedule:
-        """From a recorded run: each stage by its first rank."""
+    def of(cls, profile: Profile, stages: int, stage_size: int, prefix: str = "") -> Schedule:
+        """From a recorded run: each stage by its first rank. prefix: of the ranks' names, where there are several replicas."""
         tracks = {track.name: track.rows for track in profile.tracks}
         found = []
         for stage in range(stages):
-            rows = tracks[f"rank {stage * stage_size}"]
+            rows = tracks[f"{prefix}rank {stage * stage_size}"]
             waits = sorted((began, ended) for _, category, began, ended, _, _ in rows if category == "idle")
             steps = [(began, ended, step) for name, _, began, ended, step, _ in rows if re.fullmatch(r"step \d+", name)]
             found.append([part for span in sorted(steps) for part in _without(span, waits)])
@@ -127,7 +128,7 @@ def _without(span: Span, waits: Sequence[tuple[float, float]]) -> list[Span]:
     """The parts of a span outside the waits inside it."""
     at, ended, step = span
     parts = []
-    for wait_began, wait_ended in waits:
+    for wait_began, wait_ended in waits[bisect_left(waits, (at, 0.0)) : bisect_left(waits, (ended, 0.0))]:
         if wait_began >= at and wait_ended <= ended:
             if wait_began > at:
                 parts.append((at, wait_began, step))

@@ -55,12 +55,12 @@ class Channel(Generic[Message]):
         """Block until everything is sent. Raises ConnectionError when the other end is gone."""
         self.flush()
         while self._out:
-            select.select([], [self._socket], [])
+            _poll(self._socket, select.POLLOUT, None)
             self.flush()
 
     def wait(self, timeout_s: float | None) -> bool:
         """Block until there is something to receive; whether there is."""
-        return bool(select.select([self._socket], [], [], timeout_s)[0])
+        return _poll(self._socket, select.POLLIN, timeout_s)
 
     def receive(self) -> list[Message]:
         """The messages that have arrived whole. Raises ConnectionError once the other end has gone and all are taken."""
@@ -103,6 +103,13 @@ class Channel(Generic[Message]):
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _poll(connection: socket.socket, event: int, timeout_s: float | None) -> bool:
+    """Block until the event, or the connection's end. (Not `select`, which knows only the first 1024 descriptors.)"""
+    poll = select.poll()
+    poll.register(connection, event)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def send_one(connection: socket.socket, message: bytes, deadline_s: float) -> None:

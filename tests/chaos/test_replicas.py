@@ -7,17 +7,22 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
+from lockstep.cluster.replica import ReplicaProcess
 from lockstep.cluster.router import DataParallelClient
 from lockstep.config.build import build_config
 from lockstep.config.errors import ConfigError
 from lockstep.config.validate import resolve
 from lockstep.engine.errors import RequestError
+from lockstep.engine.stats import EngineStats
 from lockstep.executor.contract import ExecutorError
 from lockstep.llm import LLM
 from lockstep.protocol import EngineOutput, EngineRequest, SamplingParams
@@ -45,17 +50,35 @@ def client(llm: LLM) -> DataParallelClient:
 def both_ready(llm: LLM) -> None:
     """Wait until every replica is back."""
     deadline = time.monotonic() + 60
+    client(llm).step()
     while not all(client(llm).pids()) or not all(load.routable for load in client(llm).book.loads):
         assert time.monotonic() < deadline, "a replica did not come back"
         client(llm).step()
+
+
+def once(moment: int, strike: Callable[[], object]) -> Callable[[int], None]:
+    """Calls `strike` when so many tokens have come."""
+    struck: list[int] = []
+
+    def disturb(tokens: int) -> None:
+        if tokens >= moment and not struck:
+            struck.append(tokens)
+            strike()
+
+    return disturb
+
+
+def _kill(llm: LLM, source: random.Random, killed: list[int]) -> None:
+    killed.append(kill_one(llm, source))
 
 
 def test_two_replicas_answer_as_one(two: LLM) -> None:
     outputs = two.generate(PROMPTS, PARAMS, use_tqdm=False)
     assert [list(o.outputs[0].token_ids) for o in outputs] == undisturbed()
     assert [o.prompt for o in outputs] == PROMPTS, "in the prompts' order"
-    stats = two.collective_rpc("ping")
-    assert stats == [0, 0], "one rank each"
+    assert two.collective_rpc("ping") == [0, 0], "one rank each"
+    each = [msgspec.msgpack.decode(v, type=EngineStats).generated_tokens for _, v in client(two)._call("stats")]
+    assert min(each) > 0.3 * sum(each), "both have worked"
     assert two.stats().finished >= len(PROMPTS) and two.stats().kv_blocks_used == 0
     assert all(load.requests == load.tokens == 0 for load in client(two).book.loads), "nothing is left in the book"
 
@@ -84,14 +107,170 @@ def test_a_rank_of_a_replica_dies() -> None:
     assert not [pid for pid in (*everyone, *ranks) if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
 
 
+def kill(llm: LLM, replica: int) -> None:
+    """Kill a replica's process and wait until it is gone: letting go of its memory takes it a moment."""
+    process = client(llm)._fleet._replicas[replica].process  # type: ignore[union-attr]
+    process.kill()
+    process.wait(10)
+
+
+LONG = SamplingParams(temperature=0, max_tokens=220, ignore_eos=True)
+
+
 def test_an_abort_reaches_the_replica(two: LLM) -> None:
     both_ready(two)
-    for output in two.stream(PROMPTS, PARAMS):
+    before = two.stats().generated_tokens
+    for output in two.stream(PROMPTS[:8], LONG):
         if len(output.outputs[0].token_ids) > 3:
             break  # leaving the iterator aborts all of them
     deadline = time.monotonic() + 20
     while two.stats().kv_blocks_used or two.stats().running:
         assert time.monotonic() < deadline
+    assert two.stats().generated_tokens - before < 8 * 100, "they were generated to their end"
+    assert all(load.requests == 0 for load in client(two).book.loads)
+
+
+def engine_request(name: str, tokens: int = 200, **sampling: Any) -> EngineRequest:
+    params = SamplingParams(**{"temperature": 0, "max_tokens": tokens, "ignore_eos": True, **sampling})
+    return EngineRequest(request_id=name, prompt_token_ids=[5, 6, 7, 8], sampling=params, seed=0)
+
+
+def ends_of(engine: DataParallelClient, *names: str) -> dict[str, EngineOutput]:
+    """Step until all of these have ended; their last outputs."""
+    ends: dict[str, EngineOutput] = {}
+    deadline = time.monotonic() + 60
+    while not ends.keys() >= set(names):
+        assert time.monotonic() < deadline, f"only {sorted(ends)} ended"
+        for output in engine.step():
+            if output.finish_reason is not None:
+                assert output.request_id not in ends, "ended twice"
+                ends[output.request_id] = output
+    return ends
+
+
+def test_an_abort_holds_when_the_replica_dies(two: LLM) -> None:
+    """It is stopped before it can hear of the abort, and killed: nobody takes the request up again."""
+    both_ready(two)
+    engine = client(two)
+    engine.add_request(engine_request("gone"))
+    engine.add_request(engine_request("stays", 20))
+    where = engine._live["gone"].replica
+    os.kill(engine.pids()[where], signal.SIGSTOP)
+    engine.abort(["gone"])
+    kill(two, where)
+    ends = ends_of(engine, "gone", "stays")
+    assert (ends["gone"].finish_reason, ends["stays"].finish_reason) == ("abort", "length")
+    for _ in range(20):
+        assert not [o for o in engine.step() if o.request_id == "gone"]
+    both_ready(two)
+
+
+def test_an_id_is_free_once_its_end_was_taken(two: LLM) -> None:
+    both_ready(two)
+    engine = client(two)
+    engine.add_request(engine_request("a"))
+    engine.abort(["a"])
+    with pytest.raises(RequestError, match="'a' is in use"):
+        engine.add_request(engine_request("a"))
+    assert ends_of(engine, "a")["a"].finish_reason == "abort"
+    engine.add_request(engine_request("a", 3))
+    assert ends_of(engine, "a")["a"].finish_reason == "length"
+
+
+def test_a_death_while_idle_is_noticed_before_the_next_request(two: LLM) -> None:
+    both_ready(two)
+    kill(two, 0)
+    assert two.stats().running == 0, "the other replica answers"
+    engine = client(two)
+    engine.add_request(engine_request("next", 5))
+    assert engine._live["next"].replica == 1
+    assert ends_of(engine, "next")["next"].finish_reason == "length"
+    both_ready(two)
+
+
+def test_both_replicas_die_at_once(two: LLM) -> None:
+    both_ready(two)
+    victims = client(two).pids()
+
+    def strike() -> None:
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+
+    assert streamed(two, once(300, strike)) == undisturbed()
+    both_ready(two)
+
+
+def test_what_was_given_once_is_not_given_again(two: LLM) -> None:
+    """n > 1, a stop string and prompt log-probabilities across a death."""
+    params = SamplingParams(temperature=0.8, seed=3, n=3, max_tokens=40, ignore_eos=True, prompt_logprobs=1, stop=["zzzz"], logprobs=1)
+    both_ready(two)
+    want = two.generate(PROMPTS[:4], params, use_tqdm=False)
+    both_ready(two)
+    victim, found = client(two).pids()[0], {}
+    strike = once(1, lambda: os.kill(victim, signal.SIGKILL))
+    for output in two.stream(PROMPTS[:4], params):
+        strike(sum(len(c.token_ids) for c in output.outputs))
+        found[output.request_id] = output
+    for w, name in zip(want, sorted(found, key=int), strict=True):
+        assert [c.token_ids for c in found[name].outputs] == [c.token_ids for c in w.outputs]
+        assert found[name].prompt_logprobs == w.prompt_logprobs
+    both_ready(two)
+
+
+def test_a_start_that_fails_is_tried_again(two: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_ready(two)
+    real, refused = ReplicaProcess.__init__, []
+
+    def once_not(self: ReplicaProcess, *args: Any) -> None:
+        if not refused:
+            refused.append(1)
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        real(self, *args)
+
+    monkeypatch.setattr(ReplicaProcess, "__init__", once_not)
+    kill(two, 1)
+    deadline = time.monotonic() + 20
+    while not refused:
+        assert time.monotonic() < deadline
+        client(two).step()
+    both_ready(two)
+
+
+@pytest.mark.timeout(120)
+def test_a_replica_that_hangs_is_replaced(two: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    both_ready(two)
+    engine = client(two)
+    limit = replace(engine._fleet._config, parallel=replace(engine._fleet._config.parallel, execute_model_timeout_seconds=1.0))
+    monkeypatch.setattr(engine._fleet, "_config", limit)
+    monkeypatch.setattr("lockstep.cluster.fleet.GRACE_S", 0.5)
+    victim = engine.pids()[1]
+    assert streamed(two, once(100, lambda: os.kill(victim, signal.SIGSTOP))) == undisturbed()
+    assert "replica 1 has requests and said nothing for 1.5 s" in caplog.text
+    assert not psutil.pid_exists(victim) or psutil.Process(victim).status() == "zombie"
+    monkeypatch.undo()
+    both_ready(two)
+
+
+def test_more_descriptors_than_select_knows(two: LLM) -> None:
+    both_ready(two)
+    files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        kill(two, 0)
+        both_ready(two)
+        assert streamed(two) == undisturbed()
+    finally:
+        for fd in files:
+            os.close(fd)
+
+
+def test_a_paused_reader_does_not_hold_up_the_end() -> None:
+    llm = LLM(data_parallel_size=2, **SMALL)
+    stream = llm.stream(PROMPTS, PARAMS)
+    next(stream)
+    time.sleep(1.0)
+    began = time.monotonic()
+    llm.shutdown()
+    assert time.monotonic() - began < 5.0
 
 
 def test_wrong_requests_are_refused_before_they_travel(two: LLM) -> None:
@@ -143,22 +322,6 @@ def test_a_request_that_kills_every_replica_is_given_up(monkeypatch: pytest.Monk
         assert engine.failure is None
     finally:
         engine.shutdown()
-
-
-def once(moment: int, strike: Callable[[], object]) -> Callable[[int], None]:
-    """Calls `strike` when so many tokens have come."""
-    struck: list[int] = []
-
-    def disturb(tokens: int) -> None:
-        if tokens >= moment and not struck:
-            struck.append(tokens)
-            strike()
-
-    return disturb
-
-
-def _kill(llm: LLM, source: random.Random, killed: list[int]) -> None:
-    killed.append(kill_one(llm, source))
 
 
 @pytest.mark.full

@@ -89,6 +89,7 @@ def broadcasts(rank: int, world_size: int) -> None:
         assert tp.broadcast_object({"from": rank} if rank == src else None, src) == {"from": src}
         entries = [rank, ("tuple", rank)] if rank == src else [None, None]
         assert tp.broadcast_object_list(entries, src) is entries and entries == [src, ("tuple", src)]
+    assert tp.all_gather_objects({"mine": rank}) == [{"mine": r} for r in range(world_size)]
     refused(AssertionError, f"Invalid src rank ({world_size})", lambda: tp.broadcast(ones(rank, 1), world_size))
     refused(AssertionError, f"Invalid src rank ({world_size})", lambda: tp.broadcast_object(1, world_size))
 
@@ -144,6 +145,9 @@ def point_to_point(rank: int, world_size: int) -> None:
     assert tp.recv_object((rank - 1) % world_size) == [(rank - 1) % world_size]
     for h in handles:
         h.wait()
+    incoming = tp.irecv_object((rank - 1) % world_size)
+    tp.send_object({"late": rank}, (rank + 1) % world_size)
+    assert incoming.wait() == {"late": (rank - 1) % world_size}
     refused(AssertionError, "it is this rank itself", lambda: tp.send_object(1, rank))
     refused(AssertionError, f"Invalid src rank ({world_size})", lambda: tp.recv_object(world_size))
     refused(AssertionError, "contiguous", lambda: tp.irecv(torch.empty(2, 3).t()))

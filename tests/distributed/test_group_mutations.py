@@ -30,6 +30,8 @@ NOTICED_BY = {
     "send_object": "point_to_point",
     "isend_object": "point_to_point",
     "recv_object": "point_to_point",
+    "irecv_object": "point_to_point",
+    "all_gather_objects": "broadcasts",
     "broadcast_tensor_dict": "tensor_dicts",
     "send_tensor_dict": "tensor_dicts",
     "recv_tensor_dict": "tensor_dicts",

@@ -256,7 +256,7 @@ def test_no_request_starves_under_a_steady_stream(options, before, patient, stre
         core.add_request(request)
         ledger.accept(request)
     # Whoever is the oldest is never preempted: alone it needs a step per token, plus those in flight.
-    bound = (len(before) + 1) * (2 * MAX_LEN + 3)
+    bound = (len(before) + 1) * (2 * MAX_LEN + 3) * options["stages"]  # a step is one micro-batch of those in flight
     for i in range(bound):
         if f"r{len(before)}" in ledger.ends:
             break

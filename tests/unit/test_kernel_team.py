@@ -101,7 +101,7 @@ def test_items_are_taken_once_and_the_quick_help_the_slow(lib, threads, n):
     assert (counts == 200).all() and (n == 0 or 0 <= ids.min() <= ids.max() < threads)
     if n == 500 and threads > 1:
         lib.selftest_takes(n, 1, 20_000, counts.ctypes.data, ids.ctypes.data)
-        assert (counts == 201).all() and 0 < (ids == 0).sum() < n // threads, "nobody helped the slow one"
+        assert (counts == 201).all() and 0 < (ids == 0).sum() <= n // threads, "nobody helped the slow one"
 
 
 @pytest.mark.parametrize("spin_ns", [0, SPIN_NS])

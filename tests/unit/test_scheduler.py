@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from lockstep.engine.admission import Limits
@@ -15,7 +17,7 @@ VOCAB = 100
 
 
 def scheduler(*, seqs: int = 4, budget: int = 64, length: int = 64, blocks: int = 32, size: int = 4, **options) -> Scheduler:
-    caching = options.pop("caching", True)
+    caching, stages = options.pop("caching", True), options.pop("stages", 1)
     limits = Limits(
         max_num_seqs=seqs,
         max_num_batched_tokens=budget,
@@ -25,7 +27,7 @@ def scheduler(*, seqs: int = 4, budget: int = 64, length: int = 64, blocks: int 
         block_size=size,
         **options,
     )
-    return Scheduler(limits, prefix_caching=caching, clock=FakeClock())
+    return Scheduler(limits, prefix_caching=caching, stages=stages, clock=FakeClock())
 
 
 def request(
@@ -546,3 +548,34 @@ def test_a_cache_below_the_model_length_ends_requests_where_it_ends():
     while s.has_unfinished():
         outs += finish(s, s.schedule())
     assert 9 + len(outs) == 12 and outs[-1].finish_reason == "length"
+
+
+def in_flight(s: Scheduler, stages: int, steps: int) -> Iterator[ScheduledStep]:
+    """Plans, as an engine issues them that keeps `stages` in flight."""
+    flight: list[ScheduledStep] = []
+    for _ in range(steps):
+        while len(flight) < stages and (step := s.schedule()) is not None:
+            flight.append(step)
+            yield step
+        if flight:
+            finish(s, flight.pop(0))
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_micro_batches_are_even_while_a_queue_waits_for_memory(stages: int):
+    """A full cache and a long queue: those that run are still shared out over the stages."""
+    s = scheduler(stages=stages, seqs=64, budget=512, length=64, blocks=200, size=4, caching=False)
+    add(s, *(request(f"r{i}", 8, first=i, max_tokens=40) for i in range(80)))
+    shares = [sum(step.plan.samples) / len(s.running) for step in in_flight(s, stages, 100) if len(s.running) >= 8]
+    assert len(s.waiting) > 20, "memory was meant to be short"
+    assert len(shares) > 50 and max(shares[20:]) <= 1.5 / stages
+
+
+def test_chunks_of_prompts_take_no_decoders_place():
+    """Long prompts that come first in every plan leave a running request its token as often as the stages allow."""
+    s = scheduler(stages=2, seqs=8, budget=8, length=128, blocks=128, by_priority=True)
+    add(s, request("short", 2, priority=1, max_tokens=60))
+    finish(s, s.schedule())
+    add(s, *(request(f"long{i}", 60, first=10 * i, priority=0) for i in range(3)))
+    plans = list(in_flight(s, 2, 16))
+    assert sum("short" in names(step) for step in plans) >= len(plans) // 2 - 1

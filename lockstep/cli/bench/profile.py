@@ -35,6 +35,7 @@ def record(llm: LLM, folder: str | None, report: Reporter, run: Callable[[], obj
     path = profile.write(folder, {"command": report.command, **report.base})
     parallel = llm.config.parallel
     if parallel.pipeline_parallel_size > 1:
-        schedule = Schedule.of(profile, parallel.pipeline_parallel_size, parallel.stage_size)
+        prefix = "replica 0 " if parallel.data_parallel_size > 1 else ""
+        schedule = Schedule.of(profile, parallel.pipeline_parallel_size, parallel.stage_size, prefix)
         report.note(f"\n{schedule.summary(in_flight=parallel.pipeline_parallel_size)}")
     report.note(f"\n{profile.summary()}\n\ntrace: {path} (ui.perfetto.dev or chrome://tracing open it)")
