@@ -6,6 +6,7 @@ the memory found free after loading. Each refusal names the setting, its value, 
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Iterator
@@ -32,7 +33,6 @@ from lockstep.utils.sizes import size
 log = logging.getLogger("lockstep.config")
 
 BACKENDS = ("uni", "mp", "ray", "external_launcher")
-MISSING_BACKENDS = ("ray",)
 MAX_BLOCK_SIZE = 1024
 POSITIVE = (
     "tensor_parallel_size",
@@ -166,10 +166,11 @@ def check_available(parallel: ParallelConfig) -> None:
     if backend is None:
         return
     if backend not in BACKENDS:
-        raise ConfigError(f"distributed_executor_backend={backend!r} is unknown: choose one of uni, mp.{nearest(backend, BACKENDS)}")
-    if backend in MISSING_BACKENDS:
+        raise ConfigError(f"distributed_executor_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.{nearest(backend, BACKENDS)}")
+    if backend == "ray" and importlib.util.find_spec("ray") is None:
         raise ConfigError(
-            f"distributed_executor_backend={backend!r} is not available yet in this version: use mp (worker processes on this host)."
+            "distributed_executor_backend='ray' needs Ray, which is not installed here: pip install 'lockstep[ray]', the same version on "
+            "every node of the cluster; or use mp."
         )
     if backend == "uni" and parallel.world_size > 1:
         raise ConfigError(f"distributed_executor_backend='uni' runs one rank, in this process, but {sizes(parallel)}: use mp.")
