@@ -17,7 +17,7 @@ UNAVAILABLE: dict[str, str] = {
     **dict.fromkeys(
         (
             *("--data-parallel-start-rank", "-dpr", "--data-parallel-size-local", "-dpl"),
-            *("--data-parallel-address", "-dpa", "--data-parallel-rpc-port", "-dpp", "--data-parallel-backend", "-dpb"),
+            *("--data-parallel-address", "-dpa", "--data-parallel-rpc-port", "-dpp"),
             *("--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
             *("--data-parallel-multi-port-external-lb", "-dpm", "--dp-sync-interval", "--disable-nccl-for-dp-synchronization"),
         ),
@@ -46,7 +46,11 @@ UNAVAILABLE: dict[str, str] = {
     "--max-parallel-loading-workers": "ranks read only their own share of the weights, all at once: leave it out",
     "--enforce-eager": f"CUDA graphs are {_LATER[3:]}, so every step is eager: leave it out",
     "--compilation-config": f"compilation {_LATER}: leave it out",
-    "--ray-workers-use-nsight": f"the ray backend {_LATER}: leave it out",
+    **dict.fromkeys(
+        ("--data-parallel-backend", "-dpb"),
+        f"starting replicas by Ray {_LATER}: leave it out; with --distributed-executor-backend ray their ranks run on a Ray cluster",
+    ),
+    "--ray-workers-use-nsight": f"starting ranks under a profiler {_LATER}: leave it out",
     "--worker-cls": f"custom workers are {_LATER[3:]}: leave it out",
     "--worker-extension-cls": f"custom workers are {_LATER[3:]}: leave it out",
     "--trust-remote-code": "code that comes with a checkpoint is never run: leave it out",

@@ -15,6 +15,7 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 import weakref
@@ -194,12 +195,16 @@ def _connect(parallel: ParallelConfig, kind: str) -> None:
         )
     try:
         if address != "local":
+            _probe(address)
             ray.init(address=address or "auto", **quiet)
             return
-    except ConnectionError as e:
+    except OSError as e:  # a ConnectionError, too
         if address:
             words = str(e).partition("\n")[0]
-            raise ConfigError(f"RAY_ADDRESS={address!r}: no Ray cluster answers there ({words}): start it, or unset RAY_ADDRESS.") from None
+            raise ConfigError(
+                f"RAY_ADDRESS={address!r}: no Ray cluster answers there ({words}): start it, set RAY_AUTH_MODE=token if it wants one (and "
+                "have its token here, see `ray get-auth-token`), or unset RAY_ADDRESS."
+            ) from None
     if parallel.data_parallel_size > 1:
         raise ConfigError(
             f"data_parallel_size={parallel.data_parallel_size} with distributed_executor_backend='ray': every replica connects to the "
@@ -208,6 +213,13 @@ def _connect(parallel: ParallelConfig, kind: str) -> None:
     cpus = max(usable_cpus(), parallel.world_size if kind == "CPU" else 1)
     _log.info("no Ray cluster runs here: starting one for this process (%d CPUs)", cpus)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+
+
+def _probe(address: str) -> None:
+    """Raises OSError where nobody listens: Ray would wait for long, and may end the process."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), 5.0).close()
 
 
 class _Stage:
