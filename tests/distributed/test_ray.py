@@ -81,6 +81,44 @@ def test_tokens_are_those_of_one_process(tiny: Path, expected: list[list[int]], 
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
+def test_two_executors_share_a_connection_and_the_last_one_leaves(cluster: str) -> None:
+    import ray
+
+    with fake_executor(1, backend="ray", startup_s=60) as second:
+        with fake_executor(1, backend="ray", startup_s=60) as first:
+            assert first.collective_rpc("echo") == second.collective_rpc("echo") == [[0, [], {}]]
+        first.shutdown()
+        assert second.collective_rpc("echo", (2,)) == [[0, [2], {}]]
+    assert not ray.is_initialized()
+
+
+def test_a_killed_driver_leaves_nothing_in_the_cluster(cluster: str, connected: None) -> None:
+    code = (
+        "from lockstep.testing.executors import *\nimport time\n"
+        "with fake_executor(2, backend='ray', startup_s=60) as e:\n"
+        "    print(*[w['pid'] for w in e.collective_rpc('who')], flush=True); time.sleep(60)\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    pids = [int(pid) for pid in driver.stdout.readline().split()]
+    assert len(pids) == 2
+    pids.append(parent_of(pids[0]))
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    assert procs.wait_gone(pids, 15) == []
+    assert wait_for(lambda: not living_groups() and not busy_cpus(), 15)
+
+
+@pytest.mark.full
+def test_replicas_each_on_the_cluster(tiny: Path, expected: list[list[int]], cluster: str) -> None:
+    from lockstep import LLM
+
+    split = {"pipeline_parallel_size": 2, "data_parallel_size": 2, "distributed_executor_backend": "ray"}
+    with LLM(str(tiny), cpu_binding=False, startup_timeout_seconds=120, **split, **COMMON) as llm:
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected
+
+
 def busy_cpus() -> float:
     import ray
 
@@ -241,12 +279,18 @@ def two_hosts() -> Iterator[None]:
         yield
     finally:
         for name in NAMESPACES:
-            inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=20).stdout.split()
-            for pid in map(int, inside):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            procs.wait_gone(map(int, inside), 10)
+            end_all_in(name)
             subprocess.run(["ip", "netns", "delete", name], check=False, timeout=20)
+
+
+def end_all_in(namespace: str) -> None:
+    """Ray's processes too: `ray stop` would end those of other clusters of this machine."""
+    listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, timeout=20).stdout
+    inside = [int(pid) for pid in listed.split()]
+    for pid in inside:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    procs.wait_gone(inside, 10)
 
 
 @pytest.mark.full
@@ -276,9 +320,9 @@ def test_a_pipeline_over_two_hosts_of_a_cluster(two_hosts: None, tiny: Path) -> 
                 said += line
         command = ["ip", "netns", "exec", "lsraya", *lockstep_, "-pp", "2", "--distributed-executor-backend", "ray", "--log-level", "info"]
         found = subprocess.run(command, capture_output=True, text=True, timeout=150, env={**base, "RAY_ADDRESS": f"{head}:6379"})
-        for node in nodes:
-            node.terminate()
-            node.wait(30)
+        for name, node in zip(NAMESPACES, nodes, strict=True):
+            end_all_in(name)
+            node.wait(10)
             node.stdout.close()
     assert found.returncode == 0, found.stderr
     assert token_ids(found.stdout) == token_ids(alone.stdout)
