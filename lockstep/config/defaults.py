@@ -54,7 +54,9 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose_backend(parallel: ParallelConfig, devices_here: int = sys.maxsize, in_ray_group: bool = False, ray_cluster: bool = False) -> Choice:
+def choose_backend(
+    parallel: ParallelConfig, devices_here: int = sys.maxsize, in_ray_group: bool = False, ray_cluster: bool = False
+) -> Choice:
     """distributed_executor_backend as set; else uni (in this process) for one rank and mp (worker processes) for more, or ray for
     more where this program runs in a Ray placement group, or a Ray cluster is known and this host has too few devices."""
     ranks = parallel.ranks_here

@@ -187,7 +187,9 @@ def check_available(parallel: ParallelConfig) -> None:
     if backend is None:
         return
     if backend not in BACKENDS:
-        raise ConfigError(f"distributed_executor_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.{nearest(backend, BACKENDS)}")
+        raise ConfigError(
+            f"distributed_executor_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.{nearest(backend, BACKENDS)}"
+        )
     if backend == "ray" and not launcher.has_ray():
         raise ConfigError(
             "distributed_executor_backend='ray' needs Ray, which is not installed here: pip install 'lockstep[ray]', the same version on "

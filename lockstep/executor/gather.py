@@ -108,8 +108,8 @@ class Door:
         """What to do about nodes that did not come."""
         parallel, each = self.parallel, late[0] if len(late) == 1 else "N"
         return (
-            f"start {'it' if len(late) == 1 else 'each'} with --nnodes {parallel.nnodes} --node-rank {each} --master-addr {parallel.master_addr} "
-            f"--master-port {parallel.master_port} --headless, and see that no firewall is between"
+            f"start {'it' if len(late) == 1 else 'each'} with --nnodes {parallel.nnodes} --node-rank {each} "
+            f"--master-addr {parallel.master_addr} --master-port {parallel.master_port} --headless, and see that no firewall is between"
         )
 
 

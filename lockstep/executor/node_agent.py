@@ -49,7 +49,14 @@ class NodeAgent(Crew):
     """Make one, and `run` it."""
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, folder: Path, worker_cls: str, *, key: str | None = None, place: tuple[int, int] | None = None
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        folder: Path,
+        worker_cls: str,
+        *,
+        key: str | None = None,
+        place: tuple[int, int] | None = None,
     ) -> None:
         """config: as this host has it; where nodes need not agree, the leader's holds. key: what both sides prove to have; default:
         LOCKSTEP_CLUSTER_KEY. place: (ranks of the same leader before these, all of them) on this host, where other agents have some."""

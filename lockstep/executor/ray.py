@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import socket
@@ -45,6 +46,7 @@ from lockstep.utils.cores import usable_cpus
 PATIENCE_S = 5.0  # after so long without room in the cluster it is said what is waited for
 EXPLAIN_S = 1.0  # how long to wait for what Ray knows about an actor that is gone
 LEAVE_S = 3.0  # how long agents may take to leave by themselves
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _log = logging.get_logger(__name__)
 
 
@@ -138,11 +140,13 @@ class RayDoor(Door):
         for number in self.expected:
             outcome = self._stage.outcome(number, 0.0)
             if outcome:
-                raise ExecutorError(f"node {number} of {self.parallel.nnodes}, which Ray was to start, did not: {outcome}.", phase="node")
+                what = f"node {number} of {self.parallel.nnodes}, which Ray was to start, did not: {outcome.rstrip('.')}."
+                hint = " Install the same version of lockstep on every node of the cluster." if "No module named" in outcome else ""
+                raise ExecutorError(what + hint, phase="node")
 
     def explain(self, number: int) -> str:
         outcome = self._stage.outcome(number, EXPLAIN_S)
-        return f" ({outcome})" if outcome else ""
+        return f" ({outcome.rstrip('.')})" if outcome else ""
 
     def advice(self, late: Sequence[int]) -> str:
         return (
@@ -268,14 +272,15 @@ class _Stage:
         import ray
 
         (kind, each), stages = next(iter(self._need.items())), len(self._bundles)
-        nodes = {n["NodeManagerAddress"]: n["Resources"].get(kind, 0.0) for n in ray.nodes() if n["Alive"]}
-        asked = "; ".join(f"bundle {n} ({rank_list(range(n * int(each), (n + 1) * int(each)))}) {each:g} {kind}" for n in self._bundles)
-        there = ", ".join(f"{address} {count:g} {kind}" for address, count in sorted(nodes.items()))
+        nodes = sorted((n["NodeManagerAddress"], n["Resources"].get(kind, 0.0)) for n in ray.nodes() if n["Alive"])
+        total, most = sum(count for _, count in nodes), max((count for _, count in nodes), default=0.0)
+        runs = [rank_list(range(n * int(each), (n + 1) * int(each))) for n in self._bundles]
+        asked = "; ".join(f"bundle {n} ({run}) {each:g} {kind}" for n, run in zip(self._bundles, runs, strict=True))
+        there = ", ".join(f"{address} {count:g} {kind}" for address, count in nodes)
         text = (
-            f"asked were {stages * each:g} {kind}, each bundle of one node ({asked}); its {len(nodes)} node(s) have {sum(nodes.values()):g} "
-            f"{kind} ({there}), of which {ray.available_resources().get(kind, 0.0):g} are free. "
+            f"asked were {stages * each:g} {kind}, each bundle of one node ({asked}); its {len(nodes)} node(s) have "
+            f"{total:g} {kind} ({there}), of which {ray.available_resources().get(kind, 0.0):g} are free. "
         )
-        most = max(nodes.values(), default=0.0)
         if most < each:
             return text + f"No node has {each:g}: use a tensor_parallel_size of at most {most:g}, or add larger nodes."
         return text + "Use fewer ranks, add nodes, or end what else runs there."
@@ -320,10 +325,8 @@ class _Stage:
             if not ray.is_initialized() or not ray.wait([self._ends[number]], timeout=timeout_s)[0]:
                 return ""
             return str(ray.get(self._ends[number], timeout=timeout_s + 1.0)) or "it ended"
-        except Exception as e:  # the actor is dead, or could not be made: the first lines say it
-            cause = getattr(e, "cause", None)
-            lines = str(cause or e).strip().splitlines()
-            return " ".join(line.strip() for line in lines[-1:] if cause) or " ".join(line.strip() for line in lines[:8])
+        except Exception as e:  # the actor is dead, or could not be made
+            return in_words(e)
 
     def close(self) -> None:
         """Leave nothing in the cluster, and leave it if it was joined here. Never raises; may be called twice."""
@@ -345,6 +348,16 @@ class _Stage:
             Session.close()
 
 
+def in_words(error: Exception) -> str:
+    """What Ray says about an actor, without its colours, carets and guesses: the first line and the last."""
+    cause = getattr(error, "cause", None)
+    if cause is not None:  # what the actor's own code raised
+        return f"{type(cause).__name__}: {cause}"
+    lines = [_COLOUR.sub("", line).partition(" Some common causes")[0].strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line.strip("^~ ")]
+    return " ".join(dict.fromkeys((lines or [type(error).__name__])[:: max(1, len(lines) - 1)]))
+
+
 def fitting(bundles: Sequence[Mapping[str, float]], need: Mapping[str, float], stages: int) -> list[int]:
     """The first bundles of an existing placement group that hold one stage each. Raises ConfigError when there are too few."""
     (kind, each) = next(iter(need.items()))
@@ -352,8 +365,8 @@ def fitting(bundles: Sequence[Mapping[str, float]], need: Mapping[str, float], s
     if len(found) < stages:
         there = ", ".join(f"{bundle.get(kind, 0.0):g} {kind}" for bundle in bundles)
         raise ConfigError(
-            f"this program runs in a Ray placement group whose bundles have {there}, and {stages} of at least {each:g} {kind} are needed: one "
-            "for each pipeline stage, because the ranks that share its layers must be on one node. Make the group so, or change "
+            f"this program runs in a Ray placement group whose bundles have {there}, and {stages} of at least {each:g} {kind} are needed: "
+            "one for each pipeline stage, because the ranks that share its layers must be on one node. Make the group so, or change "
             "tensor_parallel_size and pipeline_parallel_size."
         )
     return found[:stages]

@@ -187,7 +187,10 @@ def test_too_few_resources_are_said_with_numbers(connected: None) -> None:
     )
     with pytest.raises(ExecutorError, match=wanted), fake_executor(3, pipeline_parallel_size=2, backend="ray", startup_s=1):
         pass
-    with pytest.raises(ExecutorError, match=r"No node has 5: use a tensor_parallel_size of at most 4"), fake_executor(5, backend="ray", startup_s=1):
+    with (
+        pytest.raises(ExecutorError, match=r"No node has 5: use a tensor_parallel_size of at most 4"),
+        fake_executor(5, backend="ray", startup_s=1),
+    ):
         pass
     assert wait_for(lambda: not living_groups(), 10)
 
@@ -213,9 +216,9 @@ def test_an_actor_that_cannot_be_made_ends_the_wait(connected: None, monkeypatch
 
     monkeypatch.setattr(backend, "AgentHost", NoAgent)
     started = time.monotonic()
-    with pytest.raises(ExecutorError, match=r"node 0 of 1, which Ray was to start, did not: .*No module named 'lockstep'"):
-        with fake_executor(2, backend="ray", startup_s=60):
-            pass
+    wanted = r"node 0 of 1, which Ray was to start, did not: .*No module named 'lockstep'"
+    with pytest.raises(ExecutorError, match=wanted), fake_executor(2, backend="ray", startup_s=60):
+        pass
     assert time.monotonic() - started < 30
 
 

@@ -33,7 +33,9 @@ FOUR = ParallelConfig(tensor_parallel_size=4)
         (ParallelConfig(tensor_parallel_size=4, distributed_executor_backend="mp"), 1, True, True, "mp", "it is set"),
     ],
 )
-def test_the_choice_and_its_reason(parallel: ParallelConfig, devices_here: int, in_group: bool, cluster: bool, wanted: str, why: str) -> None:
+def test_the_choice_and_its_reason(
+    parallel: ParallelConfig, devices_here: int, in_group: bool, cluster: bool, wanted: str, why: str
+) -> None:
     choice = choose_backend(parallel, devices_here, in_group, cluster)
     assert choice.value == wanted and why in choice.why
 
