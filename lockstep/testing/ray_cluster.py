@@ -24,17 +24,21 @@ def ray_cluster(cpus: int = 4) -> Iterator[str]:
     os.environ.update(names)
     os.environ.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "lockstep.testing.ray_cluster", str(cpus), folder]
-    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
     assert owner.stdin is not None and owner.stdout is not None
     try:
         address = owner.stdout.readline().strip()
-        assert address, "Ray did not start"
+        if not address:
+            log.seek(0)
+            raise RuntimeError(f"Ray did not start: {log.read()}")
         os.environ["RAY_ADDRESS"] = address
         yield address
     finally:
         owner.stdin.close()
         owner.wait(60)
         owner.stdout.close()
+        log.close()
         shutil.rmtree(folder, ignore_errors=True)
         for name, value in before.items():
             os.environ.pop(name, None)

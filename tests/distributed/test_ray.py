@@ -182,8 +182,8 @@ def test_a_killed_actor_is_a_lost_node_and_takes_its_ranks_along(connected: None
 
 def test_too_few_resources_are_said_with_numbers(connected: None) -> None:
     wanted = (
-        r"no room for the ranks in startup_timeout_seconds=1: asked were 6 CPU, each bundle of one node \(bundle 0 \(ranks 0, 1, 2\) 3 CPU; "
-        r"bundle 1 \(ranks 3, 4, 5\) 3 CPU\); its 1 node\(s\) have 4 CPU \(.* 4 CPU\), of which 4 are free\. Use fewer ranks"
+        r"no room for the ranks in startup_timeout_seconds=1: asked were 6 CPU, each bundle of one node \(bundle 0 \(ranks 0, 1, 2\) 3 "
+        r"CPU; bundle 1 \(ranks 3, 4, 5\) 3 CPU\); its 1 node\(s\) have 4 CPU \(.* 4 CPU\), of which 4 are free\. Use fewer ranks"
     )
     with pytest.raises(ExecutorError, match=wanted), fake_executor(3, pipeline_parallel_size=2, backend="ray", startup_s=1):
         pass
