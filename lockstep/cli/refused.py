@@ -49,7 +49,7 @@ UNAVAILABLE: dict[str, str] = {
     "--max-parallel-loading-workers": "ranks read only their own share of the weights, all at once: leave it out",
     "--enforce-eager": f"CUDA graphs are {_LATER[3:]}, so every step is eager: leave it out",
     "--compilation-config": f"compilation {_LATER}: leave it out",
-    "--ray-workers-use-nsight": f"the ray backend {_LATER}: leave it out",
+    "--ray-workers-use-nsight": f"starting ranks under a profiler {_LATER}: leave it out",
     "--worker-cls": f"custom workers are {_LATER[3:]}: leave it out",
     "--worker-extension-cls": f"custom workers are {_LATER[3:]}: leave it out",
     "--trust-remote-code": "code that comes with a checkpoint is never run: leave it out",

@@ -5,6 +5,7 @@ Pure functions of the configuration, the model and, where the caller knows it, t
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 from lockstep.config.model_spec import ModelSpec
@@ -46,9 +47,33 @@ def activation_bytes_per_token(config: EngineConfig, spec: ModelSpec) -> int:
     return stream + max(attention, mlp)
 
 
+class Choice(NamedTuple):
+    """An automatic value, and what speaks for it."""
+
+    value: str
+    why: str
+
+
+def choose_backend(
+    parallel: ParallelConfig, devices_here: int = sys.maxsize, in_ray_group: bool = False, ray_cluster: bool = False
+) -> Choice:
+    """distributed_executor_backend as set; else uni (in this process) for one rank and mp (worker processes) for more, or ray for
+    more where this program runs in a Ray placement group, or a Ray cluster is known and this host has too few devices."""
+    ranks = parallel.ranks_here
+    if parallel.distributed_executor_backend is not None:
+        return Choice(parallel.distributed_executor_backend, "it is set")
+    if parallel.world_size == 1:
+        return Choice("uni", "there is one rank")
+    if parallel.nnodes == 1 and in_ray_group:
+        return Choice("ray", "this program runs in a Ray placement group")
+    if parallel.nnodes == 1 and ray_cluster and ranks > devices_here:
+        return Choice("ray", f"{ranks} ranks are more than the {devices_here} devices here, and RAY_ADDRESS names a cluster")
+    return Choice("mp", f"there are {parallel.world_size} ranks")
+
+
 def default_backend(parallel: ParallelConfig) -> str:
-    """distributed_executor_backend as set, else uni (in this process) for one rank and mp (worker processes) for more."""
-    return parallel.distributed_executor_backend or ("uni" if parallel.world_size == 1 else "mp")
+    """What `choose_backend` says where nothing is known about the machine."""
+    return choose_backend(parallel).value
 
 
 def default_token_budget(config: EngineConfig, spec: ModelSpec, memory_bytes: int | None = None) -> int:

@@ -5,7 +5,10 @@ Every process runs the same program with an engine of its own; together they are
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 from lockstep.config.errors import ConfigError
 from lockstep.config.tree import ParallelConfig
@@ -28,6 +31,24 @@ class Place:
 def is_external(parallel: ParallelConfig) -> bool:
     """Whether a launcher starts the ranks."""
     return parallel.distributed_executor_backend == "external_launcher"
+
+
+def is_ray(parallel: ParallelConfig) -> bool:
+    """Whether Ray decides which hosts the ranks run on: what this one has says nothing about them."""
+    return parallel.distributed_executor_backend == "ray"
+
+
+def has_ray() -> bool:
+    """Whether Ray is installed."""
+    return importlib.util.find_spec("ray") is not None
+
+
+def in_ray_group() -> bool:
+    """Whether this process belongs to a Ray placement group. Ray is not imported for that: where it is so, it has been."""
+    ray: Any = sys.modules.get("ray")
+    if ray is None or not hasattr(ray, "util") or not ray.is_initialized():
+        return False
+    return ray.util.get_current_placement_group() is not None
 
 
 def place(parallel: ParallelConfig) -> Place:

@@ -12,7 +12,10 @@ def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
     """Refuse what no set of hosts can have. `headless`: this process keeps replicas for a leader elsewhere. Raises ConfigError."""
     size, local = parallel.data_parallel_size, parallel.data_parallel_size_local
     if parallel.data_parallel_backend == "ray":
-        raise ConfigError("data_parallel_backend='ray' is not available yet in this version: use mp (processes).")
+        raise ConfigError(
+            "data_parallel_backend='ray': starting replicas by Ray is not available yet in this version: leave it out; with "
+            "distributed_executor_backend='ray' the replicas' ranks run on a Ray cluster."
+        )
     if parallel.data_parallel_backend != "mp":
         raise ConfigError(f"data_parallel_backend={parallel.data_parallel_backend!r} is unknown: use mp.")
     if local is not None and local > size:

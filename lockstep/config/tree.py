@@ -65,7 +65,8 @@ class ParallelConfig:
     decode_context_parallel_size: int = opt(1, "Ranks that share one request's KV cache.", "-dcp")
     enable_expert_parallel: bool = opt(False, "Place whole experts on ranks instead of cutting each.", "-ep")
     distributed_executor_backend: str | None = opt(
-        None, "uni (in this process), mp (worker processes), ray, external_launcher; default: uni for one rank, mp for more."
+        None,
+        "uni (in this process), mp (worker processes), ray (on a Ray cluster), external_launcher; default: uni for one rank, mp for more.",
     )
     nnodes: int = opt(1, "Hosts that share the ranks; start the same command on each, with its node_rank (mp only).", "-n", "--node-size")
     node_rank: int = opt(0, "Which of the nnodes hosts this is: 0 is the leader, the others run with --headless.", "-r")

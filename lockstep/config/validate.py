@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lockstep.config import devices, launcher
 from lockstep.config.build import GROUPS, is_size, nearest
-from lockstep.config.defaults import MEMORY_SHARE, default_backend, default_token_budget
+from lockstep.config.defaults import MEMORY_SHARE, Choice, choose_backend, default_backend, default_token_budget
 from lockstep.config.errors import ConfigError
 from lockstep.config.hf import load_spec
 from lockstep.config.model_spec import ModelSpec, read_config_json
@@ -33,7 +33,6 @@ from lockstep.utils.sizes import size
 log = logging.getLogger("lockstep.config")
 
 BACKENDS = ("uni", "mp", "ray", "external_launcher")
-MISSING_BACKENDS = ("ray",)
 MAX_BLOCK_SIZE = 1024
 POSITIVE = (
     "tensor_parallel_size",
@@ -68,26 +67,48 @@ def resolve(config: EngineConfig, *, headless: bool = False) -> tuple[EngineConf
     Returns the frozen result, the model's numbers and its folder. Raises ConfigError for the first rule that is broken.
     `headless`: this process serves a leader on another host.
     """
+    check_values(config)
+    choice = automatic_backend(config)
+    config = with_backend(config)
     device, spec, folder = check(config, headless=headless)
     warn_of_crowding(config.parallel, device)
+    log.info("distributed_executor_backend is %s: %s", *choice)
     return fill(config, spec, device), spec, folder
 
 
 def check(config: EngineConfig, *, headless: bool = False) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path]:
     """The device, the model's numbers and its folder, every rule checked. Raises ConfigError for the first that is broken."""
     check_values(config)
+    config = with_backend(config)
     check_available(config.parallel)
     check_nodes(config.parallel, headless=headless)
     check_replicas(config.parallel, headless=headless and config.parallel.nnodes == 1)
     if launcher.is_external(config.parallel):
         launcher.place(config.parallel)
     device = pick_device(config.runtime, config.parallel)
-    check_room(config.cache.kv_cache_memory_bytes, launcher.ranks_here(config.parallel), device)
+    if not launcher.is_ray(config.parallel):
+        check_room(config.cache.kv_cache_memory_bytes, launcher.ranks_here(config.parallel), device)
     folder = find_folder(config.model.model, config.model.revision)
     check_checkpoint(config.model, folder)
     spec = load_spec(folder)
     check_model_fits(config, spec)
     return device, spec, folder
+
+
+def automatic_backend(config: EngineConfig) -> Choice:
+    """The backend for `config` on this machine."""
+    cuda = devices.cuda_device_count() if config.runtime.device != "cpu" else 0
+    address = env.ray_address()
+    known = bool(address) and address != "local" and not address.startswith("ray://") and launcher.has_ray()
+    return choose_backend(config.parallel, cuda or usable_cpus(), launcher.in_ray_group(), known)
+
+
+def with_backend(config: EngineConfig) -> EngineConfig:
+    """`config` with ray for its backend, where that is the automatic one: rules differ then. Others are filled in later."""
+    choice = automatic_backend(config)
+    if choice.value != "ray":
+        return config
+    return replace(config, parallel=replace(config.parallel, distributed_executor_backend="ray"))
 
 
 def settings(config: EngineConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -164,10 +185,13 @@ def check_available(parallel: ParallelConfig) -> None:
     if backend is None:
         return
     if backend not in BACKENDS:
-        raise ConfigError(f"distributed_executor_backend={backend!r} is unknown: choose one of uni, mp.{nearest(backend, BACKENDS)}")
-    if backend in MISSING_BACKENDS:
         raise ConfigError(
-            f"distributed_executor_backend={backend!r} is not available yet in this version: use mp (worker processes on this host)."
+            f"distributed_executor_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.{nearest(backend, BACKENDS)}"
+        )
+    if backend == "ray" and not launcher.has_ray():
+        raise ConfigError(
+            "distributed_executor_backend='ray' needs Ray, which is not installed here: pip install 'lockstep[ray]', the same version on "
+            "every node of the cluster; or use mp."
         )
     if backend == "uni" and parallel.world_size > 1:
         raise ConfigError(f"distributed_executor_backend='uni' runs one rank, in this process, but {sizes(parallel)}: use mp.")
@@ -183,6 +207,8 @@ def sizes(parallel: ParallelConfig) -> str:
 def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
     """The device the ranks run on. Raises ConfigError when it is not there, or has fewer devices than ranks."""
     found, ranks = devices.cuda_device_count(), launcher.ranks_here(parallel)
+    if launcher.is_ray(parallel):
+        return "cuda" if runtime.device == "cuda" or (runtime.device == "auto" and found and devices.torch_has_cuda()) else "cpu"
     if runtime.device == "cuda":
         if found == 0:
             raise ConfigError(
@@ -215,7 +241,7 @@ def check_room(kv_bytes: int | None, ranks: int, device: str) -> None:
 
 def warn_of_crowding(parallel: ParallelConfig, device: str) -> None:
     """More ranks or threads than cores is right but slow: said once everything else holds."""
-    if device != "cpu" or (launcher.is_external(parallel) and launcher.place(parallel).local_rank):
+    if device != "cpu" or launcher.is_ray(parallel) or (launcher.is_external(parallel) and launcher.place(parallel).local_rank):
         return  # the first rank of a host speaks for all
     ranks, threads, cores = launcher.ranks_here(parallel), parallel.threads_per_rank or 1, usable_cpus()
     cpus = min(cores, quota() or cores)

@@ -28,7 +28,7 @@ class Crew:
     def __init__(self, plan: Plan, cores: list[RankCores], cells: int) -> None:
         """cores: of each rank on this host. cells: of the progress board; the first are those of the ranks here."""
         self.plan, self.cores = plan, cores
-        self.queue = MessageQueue.create(len(plan.ranks))
+        self.queue = MessageQueue.create(max(1, len(plan.ranks)))
         self.board = ProgressBoard.create(cells)
         self.local: list[WorkerProcess] = []
         self._selector = selectors.DefaultSelector()

@@ -14,16 +14,25 @@ from lockstep.kernels.library import library
 WORKER = "lockstep.worker.worker:Worker"
 
 
-def serve_node(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str = WORKER) -> None:
+def serve_node(
+    config: EngineConfig,
+    spec: ModelSpec,
+    folder: Path,
+    *,
+    worker_cls: str = WORKER,
+    key: str | None = None,
+    place: tuple[int, int] | None = None,
+) -> None:
     """Run this host's ranks for the leader at master_addr, until that one ends in good order.
 
-    Raises ExecutorError when it ends otherwise, when it does not let this node in, and when it cannot be reached.
+    key, place: see NodeAgent. Raises ExecutorError when it ends otherwise, when it does not let this node in, and when it cannot
+    be reached.
     """
     if config.runtime.device == "cpu":
         library()
     from lockstep.executor.node_agent import NodeAgent
 
-    NodeAgent(config, spec, folder, worker_cls).run()
+    NodeAgent(config, spec, folder, worker_cls, key=key, place=place).run()
 
 
 def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str = WORKER) -> Executor:
@@ -51,6 +60,8 @@ def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker
         from lockstep.executor.external import ExternalLauncherExecutor
 
         return ExternalLauncherExecutor(config, spec, folder, worker_cls=worker_cls)
-    raise ConfigError(
-        f"distributed_executor_backend={backend!r} is not available: it must be 'uni' or 'mp', or 'external_launcher' under torchrun."
-    )
+    if backend == "ray":
+        from lockstep.executor.ray import RayExecutor
+
+        return RayExecutor(config, spec, folder, worker_cls=worker_cls)
+    raise ConfigError(f"distributed_executor_backend={backend!r} is unknown: it must be 'uni', 'mp', 'ray' or 'external_launcher'.")

@@ -104,7 +104,8 @@ class Fleet(Crew):
     def _give(self, order: bytes, timeout: float) -> None:
         with self._ordering:
             frame = self._nodes.frame(order)
-            self.queue.enqueue(order, timeout)  # what the ranks here do not take, the others are not given either
+            if self.local:
+                self.queue.enqueue(order, timeout)  # what the ranks here do not take, the others are not given either
             self._nodes.give(frame)
 
     def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
@@ -151,23 +152,28 @@ class Fleet(Crew):
             self._clean_up()
 
     def _spawn(self) -> None:
+        if self.plan.leads_only:
+            self._nodes.start(None, self._attend, self)
+        else:
+            self._spawn_with_own()
+        self.workers += self._nodes.ranks
+        self.operations.places = {rank.rank: rank.where for rank in self._nodes.ranks}
+        self._selector.register(self._bell.fds[0], selectors.EVENT_READ, (self._bell.wait, 0))
+
+    def _spawn_with_own(self) -> None:
         # Bound once and handed to rank 0: nobody can take the port in between.
-        several = self._door is not None
         with Listener(self._door.address, env.rendezvous_port()) if self._door is not None else Listener() as listener:
             here = self.plan.output_rank in self.plan.ranks
             self._spawn_here(self.results.handle if here else None, (listener.host, listener.port), listener)
             self.workers += self.local
             self._nodes.start((listener.host, listener.port), self._attend, self)
-            self.workers += self._nodes.ranks
-            if several:
+            if self._door is not None:
                 interface = net.interface_of(listener.host)
                 at = f"{listener.host} ({interface})"
                 _log.info(
                     "node 0 of %d, the leader: %s; nodes report at %s, ranks meet at port %d of %s",
-                    *(self.plan.config.parallel.nnodes, rank_list(self.plan.ranks), self._door and self._door.at, listener.port, at),
+                    *(self.plan.config.parallel.nnodes, rank_list(self.plan.ranks), self._door.at, listener.port, at),
                 )
-        self.operations.places = {rank.rank: rank.where for rank in self._nodes.ranks}
-        self._selector.register(self._bell.fds[0], selectors.EVENT_READ, (self._bell.wait, 0))
 
     def _watch(self) -> None:
         """One round: sleep until something happens, then handle all of it, deaths last (their last words come first)."""
@@ -244,6 +250,7 @@ class Fleet(Crew):
             for rank in node.ranks.values():
                 rank.code = rank.code if rank.code is not None else -signal.SIGKILL
             return
+        why += self._door.explain(node.number) if self._door is not None else ""
         others = [w.rank for w in self.workers if w.rank not in node.ranks]
         self._fail(failure.lost(node.name, list(node.ranks), why, self.board.describe(node.ranks), self.board.describe(others)))
 

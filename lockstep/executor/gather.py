@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import selectors
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,9 +77,11 @@ class _Guest:
 class Door:
     """The socket at master_addr:master_port, bound before anything is started."""
 
-    def __init__(self, parallel: ParallelConfig) -> None:
-        """Raises ConfigError when this host has no such address or the port is taken."""
-        self.parallel, self.address = parallel, own_address(parallel)
+    first = 1  # number of the first node that comes; 0 would be the leader's own
+
+    def __init__(self, parallel: ParallelConfig, key: str | None = None) -> None:
+        """key: default LOCKSTEP_CLUSTER_KEY. Raises ConfigError when this host has no such address or the port is taken."""
+        self.parallel, self.address, self.key = parallel, own_address(parallel), env.cluster_key() if key is None else key
         try:
             self.listener = Listener(self.address, parallel.master_port)
         except OSError as e:
@@ -88,8 +90,28 @@ class Door:
                 "own and a free port: choose another port on every node, or set LOCKSTEP_HOST_IP on node 0 to the address that it has."
             ) from None
         self.at = f"{parallel.master_addr}:{parallel.master_port}"
-        if not env.cluster_key() and not net.is_loopback(self.address):
+        if not self.key and not net.is_loopback(self.address):
             warn_of_no_key()
+
+    @property
+    def expected(self) -> range:
+        """The numbers of the nodes that come."""
+        return range(self.first, self.parallel.nnodes)
+
+    def watch(self) -> None:
+        """Called over and over while nodes are awaited. Raises ExecutorError when one of them cannot come any more."""
+
+    def explain(self, number: int) -> str:
+        """What else is known about a node that is lost, to go on with after the reason; "" for nothing."""
+        return ""
+
+    def advice(self, late: Sequence[int]) -> str:
+        """What to do about nodes that did not come."""
+        parallel, each = self.parallel, late[0] if len(late) == 1 else "N"
+        return (
+            f"start {'it' if len(late) == 1 else 'each'} with --nnodes {parallel.nnodes} --node-rank {each} "
+            f"--master-addr {parallel.master_addr} --master-port {parallel.master_port} --headless, and see that no firewall is between"
+        )
 
 
 def warn_of_no_key() -> None:
@@ -124,7 +146,7 @@ class Gathering:
     def __init__(self, door: Door, settings: Mapping[str, str], limit_s: float, bell: Bell, stopping: Callable[[], bool]) -> None:
         """settings: those that all nodes must say alike. bell: rung when `stopping` may have become true."""
         self._door, self._settings, self._limit_s, self._bell, self._stopping = door, settings, limit_s, bell, stopping
-        self._key, self._versions = env.cluster_key(), node_wire.versions()
+        self._key, self._versions = door.key, node_wire.versions()
         self._guests: list[_Guest] = []
         self._refused: list[str] = []
 
@@ -136,11 +158,12 @@ class Gathering:
         until = time.monotonic() + self._limit_s
         listener = self._door.listener
         try:
-            while len(nodes) < self._door.parallel.nnodes - 1:
+            while len(nodes) < len(self._door.expected):
                 if self._stopping():
                     return False
                 if time.monotonic() > until:
                     raise self._missing(nodes)
+                self._door.watch()
                 self._round(nodes)
             return True
         finally:
@@ -213,7 +236,7 @@ class Gathering:
         if misfit:
             guest.link.close(Refused(misfit))
             raise ExecutorError(f"{name} was refused: {misfit}.", phase="node", kind="refused")
-        if who.node_rank in nodes or not 0 < who.node_rank < self._door.parallel.nnodes:
+        if who.node_rank in nodes or who.node_rank not in self._door.expected:
             there = nodes.get(who.node_rank)
             reason = f"node_rank={who.node_rank} is taken" + (f" by the one on {there.host}" if there else " by the leader")
             guest.link.close(Refused(f"{reason}: give each node its own, from 1 to {self._door.parallel.nnodes - 1}"))
@@ -240,17 +263,13 @@ class Gathering:
         self._refused = [*self._refused[-4:], text]
 
     def _missing(self, nodes: dict[int, Node]) -> ExecutorError:
-        parallel = self._door.parallel
-        late = [n for n in range(1, parallel.nnodes) if n not in nodes]
-        one = len(late) == 1
+        late = [n for n in self._door.expected if n not in nodes]
         who = rank_list(late).replace("rank", "node", 1)
         message = (
-            f"{who} of {parallel.nnodes} {'has' if one else 'have'} not connected to {self._door.at} in {self._limit_s:g} s: "
-            f"start {'it' if one else 'each'} with --nnodes {parallel.nnodes} --node-rank {late[0] if one else 'N'} "
-            f"--master-addr {parallel.master_addr} --master-port {parallel.master_port} --headless, and see that no firewall is "
-            f"between (startup_timeout_seconds={self._limit_s:g})."
+            f"{who} of {self._door.parallel.nnodes} {'has' if len(late) == 1 else 'have'} not connected to {self._door.at} in "
+            f"{self._limit_s:g} s: {self._door.advice(late)} (startup_timeout_seconds={self._limit_s:g})."
         )
-        if net.is_loopback(self._door.address):
+        if net.is_loopback(self._door.address) and self._door.first:
             message += f" {self._door.address} can be reached from this host only: for others, give its network address as master_addr."
         if self._refused:
             message += " Meanwhile, " + "; ".join(self._refused) + "."

@@ -29,12 +29,12 @@ def identity(config: EngineConfig, spec: ModelSpec) -> Identity:
     return Identity(config.parallel.node_rank, socket.gethostname(), os.getpid(), lockstep, torch, settings)
 
 
-def connect(config: EngineConfig, spec: ModelSpec) -> Link:
-    """The connection to the leader, both ends proven. Raises ExecutorError when the leader is not found in
+def connect(config: EngineConfig, spec: ModelSpec, key: str) -> Link:
+    """The connection to the leader, both ends proven to have the key. Raises ExecutorError when the leader is not found in
     startup_timeout_seconds, or will not have this node."""
     parallel, limit_s = config.parallel, config.runtime.startup_timeout_seconds
     host, port = parallel.master_addr, parallel.master_port
-    if not env.cluster_key() and not net.is_loopback(host):
+    if not key and not net.is_loopback(host):
         gather.warn_of_no_key()
     until, pause, why = time.monotonic() + limit_s, FIRST_PAUSE_S, ""
     while time.monotonic() < until:
@@ -44,7 +44,7 @@ def connect(config: EngineConfig, spec: ModelSpec) -> Link:
             why = f"{e.strerror or e}"
         else:
             try:
-                return _greet(link, identity(config, spec), parallel.node_timeout_seconds)
+                return _greet(link, identity(config, spec), key, parallel.node_timeout_seconds)
             except LinkLost as e:
                 link.close()
                 why = f"it was reached, but {e}"
@@ -70,8 +70,8 @@ def _open(host: str, port: int, timeout_s: float) -> socket.socket:
     return socket.create_connection((host, port), timeout_s, (source, 0) if source else None)
 
 
-def _greet(link: Link, who: Identity, limit_s: float) -> Link:
-    key, until = env.cluster_key(), time.monotonic() + limit_s
+def _greet(link: Link, who: Identity, key: str, limit_s: float) -> Link:
+    until = time.monotonic() + limit_s
     challenge = _next(link, until)
     if not isinstance(challenge, Challenge):
         raise LinkLost(f"it said {type(challenge).__name__} first")

@@ -34,17 +34,20 @@ class MultiprocExecutor(Executor):
         """Starts all ranks; returns when their models are loaded. Raises ExecutorError when one does not get there."""
         self.timeline = Timeline()
         parallel = config.parallel
-        cores = affinity.plan_here(parallel.local_world_size, parallel)
         self.max_concurrent_batches = max(parallel.pipeline_parallel_size, 2 if config.scheduler.async_scheduling else 1)
         self._step_limit_s = parallel.execute_model_timeout_seconds
-        door = Door(parallel) if parallel.nnodes > 1 else None
-        self._fleet = Fleet(Plan(config, spec, Path(folder), worker_cls), cores, door)
+        self._fleet = self._make_fleet(Plan(config, spec, Path(folder), worker_cls))
         self._finalizer = weakref.finalize(self, self._fleet.stop)  # also at exit
         try:
             self._fleet.start()
         except BaseException:  # also Ctrl-C while waiting
             self._fleet.stop()
             raise
+
+    def _make_fleet(self, plan: Plan) -> Fleet:
+        """The ranks to be started."""
+        parallel = plan.config.parallel
+        return Fleet(plan, affinity.plan_here(len(plan.ranks), parallel), Door(parallel) if parallel.nnodes > 1 else None)
 
     def memory(self) -> list[RankMemory]:
         return msgspec.convert(self.collective_rpc("memory"), list[RankMemory])

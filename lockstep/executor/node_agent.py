@@ -25,10 +25,11 @@ from lockstep.executor import affinity, greeting
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.crew import Crew, received
 from lockstep.executor.link import LinkLost
-from lockstep.executor.node_wire import Beat, End, Ended, Leaving, Message, Order, Replied, Said, Stacks, Start
+from lockstep.executor.node_wire import Beat, End, Ended, Leaving, Meeting, Message, Order, Replied, Said, Stacks, Start
 from lockstep.executor.spawn import Plan, WorkerProcess
 from lockstep.observability.logging import get_logger
-from lockstep.utils import net
+from lockstep.utils import env, net
+from lockstep.utils.net import Listener
 
 TICK_S = 0.1
 FULL_S = 0.002  # how soon to try again when the ranks have no room for an order
@@ -47,11 +48,25 @@ class Interrupted(BaseException):
 class NodeAgent(Crew):
     """Make one, and `run` it."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, worker_cls: str) -> None:
-        """config: as this host has it; where nodes need not agree, the leader's holds."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        folder: Path,
+        worker_cls: str,
+        *,
+        key: str | None = None,
+        place: tuple[int, int] | None = None,
+    ) -> None:
+        """config: as this host has it; where nodes need not agree, the leader's holds. key: what both sides prove to have; default:
+        LOCKSTEP_CLUSTER_KEY. place: (ranks of the same leader before these, all of them) on this host, where other agents have some."""
         parallel = config.parallel
         plan = Plan(config, spec, Path(folder), worker_cls)
-        super().__init__(plan, affinity.plan_here(len(plan.ranks), parallel), len(plan.ranks))
+        before, total = place or (0, len(plan.ranks))
+        cores = affinity.plan_here(total, parallel)[before : before + len(plan.ranks)]
+        super().__init__(plan, cores, len(plan.ranks))
+        self._key = env.cluster_key() if key is None else key
+        self._crowd = total / len(plan.ranks)
         self.name = f"node {parallel.node_rank} of {parallel.nnodes}"
         self._leader = f"the leader at {parallel.master_addr}:{parallel.master_port}"
         self._orders: deque[bytes] = deque()  # that the ranks had no room for
@@ -64,7 +79,7 @@ class NodeAgent(Crew):
         link = None
         try:
             with _signals():
-                self._link = link = greeting.connect(self.plan.config, self.plan.spec)
+                self._link = link = greeting.connect(self.plan.config, self.plan.spec, self._key)
                 self._obey(link.early)
                 while self._end is None:
                     self._watch()
@@ -129,13 +144,23 @@ class NodeAgent(Crew):
         )
         config = replace(start.config, parallel=parallel, runtime=replace(start.config.runtime, log_level=own.runtime.log_level))
         config = replace(config, model=replace(start.config.model, model=own.model.model, tokenizer=own.model.tokenizer))
+        share = config.cache.gpu_memory_utilization
+        if share is not None and config.runtime.device == "cpu":  # of the host's memory: agents that share it each take their part
+            config = replace(config, cache=replace(config.cache, gpu_memory_utilization=share / self._crowd))
         self.plan = replace(self.plan, config=config, spec=start.spec)
-        self._spawn_here(None, (start.host, start.port))
-        address = self._link.socket.getsockname()[0]
+        address = self._link.socket.getsockname()[0]  # as others reach it too
+        host, port = start.host, start.port
+        if port:
+            self._spawn_here(None, (host, port))
+        else:
+            with Listener(address, env.rendezvous_port()) as listener:
+                host, port = listener.host, listener.port
+                self._spawn_here(None, (host, port), listener)
+            self._link.send(Meeting(host, port))
         _log.info(
             "%s: %s; at %s (%s), the leader at %s, ranks meet at port %d of %s",
             *(self.name, rank_list(self.plan.ranks), address, net.interface_of(address), self._link.socket.getpeername()[0]),
-            *(start.port, start.host),
+            *(port, host),
         )
 
     def _give(self) -> None:

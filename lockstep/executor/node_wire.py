@@ -5,6 +5,7 @@
                  <----------------  Hello    proof of the key over that nonce and all that the agent says; a nonce of its own
       Welcome    ---------------->           proof of the key the other way (or `Refused`, with the reason)
       Start      ---------------->           when every node is there
+                 <----------------  Meeting  from the node of rank 0, where that is not the leader's
       Order, Stacks, End  ------->
                  <----------------  Replied, Said, Ended, Leaving
       Beat       <--------------->  Beat     from the welcome on; the agent's carry its ranks' progress cells
@@ -28,7 +29,7 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.version import __version__
 
-PROTOCOL = 1
+PROTOCOL = 2
 GREETING_BYTES = 64 << 10  # no message of the greeting is longer
 MESSAGE_BYTES = 1 << 28  # and no other one than this
 NONCE_BYTES = 32
@@ -71,10 +72,17 @@ class Refused(msgspec.Struct, tag="refused", array_like=True):
 
 
 class Start(msgspec.Struct, tag="start", array_like=True):
-    """Start the ranks of this node. host, port: of the rendezvous that rank 0 serves."""
+    """Start the ranks of this node. host, port: of the rendezvous that rank 0 serves; port 0: that is to be here."""
 
     config: EngineConfig
     spec: ModelSpec
+    host: str
+    port: int
+
+
+class Meeting(msgspec.Struct, tag="meeting", array_like=True):
+    """Where the ranks meet: rank 0 of this node serves the rendezvous there."""
+
     host: str
     port: int
 
@@ -131,7 +139,7 @@ class Leaving(msgspec.Struct, tag="leaving", array_like=True):
     reason: str
 
 
-Message = Challenge | Hello | Welcome | Refused | Start | Order | Stacks | End | Replied | Said | Ended | Beat | Leaving
+Message = Challenge | Hello | Welcome | Refused | Start | Meeting | Order | Stacks | End | Replied | Said | Ended | Beat | Leaving
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode

@@ -12,7 +12,7 @@ from lockstep.executor import node_wire
 from lockstep.executor.crew import received
 from lockstep.executor.gather import Door, Gathering, Node, RemoteRank
 from lockstep.executor.link import Link, LinkLost
-from lockstep.executor.node_wire import BEAT_S, Beat, End, Ended, Leaving, Order, Replied, Said, Stacks, Start
+from lockstep.executor.node_wire import BEAT_S, Beat, End, Ended, Leaving, Meeting, Order, Replied, Said, Stacks, Start
 from lockstep.executor.spawn import Plan
 from lockstep.observability.logging import get_logger
 from lockstep.utils.shm import Bell
@@ -47,17 +47,24 @@ class Nodes:
         settings = node_wire.agreed_settings(config, self._plan.spec)
         return Gathering(self._door, settings, config.runtime.startup_timeout_seconds, self._bell, stopping).run(self._nodes)
 
-    def start(self, rendezvous: tuple[str, int], attend: Callable[[Link, Callable[[Node], None], Node], None], to: Listener) -> None:
-        """Have every node start its ranks. attend: watches a link. to: is told what comes from now on."""
+    def start(self, rendezvous: tuple[str, int] | None, attend: Callable[[Link, Callable[[Node], None], Node], None], to: Listener) -> None:
+        """Have every node start its ranks. attend: watches a link. to: is told what comes from now on.
+
+        rendezvous: that rank 0 serves here; None: it is on node 0, which says where; the others are started then.
+        """
         self._attend, self._to = attend, to
         count = self._plan.config.parallel.local_world_size
         for number, node in sorted(self._nodes.items()):
             ranks = range(number * count, (number + 1) * count)
             node.ranks = {rank: RemoteRank(rank, f" on {node.name}") for rank in ranks}
             self.ranks += node.ranks.values()
-            node.link.send(Start(self._plan.config, self._plan.spec, *rendezvous))
-        self._started = tuple(self._nodes.values())
+            if rendezvous is not None or number == 0:
+                self._start(node, *(rendezvous or ("", 0)))
         self.watch()
+
+    def _start(self, node: Node, host: str, port: int) -> None:
+        node.link.send(Start(self._plan.config, self._plan.spec, host, port))
+        self._started = (*self._started, node)
 
     def watch(self) -> None:
         """Look at every link again: whether it waits to send, whether it beats. Once a round."""
@@ -116,6 +123,11 @@ class Nodes:
     def _take(self, node: Node, message: node_wire.Message) -> None:
         if isinstance(message, Beat):
             self._show(node, message)
+        elif isinstance(message, Meeting):
+            _log.info("ranks meet at port %d of %s, on %s", message.port, message.host, node.name)
+            for other in self._nodes.values():
+                if other is not node:
+                    self._start(other, message.host, message.port)
         elif isinstance(message, Leaving):
             self._leave(node, message.reason)
         elif isinstance(message, Replied | Said | Ended):

@@ -73,6 +73,7 @@ class Plan:
     spec: ModelSpec
     folder: Path
     worker_cls: str
+    leads_only: bool = False  # this process runs no rank of its own: all are on other nodes
 
     @property
     def world_size(self) -> int:
@@ -86,7 +87,7 @@ class Plan:
     @property
     def ranks(self) -> range:
         """The ranks on this host."""
-        return self.config.parallel.local_ranks
+        return range(0) if self.leads_only else self.config.parallel.local_ranks
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,20 @@ def cluster_key() -> str:
     return _text("LOCKSTEP_CLUSTER_KEY")
 
 
+_OWN_TO_HOST = ("HOST_IP", "HOST_ID", "INTERFACE", "PORT", "CACHE", "CLUSTER_KEY")
+
+
+def for_other_hosts() -> dict[str, str]:
+    """The LOCKSTEP_ variables that are set here and mean the same on another host."""
+    own = {f"LOCKSTEP_{name}" for name in _OWN_TO_HOST}
+    return {name: text for name, text in os.environ.items() if name.startswith("LOCKSTEP_") and name not in own}
+
+
+def ray_address() -> str:
+    """RAY_ADDRESS: the Ray cluster to use; empty means one that was started on this host."""
+    return _text("RAY_ADDRESS")
+
+
 def rendezvous_port() -> int:
     """LOCKSTEP_PORT: the port on which rank 0 serves the rendezvous for other hosts; 0 means any that is free."""
     text = _text("LOCKSTEP_PORT")

@@ -183,7 +183,7 @@ def test_the_default_backend_follows_the_number_of_ranks(tp: int, wanted: str) -
         assert type(executor).__name__ == wanted
 
 
-@pytest.mark.parametrize(("tp", "backend", "message"), [(2, "uni", "runs one rank"), (1, "carrier-pigeon", "'uni' or 'mp'")])
+@pytest.mark.parametrize(("tp", "backend", "message"), [(2, "uni", "runs one rank"), (1, "carrier-pigeon", "'uni', 'mp'")])
 def test_an_unfitting_backend_is_refused(tp: int, backend: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_executor(fake_config(tp, backend=backend), SPEC, Path("."), worker_cls=FAKE_WORKER)

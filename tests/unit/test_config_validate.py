@@ -65,7 +65,7 @@ BROKEN = [
     ({"prefill_context_parallel_size": 2}, ["prefill context parallelism is not available yet"]),
     ({"decode_context_parallel_size": 2}, ["decode context parallelism is not available yet"]),
     ({"enable_expert_parallel": True}, ["expert parallelism is not available yet"]),
-    ({"distributed_executor_backend": "ray"}, ["not available yet", "use mp"]),
+    ({"nnodes": 2, "tensor_parallel_size": 2, "distributed_executor_backend": "ray"}, ["mp, and it is 'ray'", "use mp"]),
     (
         {"distributed_executor_backend": "external_launcher"},
         ["RANK", "not in the environment", "torchrun --nproc-per-node=1"],

@@ -1,0 +1,336 @@
+"""`distributed_executor_backend="ray"`: what works in one process works on a Ray cluster, and what breaks there is named."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lockstep
+from lockstep.config.errors import ConfigError
+from lockstep.config.tree import ParallelConfig
+from lockstep.executor.contract import ExecutorError
+from lockstep.protocol import SamplingParams
+from lockstep.testing.executors import decode_plan, fake_executor, wait_for
+from lockstep.testing.nodes import pids_by_rank
+from lockstep.testing.ray_cluster import ray_cluster
+from lockstep.testing.tiny import make_tiny
+from lockstep.utils import procs
+
+HOST = re.escape(socket.gethostname())
+PARAMS = SamplingParams(temperature=0, max_tokens=12)
+PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9], list(range(10, 60))]
+COMMON = {"dtype": "float32", "max_model_len": 128, "num_gpu_blocks_override": 64, "device": "cpu"}
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster with four CPUs, named by RAY_ADDRESS."""
+    with ray_cluster(4) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def connected(cluster: str) -> Iterator[None]:
+    """This process is connected before an executor is made, and still is afterwards."""
+    import ray
+
+    ray.init(address=cluster, configure_logging=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path) -> list[list[int]]:
+    from lockstep import LLM
+
+    with LLM(str(tiny), **COMMON) as whole:
+        return [o.outputs[0].token_ids for o in whole.generate(PROMPTS, PARAMS, use_tqdm=False)]
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 2)], ids=["tp2", "pp2", "tp2-pp2"])
+def test_tokens_are_those_of_one_process(tiny: Path, expected: list[list[int]], cluster: str, sizes: tuple[int, int]) -> None:
+    import ray
+
+    from lockstep import LLM
+
+    split = {"tensor_parallel_size": sizes[0], "pipeline_parallel_size": sizes[1], "distributed_executor_backend": "ray"}
+    handler = signal.getsignal(signal.SIGTERM)
+    with LLM(str(tiny), cpu_binding=False, startup_timeout_seconds=120, **split, **COMMON) as llm:
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected
+        assert [m.rank for m in llm.memory()] == list(range(sizes[0] * sizes[1]))
+    assert not ray.is_initialized(), "what it connected to, it has left"
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_two_executors_share_a_connection_and_the_last_one_leaves(cluster: str) -> None:
+    import ray
+
+    with fake_executor(1, backend="ray", startup_s=60) as second:
+        with fake_executor(1, backend="ray", startup_s=60) as first:
+            assert first.collective_rpc("echo") == second.collective_rpc("echo") == [[0, [], {}]]
+        first.shutdown()
+        assert second.collective_rpc("echo", (2,)) == [[0, [2], {}]]
+    assert not ray.is_initialized()
+
+
+def test_a_killed_driver_leaves_nothing_in_the_cluster(cluster: str, connected: None) -> None:
+    code = (
+        "from lockstep.testing.executors import *\nimport time\n"
+        "with fake_executor(2, backend='ray', startup_s=60) as e:\n"
+        "    print(*[w['pid'] for w in e.collective_rpc('who')], flush=True); time.sleep(60)\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    pids = [int(pid) for pid in driver.stdout.readline().split()]
+    assert len(pids) == 2
+    pids.append(parent_of(pids[0]))
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    assert procs.wait_gone(pids, 15) == []
+    assert wait_for(lambda: not living_groups() and not busy_cpus(), 15)
+
+
+@pytest.mark.full
+def test_replicas_each_on_the_cluster(tiny: Path, expected: list[list[int]], cluster: str) -> None:
+    from lockstep import LLM
+
+    split = {"pipeline_parallel_size": 2, "data_parallel_size": 2, "distributed_executor_backend": "ray"}
+    with LLM(str(tiny), cpu_binding=False, startup_timeout_seconds=120, **split, **COMMON) as llm:
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected
+
+
+def busy_cpus() -> float:
+    import ray
+
+    return float(ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0))
+
+
+def living_groups() -> list[str]:
+    import ray
+
+    return [g["state"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+
+
+def test_steps_calls_and_nothing_left_behind(connected: None) -> None:
+    import ray
+
+    before = set(os.listdir("/dev/shm"))
+    with fake_executor(2, pipeline_parallel_size=2, backend="ray", startup_s=60) as executor:
+        futures = [executor.execute_model(decode_plan(step)) for step in range(30)]
+        assert [f.result(20).tokens for f in futures] == [[s * 1000, s * 1000 + 3] for s in range(30)]
+        assert executor.collective_rpc("echo", (1, "x")) == [[r, [1, "x"], {}] for r in range(4)]
+        assert executor.collective_rpc("seen_steps") == [list(range(30))] * 4
+        with pytest.raises(ExecutorError, match=rf"rank 2 on node 1 \({HOST}\) raised KeyError in call misbehave_on"):
+            executor.collective_rpc("misbehave_on", (2, "raise:here"))
+        pids = pids_by_rank(executor)
+        actors = {parent_of(pid) for pid in pids}
+        assert len(actors) == 2 and os.getpid() not in actors
+        assert living_groups() == ["CREATED"] and busy_cpus() == 4
+    assert procs.wait_gone([*pids, *actors], 10) == []
+    assert wait_for(lambda: not living_groups() and not busy_cpus(), 10), (living_groups(), busy_cpus())
+    assert ray.is_initialized(), "it did not connect, so it does not disconnect"
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith("plasma")}
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+
+
+def test_a_killed_rank_is_named_with_its_node(connected: None) -> None:
+    with fake_executor(2, pipeline_parallel_size=2, backend="ray", startup_s=60) as executor:
+        pids = pids_by_rank(executor)
+        executor.collective_rpc("arm", (2, "sleep:30"))
+        future = executor.execute_model(decode_plan(5))
+        time.sleep(0.7)  # until a beat has told of the step
+        os.kill(pids[3], signal.SIGKILL)
+        with pytest.raises(ExecutorError, match=rf"rank 3 on node 1 \({HOST}\) died in .*step 5.*killed by SIGKILL") as caught:
+            future.result(20)
+        assert (caught.value.kind, caught.value.rank, caught.value.exitcode) == ("died", 3, -9)
+        assert procs.wait_gone(pids, 5) == []
+
+
+def test_a_killed_actor_is_a_lost_node_and_takes_its_ranks_along(connected: None) -> None:
+    with fake_executor(2, pipeline_parallel_size=2, backend="ray", startup_s=60) as executor:
+        pids = pids_by_rank(executor)
+        os.kill(parent_of(pids[0]), signal.SIGKILL)
+        with pytest.raises(ExecutorError, match=rf"node 0 \({HOST}, ranks 0, 1\) is lost: the connection was.*[Aa]ctor") as caught:
+            executor.collective_rpc("misbehave", ("sleep:8",))
+        assert caught.value.kind == "lost"
+        assert procs.wait_gone(pids, 5) == []
+    assert wait_for(lambda: not living_groups() and not busy_cpus(), 10)
+
+
+def test_too_few_resources_are_said_with_numbers(connected: None) -> None:
+    wanted = (
+        r"no room for the ranks in startup_timeout_seconds=1: asked were 6 CPU, each bundle of one node \(bundle 0 \(ranks 0, 1, 2\) 3 "
+        r"CPU; bundle 1 \(ranks 3, 4, 5\) 3 CPU\); its 1 node\(s\) have 4 CPU \(.* 4 CPU\), of which 4 are free\. Use fewer ranks"
+    )
+    with pytest.raises(ExecutorError, match=wanted), fake_executor(3, pipeline_parallel_size=2, backend="ray", startup_s=1):
+        pass
+    with (
+        pytest.raises(ExecutorError, match=r"No node has 5: use a tensor_parallel_size of at most 4"),
+        fake_executor(5, backend="ray", startup_s=1),
+    ):
+        pass
+    assert wait_for(lambda: not living_groups(), 10)
+
+
+def test_another_version_on_a_node_is_refused(connected: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lockstep.executor import node_wire
+
+    monkeypatch.setattr(node_wire, "__version__", "0.0.7")
+    wanted = rf"node [01] \({HOST}, pid \d+\) was refused: it runs lockstep {lockstep.__version__} and the leader 0\.0\.7"
+    with pytest.raises(ExecutorError, match=wanted), fake_executor(1, pipeline_parallel_size=2, backend="ray", startup_s=60):
+        pass
+
+
+def test_an_actor_that_cannot_be_made_ends_the_wait(connected: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lockstep.executor.ray as backend
+
+    class NoAgent:
+        def __init__(self) -> None:
+            raise ModuleNotFoundError("No module named 'lockstep'")
+
+        def serve(self, launch: bytes) -> str:
+            return ""
+
+    monkeypatch.setattr(backend, "AgentHost", NoAgent)
+    started = time.monotonic()
+    wanted = r"node 0 of 1, which Ray was to start, did not: .*No module named 'lockstep'"
+    with pytest.raises(ExecutorError, match=wanted), fake_executor(2, backend="ray", startup_s=60):
+        pass
+    assert time.monotonic() - started < 30
+
+
+def test_in_a_placement_group_that_one_is_used(connected: None) -> None:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from tests.distributed.ray_jobs import in_a_placement_group
+
+    group = ray.util.placement_group([{"CPU": 1}, {"CPU": 2}])
+    try:
+        before = len(ray.util.placement_group_table())
+        task = ray.remote(in_a_placement_group).options(num_cpus=1, scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0))
+        found = ray.get(task.remote({"tensor_parallel_size": 2}), timeout=60)
+    finally:
+        ray.util.remove_placement_group(group)
+    refused = found.pop("refused")
+    assert found == {"backend": "ray", "tokens": [1000, 1003], "groups": before, "initialized": True}
+    assert "whose bundles have 1 CPU, 2 CPU, and 1 of at least 4 CPU are needed" in refused
+
+
+@pytest.mark.parametrize(
+    ("address", "words"), [("127.0.0.1:1", "no Ray cluster answers there.*refused"), ("ray://10.0.0.1:10001", "is for Ray's client")]
+)
+def test_an_address_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, address: str, words: str) -> None:
+    import lockstep.executor.ray as backend
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=words):
+        backend._connect(ParallelConfig(), "CPU")
+
+
+def test_replicas_need_a_cluster_that_outlives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lockstep.executor.ray as backend
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(ConfigError, match="start one with `ray start --head`"):
+        backend._connect(ParallelConfig(data_parallel_size=2), "CPU")
+
+
+NAMESPACES = {"lsraya": "10.77.31.1", "lsrayb": "10.77.31.2"}
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[None]:
+    """Two network namespaces with a wire between them."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+
+    def ip(words: str) -> None:
+        subprocess.run(["ip", *words.split()], check=True, timeout=20)
+
+    try:
+        for name in NAMESPACES:
+            ip(f"netns add {name}")
+        ip("link add lsra netns lsraya type veth peer name lsrb netns lsrayb")
+        for (name, address), link in zip(NAMESPACES.items(), ("lsra", "lsrb"), strict=True):
+            ip(f"-n {name} address add {address}/24 dev {link}")
+            ip(f"-n {name} link set {link} up")
+            ip(f"-n {name} link set lo up")
+        yield
+    finally:
+        for name in NAMESPACES:
+            end_all_in(name)
+            subprocess.run(["ip", "netns", "delete", name], check=False, timeout=20)
+
+
+def end_all_in(namespace: str) -> None:
+    """Ray's processes too: `ray stop` would end those of other clusters of this machine."""
+    listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, timeout=20).stdout
+    inside = [int(pid) for pid in listed.split()]
+    for pid in inside:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    procs.wait_gone(inside, 10)
+
+
+@pytest.mark.full
+def test_a_pipeline_over_two_hosts_of_a_cluster(two_hosts: None, tiny: Path) -> None:
+    words = ["generate", str(tiny), "--json", "--temperature", "0", "--max-tokens", "12", "--prompt", "abc", "--dtype", "float32"]
+    words += ["--max-model-len", "128", "--num-gpu-blocks-override", "64", "--device", "cpu"]
+    lockstep_ = [sys.executable, "-m", "lockstep", *words]
+    alone = subprocess.run(lockstep_, capture_output=True, text=True, timeout=100)
+    assert alone.returncode == 0, alone.stderr
+    head, other = NAMESPACES.values()
+    base = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "PYTHONPATH": str(Path(lockstep.__file__).parents[1])}
+    with tempfile.TemporaryDirectory(prefix="lsray", dir="/tmp") as folder:
+        ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus", "1", "--object-store-memory", str(100 << 20)]
+        starts = {
+            "lsraya": ["--head", "--node-ip-address", head, "--port", "6379", "--include-dashboard=false", "--temp-dir", folder],
+            "lsrayb": ["--address", f"{head}:6379", "--node-ip-address", other],
+        }
+        nodes = []
+        for name, more in starts.items():
+            environment = {**base, "LOCKSTEP_HOST_ID": name}  # they do share memory, and are told that they do not
+            command = ["ip", "netns", "exec", name, *ray, *more]
+            nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            said = ""
+            while "Ray runtime started" not in said:
+                line = nodes[-1].stdout.readline()
+                assert line, said
+                said += line
+        command = ["ip", "netns", "exec", "lsraya", *lockstep_, "-pp", "2", "--distributed-executor-backend", "ray", "--log-level", "info"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=150, env={**base, "RAY_ADDRESS": f"{head}:6379"})
+        for name, node in zip(NAMESPACES, nodes, strict=True):
+            end_all_in(name)
+            node.wait(10)
+            node.stdout.close()
+    assert found.returncode == 0, found.stderr
+    assert token_ids(found.stdout) == token_ids(alone.stdout)
+    assert all(re.search(rf"node [01] .* has connected from {re.escape(a)}", found.stderr) for a in NAMESPACES.values()), found.stderr
+
+
+def token_ids(text: str) -> list[list[int]]:
+    return [json.loads(line)["outputs"][0]["token_ids"] for line in text.splitlines()]
