@@ -8,9 +8,11 @@ the note names the rank and its exception.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields
+from typing import TypeVar
 
 import msgspec
 
@@ -18,6 +20,7 @@ from lockstep.distributed import parallel_state
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.executor import failure, wire
 
+Found = TypeVar("Found")
 PATIENCE_S = 2.0  # how long after an echo its cause may take to be noted
 _PAUSE_S = 0.05
 _decode = msgspec.msgpack.Decoder(wire.Raised).decode
@@ -47,27 +50,26 @@ class Causes:
         """Note what this rank raised; when it is fatal, wake the ranks that wait for this one."""
         if self._store is None:
             return
-        with contextlib.suppress(Exception):  # a store that is gone takes nobody's first error away
-            self._store.set(str(self._mine), wire.encode_value(answer))
+        store = self._store
+        _within(PATIENCE_S, lambda: store.set(str(self._mine), wire.encode_value(answer)))
         if answer.fatal:
             self._break_groups(f"rank {self._mine} raised {answer.error_type} in {answer.phase}: {answer.message}")
 
     def find(self, number: int) -> tuple[int, wire.Raised] | None:
         """(rank, what it raised) of another rank: in anything, if that ended it, else in operation `number`."""
-        if self._store is None:
-            return None
+        return None if self._store is None else _within(2 * PATIENCE_S, lambda: self._look(number))
+
+    def _look(self, number: int) -> tuple[int, wire.Raised] | None:
         deadline = time.monotonic() + PATIENCE_S
-        with contextlib.suppress(Exception):
-            while True:
-                for rank in self._ranks:
-                    if rank != self._mine and self._store.check([str(rank)]):
-                        answer = _decode(self._store.get(str(rank)))
-                        if answer.fatal or answer.id == number:
-                            return rank, answer
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(_PAUSE_S)
-        return None
+        while True:
+            for rank in self._ranks:
+                if rank != self._mine and self._store.check([str(rank)]):
+                    answer = _decode(self._store.get(str(rank)))
+                    if answer.fatal or answer.id == number:
+                        return rank, answer
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(_PAUSE_S)
 
     def _break_groups(self, reason: str) -> None:
         for field in (f for f in fields(self._groups) if f.name not in self._spared):
@@ -76,3 +78,18 @@ class Causes:
             if fail is not None and group.world_size > 1:
                 with contextlib.suppress(Exception):  # it raises what it was told
                     fail(reason)
+
+
+def _within(limit_s: float, ask: Callable[[], Found]) -> Found | None:
+    """What `ask` returns; None when it raises or takes longer. The store's own calls have no limit where its host is cut off,
+    and a store that is gone must take nobody's first error away."""
+    found: list[Found] = []
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            found.append(ask())
+
+    thread = threading.Thread(target=run, name="causes", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return found[0] if found else None
