@@ -13,7 +13,7 @@ def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
     size, local = parallel.data_parallel_size, parallel.data_parallel_size_local
     if parallel.data_parallel_backend == "ray":
         raise ConfigError(
-            "data_parallel_backend='ray': starting replicas by Ray is not available yet in this version: leave it out; with "
+            "data_parallel_backend='ray': starting replicas by Ray is not available yet in this version: use mp, or leave it out; with "
             "distributed_executor_backend='ray' the replicas' ranks run on a Ray cluster."
         )
     if parallel.data_parallel_backend != "mp":

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -43,6 +44,18 @@ def streamed(llm: LLM, disturb: Any = None) -> list[list[int]]:
             disturb(count)
     assert set(ended.values()) == {"length"} and len(ended) == STREAMS
     return [tokens[name] for name in sorted(tokens, key=int)]
+
+
+def once(moment: int, strike: Callable[[], object]) -> Callable[[int], None]:
+    """Calls `strike` when so many tokens have come."""
+    struck: list[int] = []
+
+    def disturb(tokens: int) -> None:
+        if tokens >= moment and not struck:
+            struck.append(tokens)
+            strike()
+
+    return disturb
 
 
 def processes(replica_pid: int) -> list[int]:

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from lockstep.executor.contract import ExecutorError
 from lockstep.llm import LLM
 from lockstep.protocol import EngineOutput, EngineRequest, SamplingParams
 from lockstep.testing.tiny import make_tiny
-from tests.chaos.replica_jobs import PARAMS, PROMPTS, SMALL, STREAMS, TOKENS, kill_one, processes, streamed
+from tests.chaos.replica_jobs import PARAMS, PROMPTS, SMALL, STREAMS, TOKENS, kill_one, once, processes, streamed
 
 
 @cache
@@ -54,18 +54,6 @@ def both_ready(llm: LLM) -> None:
     while not all(client(llm).pids()) or not all(load.routable for load in client(llm).book.loads):
         assert time.monotonic() < deadline, "a replica did not come back"
         client(llm).step()
-
-
-def once(moment: int, strike: Callable[[], object]) -> Callable[[int], None]:
-    """Calls `strike` when so many tokens have come."""
-    struck: list[int] = []
-
-    def disturb(tokens: int) -> None:
-        if tokens >= moment and not struck:
-            struck.append(tokens)
-            strike()
-
-    return disturb
 
 
 def _kill(llm: LLM, source: random.Random, killed: list[int]) -> None:

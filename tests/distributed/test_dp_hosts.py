@@ -23,7 +23,7 @@ from lockstep.engine.stats import EngineStats
 from lockstep.executor.contract import ExecutorError
 from lockstep.llm import LLM
 from lockstep.protocol import SamplingParams
-from tests.chaos.replica_jobs import PARAMS, PROMPTS, SMALL, streamed
+from tests.chaos.replica_jobs import PARAMS, PROMPTS, SMALL, once, streamed
 from tests.distributed.dp_hosts_jobs import KEY, ROOT, KeeperProcess, all_ready, client, free_port, gone, leader, plain
 
 pytestmark = pytest.mark.timeout(180)
@@ -88,7 +88,7 @@ def test_requests_go_where_they_ask_to(hosts: Hosts) -> None:
 def test_kill_9_of_the_remote_replica_is_not_seen(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
     all_ready(hosts.llm)
     victim = hosts.keeper.replica()
-    assert streamed(hosts.llm, lambda number: os.kill(victim, signal.SIGKILL) if number == 200 else None) == undisturbed()
+    assert streamed(hosts.llm, once(200, lambda: os.kill(victim, signal.SIGKILL))) == undisturbed()
     assert f"replica 1 on host {socket.gethostname()} is lost" in caplog.text
     all_ready(hosts.llm)
     assert hosts.keeper.replica() != victim and "replica 1 ended (killed by SIGKILL)" in hosts.keeper.said()
@@ -98,7 +98,7 @@ def test_kill_9_of_the_remote_replica_is_not_seen(hosts: Hosts, caplog: pytest.L
 def test_kill_9_of_the_keeper_is_not_seen(hosts: Hosts) -> None:
     all_ready(hosts.llm)
     everyone = hosts.keeper.everyone()
-    assert streamed(hosts.llm, lambda number: hosts.keeper.kill() if number == 200 else None) == undisturbed()
+    assert streamed(hosts.llm, once(200, lambda: hosts.keeper.kill())) == undisturbed()
     assert gone(everyone), "a replica outlived its keeper"
     with pytest.raises(ValueError, match="data_parallel_rank=1 takes no requests"):
         hosts.llm.generate(PROMPTS[0], PARAMS[0], use_tqdm=False, data_parallel_rank=1)
@@ -110,7 +110,7 @@ def test_kill_9_of_the_keeper_is_not_seen(hosts: Hosts) -> None:
 def test_ctrl_c_on_the_keeper_is_not_seen(hosts: Hosts) -> None:
     all_ready(hosts.llm)
     everyone = hosts.keeper.everyone()
-    tokens = streamed(hosts.llm, lambda number: hosts.keeper.process.send_signal(signal.SIGINT) if number == 200 else None)
+    tokens = streamed(hosts.llm, once(200, lambda: hosts.keeper.process.send_signal(signal.SIGINT)))
     assert tokens == undisturbed()
     assert hosts.keeper.end() == 130 and gone(everyone)
     hosts.again()
