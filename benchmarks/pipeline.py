@@ -69,7 +69,7 @@ def main() -> None:
             decode = run(llm, args.batch, 16, 64, number).middle()
             for name, schedule, predicted in (
                 ("prefill", prefill, bounded_idle(prefill.mean_s(), prefill.micro_batches)),
-                ("decode", decode, steady_idle(decode.mean_s(), args.pipeline_parallel_size)),
+                ("decode", decode, steady_idle(decode.mean_s(), min(args.batch, args.pipeline_parallel_size))),
             ):
                 found[name][0].append(schedule.idle_share())
                 found[name][1].append(predicted)
