@@ -40,6 +40,7 @@ def line(name: str, measured: list[float], predicted: list[float], **more: Any) 
     return {
         "metric": name,
         "value": round(median(measured), 4),
+        "unit": "share",
         "predicted": round(median(predicted), 4),
         "measured_over_predicted": None if ratio is None else round(ratio, 3),
         "all": [round(m, 4) for m in measured],
@@ -56,7 +57,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
-    about = {"engine": "lockstep", "model": os.path.basename(args.model.rstrip("/")), "pp": args.pipeline_parallel_size}
+    about: dict[str, Any] = {"engine": "lockstep", "model": os.path.basename(args.model.rstrip("/")), "pp": args.pipeline_parallel_size}
+    about["machine"] = machine.describe()
     about |= {"partition": args.pipeline_layer_partition or "balanced", "command": "python " + " ".join([sys.argv[0], *sys.argv[2:]])}
     room = {"max_model_len": 1024, "kv_cache_memory_bytes": 1 << 28, "enable_prefix_caching": False}
     split = {"pipeline_parallel_size": args.pipeline_parallel_size, "pipeline_layer_partition": args.pipeline_layer_partition}

@@ -28,8 +28,11 @@ def row(result: dict[str, Any]) -> str:
     """One result as a table row."""
     spread = f"{min(result['all']):g} - {max(result['all']):g}" if len(result.get("all", [])) > 1 else ""
     shape = " ".join(str(result[k]) if k != "tp" else f"tp={result[k]}" for k in ("model", "dtype", "tp") if k in result)
+    shape += "".join(f" {k}={result[k]}" for k in ("pp", "dp") if result.get(k, 1) != 1)
     if "ranks" in result:
         shape = f"{shape} {result['ranks']} ranks".strip()
+    if "measured_over_predicted" in result:
+        shape += f", batch {result['batch']}, predicted {result['predicted']:g}"
     more = f", {result['over_torch_s']:g} s over torch" if "over_torch_s" in result else ""
     if result.get("clean", len(result.get("all", []))) < len(result.get("all", [])):
         more += f" ({len(result['all']) - result['clean']} of {len(result['all'])} disturbed by other programs)"
