@@ -54,10 +54,13 @@ class Arrival:
 class Doorman:
     """`fileno` is readable when somebody has come in. The router calls; guests are greeted on other threads."""
 
-    def __init__(self, parallel: ParallelConfig, settings: dict[str, str]) -> None:
-        """Listen. settings: those that hosts must agree on. Raises ConfigError when this host has no such address or port."""
+    def __init__(self, parallel: ParallelConfig, settings: dict[str, str], key: str | None = None) -> None:
+        """Listen. settings: those that hosts must agree on. key: what they must know; None: LOCKSTEP_CLUSTER_KEY.
+
+        Raises ConfigError when this host has no such address or port.
+        """
         self.parallel, self._settings = parallel, settings
-        self._key, self._versions = env.cluster_key(), greeting.versions()
+        self._key, self._versions = env.cluster_key() if key is None else key, greeting.versions()
         self._lock = threading.Lock()
         self._holders: dict[int, Arrival] = {}  # the last who was let in, by replica; an ended one holds nothing
         self._barred: dict[int, str] = {}
@@ -83,6 +86,11 @@ class Doorman:
             _log.warning("LOCKSTEP_CLUSTER_KEY is not set: whoever reaches %s can join; set the same secret on every host.", self.at)
         self._thread = threading.Thread(target=self._listen, name="dp-doorman", daemon=True)
         self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """At which it listens."""
+        return self._listener.port
 
     def fileno(self) -> int:
         return self._bell.fileno()

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -32,6 +32,9 @@ from lockstep.observability.logging import get_logger
 
 GRACE_S = 20.0  # a replica times its steps itself and knows why one is late: let it speak first
 _DOOR = -1  # the selector's key of the doorman, among replicas
+
+if TYPE_CHECKING:
+    from lockstep.cluster.ray import ReplicaActors
 
 _log = get_logger(__name__)
 
@@ -61,21 +64,31 @@ class Fleet:
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, policy: RestartPolicy | None) -> None:
         """Start every replica of this host, and wait at the door for the others. Raises ConfigError when there can be no door."""
-        self._config, self._spec, self._folder = config, spec, folder
+        actors = None
+        if config.parallel.data_parallel_backend == "ray":
+            from lockstep.cluster.ray import ReplicaActors
+
+            actors = ReplicaActors(config)
+            config = actors.config
+        self._config, self._spec, self._folder, self._actors = config, spec, folder, actors
         parallel = config.parallel
         count = parallel.data_parallel_size
         self.supervisor = Supervisor(count, policy, time.monotonic())
-        self._doorman = Doorman(parallel, agreed_settings(config, spec, folder)) if parallel.local_replicas < count else None
+        self._doorman = None
+        if parallel.local_replicas < count:
+            self._doorman = Doorman(parallel, agreed_settings(config, spec, folder), None if actors is None else actors.key)
         self._selector = selectors.DefaultSelector()
         self._death_pipe = os.pipe()
         self._replicas: list[ReplicaHandle | None] = [None] * count
         self._waiting: dict[int, Arrival] = {}  # that have come before they may start
-        self._finalizer = weakref.finalize(self, _end_all, self._replicas, self._waiting, self._doorman, self._death_pipe)
+        self._finalizer = weakref.finalize(self, _end_all, self._replicas, self._waiting, self._doorman, self._death_pipe, actors)
         if self._doorman is not None:
             self._selector.register(self._doorman, selectors.EVENT_READ, _DOOR)
         try:
             for replica in range(parallel.local_replicas):
                 self._start(replica)
+            if actors is not None and self._doorman is not None:
+                actors.start(spec, folder, self._doorman.port)
         except BaseException:
             self.close()
             raise
@@ -141,6 +154,9 @@ class Fleet:
         late = [i for i, life in enumerate(self.supervisor.lives) if life.state is not State.READY]
         limit_s = self._config.runtime.startup_timeout_seconds
         absent = [i for i in late if self._replicas[i] is None]
+        if absent and self._actors is not None:
+            words = self._actors.words() or "no word of them"
+            return f"replicas {absent}, which Ray was to start, have not reported in {limit_s:g} s: {words}."
         if absent and self._doorman is not None:
             return self._doorman.missing(absent, limit_s)
         return f"replicas {late} were not ready after startup_timeout_seconds={limit_s:g}." if late else ""
@@ -248,7 +264,11 @@ class Fleet:
 
 
 def _end_all(
-    replicas: list[ReplicaHandle | None], waiting: dict[int, Arrival], doorman: Doorman | None, death_pipe: tuple[int, int]
+    replicas: list[ReplicaHandle | None],
+    waiting: dict[int, Arrival],
+    doorman: Doorman | None,
+    death_pipe: tuple[int, int],
+    actors: ReplicaActors | None,
 ) -> None:
     """End every replica: all are asked first, so that they end at the same time. Those that have just come are asked as well."""
     running = [handle for handle in replicas if handle is not None]
@@ -265,3 +285,5 @@ def _end_all(
     finally:  # whatever interrupts us: without the pipe they end
         for fd in death_pipe:
             os.close(fd)
+        if actors is not None:
+            actors.close()

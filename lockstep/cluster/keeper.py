@@ -41,12 +41,14 @@ MOST_PAUSE_S = 2.0
 _log = get_logger(__name__)
 
 
-def keep_replicas(config: EngineConfig, spec: ModelSpec, folder: Path) -> int:
+def keep_replicas(config: EngineConfig, spec: ModelSpec, folder: Path, *, key: str | None = None) -> int:
     """Keep this host's replicas until the leader ends: 0. `config` is as `resolve(..., headless=True)` returns it.
+
+    key: shared with the leader; None: LOCKSTEP_CLUSTER_KEY.
 
     Raises ConfigError when the leader refuses them, ExecutorError when it is not there, or not any more.
     """
-    keeper = Keeper(config, spec, folder)
+    keeper = Keeper(config, spec, folder, key)
     patience_s = 0.0
     try:
         keeper.run()
@@ -67,14 +69,14 @@ class _End:
 class Keeper:
     """Keeps replicas `data_parallel_start_rank` and on."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path) -> None:
+    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, key: str | None = None) -> None:
         self._config, self._spec, self._folder = config, spec, folder
         parallel = config.parallel
         self._replicas = range(parallel.data_parallel_start_rank or 0, (parallel.data_parallel_start_rank or 0) + parallel.local_replicas)
         self._leader = (parallel.data_parallel_address, parallel.data_parallel_rpc_port)
         self.at = f"{self._leader[0]}:{self._leader[1]}"
         self._silence_s = greeting.silence_s(parallel)
-        self._key, self._name = env.cluster_key(), os.urandom(16)
+        self._key, self._name = env.cluster_key() if key is None else key, os.urandom(16)
         self._settings = greeting.agreed_settings(config, spec, folder)
         self._death_pipe = os.pipe()
         self._lock = threading.Lock()

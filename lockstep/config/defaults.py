@@ -64,9 +64,10 @@ def choose_backend(
         return Choice(parallel.distributed_executor_backend, "it is set")
     if parallel.world_size == 1:
         return Choice("uni", "there is one rank")
-    if parallel.nnodes == 1 and in_ray_group:
+    one_host = parallel.nnodes == 1 and parallel.data_parallel_backend != "ray"
+    if one_host and in_ray_group:
         return Choice("ray", "this program runs in a Ray placement group")
-    if parallel.nnodes == 1 and ray_cluster and ranks > devices_here:
+    if one_host and ray_cluster and ranks > devices_here:
         return Choice("ray", f"{ranks} ranks are more than the {devices_here} devices here, and RAY_ADDRESS names a cluster")
     return Choice("mp", f"there are {parallel.world_size} ranks")
 

@@ -35,7 +35,7 @@ def is_external(parallel: ParallelConfig) -> bool:
 
 def is_ray(parallel: ParallelConfig) -> bool:
     """Whether Ray decides which hosts the ranks run on: what this one has says nothing about them."""
-    return parallel.distributed_executor_backend == "ray"
+    return "ray" in (parallel.distributed_executor_backend, parallel.data_parallel_backend)
 
 
 def has_ray() -> bool:

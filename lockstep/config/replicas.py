@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 
+from lockstep.config import launcher
 from lockstep.config.errors import ConfigError
 from lockstep.config.tree import ParallelConfig
 
@@ -12,12 +13,9 @@ def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
     """Refuse what no set of hosts can have. `headless`: this process keeps replicas for a leader elsewhere. Raises ConfigError."""
     size, local = parallel.data_parallel_size, parallel.data_parallel_size_local
     if parallel.data_parallel_backend == "ray":
-        raise ConfigError(
-            "data_parallel_backend='ray': starting replicas by Ray is not available yet in this version: use mp, or leave it out; with "
-            "distributed_executor_backend='ray' the replicas' ranks run on a Ray cluster."
-        )
-    if parallel.data_parallel_backend != "mp":
-        raise ConfigError(f"data_parallel_backend={parallel.data_parallel_backend!r} is unknown: use mp.")
+        _check_ray(parallel, headless=headless)
+    elif parallel.data_parallel_backend != "mp":
+        raise ConfigError(f"data_parallel_backend={parallel.data_parallel_backend!r} is unknown: use mp or ray.")
     if local is not None and local > size:
         raise ConfigError(
             f"data_parallel_size_local={local} is more than data_parallel_size={size}: a host runs a part of all replicas; "
@@ -27,6 +25,26 @@ def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
     _check_start(parallel, headless=headless)
     if headless or (parallel.local_replicas < size and parallel.data_parallel_rank is None):
         _check_meeting_point(parallel)
+
+
+def _check_ray(parallel: ParallelConfig, *, headless: bool) -> None:
+    """Ray places whole replicas; who says where they are, or lets Ray place their ranks, wants something else."""
+    named = "data_parallel_backend='ray'"
+    if not launcher.has_ray():
+        raise ConfigError(f"{named} needs Ray, which is not installed here: pip install 'lockstep[ray]', or use mp.")
+    if parallel.data_parallel_size == 1:
+        raise ConfigError(f"{named} places replicas, and data_parallel_size=1 is one: raise data_parallel_size, or leave it out.")
+    others = {
+        "headless": headless,
+        "data_parallel_size_local": parallel.data_parallel_size_local is not None,
+        "data_parallel_rank": parallel.data_parallel_rank is not None,
+        "distributed_executor_backend": parallel.distributed_executor_backend not in (None, "mp", "uni"),
+    }
+    for other, given in others.items():
+        if given:
+            raise ConfigError(
+                f"{named} with {other}: Ray starts whole replicas, each with its ranks on one node; leave one of the two out."
+            )
 
 
 def _check_rank(parallel: ParallelConfig, *, headless: bool) -> None:

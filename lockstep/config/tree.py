@@ -57,7 +57,7 @@ class ParallelConfig:
         "127.0.0.1", "Address of the leader, which takes the requests, as other hosts with replicas reach it.", "-dpa"
     )
     data_parallel_rpc_port: int = opt(29550, "Port on the leader at which hosts with replicas report.", "-dpp")
-    data_parallel_backend: str = opt("mp", "How replicas are started: mp (processes).", "-dpb")
+    data_parallel_backend: str = opt("mp", "How replicas are started: mp (processes), or ray (on the nodes of a cluster).", "-dpb")
     data_parallel_routing: Routing = opt(
         "prefix", "Where a request goes: prefix (to the replica that has its beginning cached), shortest_queue or round_robin."
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from lockstep.config.defaults import default_backend
 from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
-from lockstep.config.tree import EngineConfig
+from lockstep.config.tree import EngineConfig, ParallelConfig
 from lockstep.executor.contract import Executor
 from lockstep.kernels.library import library
 
@@ -33,6 +34,17 @@ def serve_node(
     from lockstep.executor.node_agent import NodeAgent
 
     NodeAgent(config, spec, folder, worker_cls, key=key, place=place).run()
+
+
+def join_ray(parallel: ParallelConfig, kind: str) -> tuple[str, Callable[[], None]]:
+    """Connect this process to a Ray cluster: (this host's address as its nodes know it, how to leave again).
+
+    parallel: the ranks that a cluster started here has to have room for. kind: CPU or GPU. Raises ConfigError when no cluster answers.
+    """
+    from lockstep.executor.ray import Session
+
+    Session.open(parallel, kind)
+    return Session.address(), Session.close
 
 
 def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str = WORKER) -> Executor:

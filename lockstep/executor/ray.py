@@ -175,6 +175,13 @@ class Session:
                     signal.signal(signal.SIGTERM, handler)  # Ray puts its own there: what a signal does is the program's to say
             cls._users += 1
 
+    @staticmethod
+    def address() -> str:
+        """This host's address as the cluster's nodes know it."""
+        import ray
+
+        return str(ray.util.get_node_ip_address())
+
     @classmethod
     def close(cls) -> None:
         """The opposite of `open`."""
@@ -243,9 +250,7 @@ class _Stage:
         """Join the cluster; this host's address as its nodes know it."""
         Session.open(parallel, kind)
         self._open = True
-        import ray
-
-        return str(ray.util.get_node_ip_address())
+        return Session.address()
 
     def reserve(self, stages: int, kind: str, ranks: int, limit_s: float) -> None:
         """Room for `ranks` ranks of each stage. Raises ExecutorError saying what was asked for and what there is."""

@@ -7,6 +7,7 @@ by name through the executor; all ranks get the same calls in the same order.
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -209,6 +210,10 @@ class Worker(Recorded):
     def ping(self) -> int:
         """This rank's number: a sign that it answers."""
         return self.rank
+
+    def process_id(self) -> int:
+        """Of this rank's process."""
+        return os.getpid()
 
     def memory_summary(self) -> dict[str, int]:
         """Bytes by use: weights, kv, activations (the largest step's, as planned) and the peak so far."""

@@ -119,6 +119,28 @@ def test_replicas_each_on_the_cluster(tiny: Path, expected: list[list[int]], clu
         assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected
 
 
+def test_replicas_are_actors_and_outlive_their_deaths(tiny: Path, expected: list[list[int]], connected: None) -> None:
+    """Two replicas as Ray actors: the answers of one process, also when a replica is killed, and then a whole actor."""
+    from lockstep import LLM
+
+    sizes = {"data_parallel_size": 2, "data_parallel_backend": "ray"}
+    with LLM(str(tiny), startup_timeout_seconds=60, **sizes, **COMMON) as llm:
+        found = [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+        assert found == expected
+        first, second = llm.collective_rpc("process_id")
+        os.kill(first, signal.SIGKILL)
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected
+        os.kill(parent_of(second), signal.SIGKILL)
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected
+        deadline = time.monotonic() + 60
+        while not all(load.routable for load in llm._client.book.loads):  # type: ignore[attr-defined]
+            assert time.monotonic() < deadline, "a replica did not come back"
+            llm._client.step()
+        pids = llm.collective_rpc("process_id")
+    assert procs.wait_gone(pids, 10) == []
+    assert wait_for(lambda: not busy_cpus(), 15)
+
+
 def busy_cpus() -> float:
     import ray
 

@@ -24,7 +24,13 @@ KEPT = {**LEADER, "data_parallel_start_rank": 2}
 BROKEN = [
     (False, {"data_parallel_size_local": 2}, ["data_parallel_size_local=2", "data_parallel_size=1", "at most 1"]),
     (False, {**LEADER, "data_parallel_start_rank": 2}, ["data_parallel_start_rank=2 without headless", "lockstep serve"]),
-    (False, {"data_parallel_backend": "ray"}, ["data_parallel_backend='ray'", "not available yet", "use mp"]),
+    (False, {"data_parallel_backend": "ray"}, ["data_parallel_backend='ray'", "data_parallel_size=1", "raise data_parallel_size"]),
+    (True, {"data_parallel_backend": "ray", "data_parallel_size": 2}, ["data_parallel_backend='ray' with headless"]),
+    (
+        False,
+        {"data_parallel_backend": "ray", "data_parallel_size": 2, "distributed_executor_backend": "ray"},
+        ["data_parallel_backend='ray' with distributed_executor_backend", "leave one of both out"],
+    ),
     (False, {"data_parallel_backend": "dask"}, ["data_parallel_backend='dask' is unknown", "use mp"]),
     (False, {**LEADER, "data_parallel_rank": 4}, ["data_parallel_rank=4", "from 0 to 3"]),
     (False, {**LEADER, "data_parallel_rpc_port": 0}, ["data_parallel_rpc_port=0", "1 to 65535"]),
