@@ -29,7 +29,7 @@ BROKEN = [
     (
         False,
         {"data_parallel_backend": "ray", "data_parallel_size": 2, "distributed_executor_backend": "ray"},
-        ["data_parallel_backend='ray' with distributed_executor_backend", "leave one of both out"],
+        ["data_parallel_backend='ray' with distributed_executor_backend", "leave one of the two out"],
     ),
     (False, {"data_parallel_backend": "dask"}, ["data_parallel_backend='dask' is unknown", "use mp"]),
     (False, {**LEADER, "data_parallel_rank": 4}, ["data_parallel_rank=4", "from 0 to 3"]),
