@@ -46,6 +46,7 @@ from lockstep.utils.cores import usable_cpus
 PATIENCE_S = 5.0  # after so long without room in the cluster it is said what is waited for
 EXPLAIN_S = 1.0  # how long to wait for what Ray knows about an actor that is gone
 LEAVE_S = 3.0  # how long agents may take to leave by themselves
+LINGER_S = 10.0  # after so long an actor whose agent has ended goes: cut off, it cannot be told to
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _log = logging.get_logger(__name__)
 
@@ -113,6 +114,10 @@ class AgentHost:
             serve_node(told.config, spec, folder, worker_cls=told.worker_cls, key=told.key, place=place)
         except Exception as e:  # as text: the driver need not be able to make the exception again
             return str(e) if isinstance(e, ExecutorError | ConfigError) else f"{type(e).__name__}: {e}"
+        finally:
+            leave = threading.Timer(LINGER_S, os._exit, (0,))
+            leave.daemon = True
+            leave.start()
         return ""
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,80 +275,3 @@ def test_replicas_need_a_cluster_that_outlives_them(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RAY_ADDRESS", "local")
     with pytest.raises(ConfigError, match="start one with `ray start --head`"):
         backend._connect(ParallelConfig(data_parallel_size=2), "CPU")
-
-
-NAMESPACES = {"lsraya": "10.77.31.1", "lsrayb": "10.77.31.2"}
-
-
-@pytest.fixture
-def two_hosts() -> Iterator[None]:
-    """Two network namespaces with a wire between them."""
-    if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("network namespaces need root and iproute2")
-
-    def ip(words: str) -> None:
-        subprocess.run(["ip", *words.split()], check=True, timeout=20)
-
-    try:
-        for name in NAMESPACES:
-            ip(f"netns add {name}")
-        ip("link add lsra netns lsraya type veth peer name lsrb netns lsrayb")
-        for (name, address), link in zip(NAMESPACES.items(), ("lsra", "lsrb"), strict=True):
-            ip(f"-n {name} address add {address}/24 dev {link}")
-            ip(f"-n {name} link set {link} up")
-            ip(f"-n {name} link set lo up")
-        yield
-    finally:
-        for name in NAMESPACES:
-            end_all_in(name)
-            subprocess.run(["ip", "netns", "delete", name], check=False, timeout=20)
-
-
-def end_all_in(namespace: str) -> None:
-    """Ray's processes too: `ray stop` would end those of other clusters of this machine."""
-    listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, timeout=20).stdout
-    inside = [int(pid) for pid in listed.split()]
-    for pid in inside:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    procs.wait_gone(inside, 10)
-
-
-@pytest.mark.full
-def test_a_pipeline_over_two_hosts_of_a_cluster(two_hosts: None, tiny: Path) -> None:
-    words = ["generate", str(tiny), "--json", "--temperature", "0", "--max-tokens", "12", "--prompt", "abc", "--dtype", "float32"]
-    words += ["--max-model-len", "128", "--num-gpu-blocks-override", "64", "--device", "cpu"]
-    lockstep_ = [sys.executable, "-m", "lockstep", *words]
-    alone = subprocess.run(lockstep_, capture_output=True, text=True, timeout=100)
-    assert alone.returncode == 0, alone.stderr
-    head, other = NAMESPACES.values()
-    base = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "PYTHONPATH": str(Path(lockstep.__file__).parents[1])}
-    with tempfile.TemporaryDirectory(prefix="lsray", dir="/tmp") as folder:
-        ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus", "1", "--object-store-memory", str(100 << 20)]
-        starts = {
-            "lsraya": ["--head", "--node-ip-address", head, "--port", "6379", "--include-dashboard=false", "--temp-dir", folder],
-            "lsrayb": ["--address", f"{head}:6379", "--node-ip-address", other],
-        }
-        nodes = []
-        for name, more in starts.items():
-            environment = {**base, "LOCKSTEP_HOST_ID": name}  # they do share memory, and are told that they do not
-            command = ["ip", "netns", "exec", name, *ray, *more]
-            nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-            said = ""
-            while "Ray runtime started" not in said:
-                line = nodes[-1].stdout.readline()
-                assert line, said
-                said += line
-        command = ["ip", "netns", "exec", "lsraya", *lockstep_, "-pp", "2", "--distributed-executor-backend", "ray", "--log-level", "info"]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=150, env={**base, "RAY_ADDRESS": f"{head}:6379"})
-        for name, node in zip(NAMESPACES, nodes, strict=True):
-            end_all_in(name)
-            node.wait(10)
-            node.stdout.close()
-    assert found.returncode == 0, found.stderr
-    assert token_ids(found.stdout) == token_ids(alone.stdout)
-    assert all(re.search(rf"node [01] .* has connected from {re.escape(a)}", found.stderr) for a in NAMESPACES.values()), found.stderr
-
-
-def token_ids(text: str) -> list[list[int]]:
-    return [json.loads(line)["outputs"][0]["token_ids"] for line in text.splitlines()]
