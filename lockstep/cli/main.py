@@ -19,13 +19,14 @@ from lockstep.version import __version__
 # verb -> (module, what it is for). Modules are imported only for the verb that is asked for.
 VERBS = {
     "generate": ("lockstep.cli.generate", "complete prompts, as text or as JSON lines"),
+    "serve": ("lockstep.cli.serve", "an OpenAI-compatible server"),
     "chat": ("lockstep.cli.chat", "talk with the model in the terminal"),
     "demo": ("lockstep.cli.demo", "the embedded model on two ranks, and proof that the split changes nothing"),
     "verify": ("lockstep.cli.verify", "run a model under several splits and compare every bit"),
     "bench": ("lockstep.cli.bench.main", "measure: latency, throughput"),
     "doctor": ("lockstep.cli.doctor", "what this machine has, and whether ranks can talk"),
 }
-LATER = ("serve", "complete", "plan", "simulate", "top", "trace", "collect-env", "run-batch", "worker")
+LATER = ("complete", "plan", "simulate", "top", "trace", "collect-env", "run-batch", "worker")
 
 USER_ERRORS = ("ConfigError", "WeightError")  # that ranks raise
 

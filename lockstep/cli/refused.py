@@ -15,7 +15,6 @@ _CP = f"context parallelism {_LATER}: leave it out"
 _LORA = f"LoRA {_LATER}: merge the adapter into the model first"
 _SPEC = f"speculative decoding {_LATER}: leave it out"
 _QUANT = f"this kind of quantization {_LATER}: use --quantization int8 for the weights, or leave it out"
-_SERVER = f"the server {_LATER}: use `lockstep generate` or `lockstep chat`"
 
 UNAVAILABLE: dict[str, str] = {
     **dict.fromkeys(
@@ -38,12 +37,10 @@ UNAVAILABLE: dict[str, str] = {
     **dict.fromkeys(("--enable-lora", "--lora-modules", "--max-loras", "--max-lora-rank"), _LORA),
     **dict.fromkeys(("--speculative-config", "--speculative-model", "--num-speculative-tokens"), _SPEC),
     **dict.fromkeys(("--kv-cache-dtype", "--load-in-4bit", "--load-in-8bit"), _QUANT),
-    **dict.fromkeys(("--api-server-count", "-asc", "--host", "--port", "--api-key", "--uvicorn-log-level"), _SERVER),
     **dict.fromkeys(("--numa-bind", "--numa-bind-nodes", "--numa-bind-cpus"), f"binding to NUMA nodes {_LATER}: see --cpu-binding"),
     **dict.fromkeys(
         ("--cpu-offload-gb", "--swap-space"), f"offloading {_LATER}: raise --tensor-parallel-size to need less memory per rank"
     ),
-    "--served-model-name": _SERVER,
     "--disable-custom-all-reduce": "the library's all-reduce is the only one in this version: leave it out",
     "--cpu-distributed-timeout-seconds": f"a timeout of its own for CPU groups {_LATER}: use --distributed-timeout-seconds",
     "--max-parallel-loading-workers": "ranks read only their own share of the weights, all at once: leave it out",

@@ -45,6 +45,13 @@ class EngineClient(ABC):
         """Wait for news of requests and return it; [] when there is nothing to wait for, or after a moment without any."""
 
     @abstractmethod
+    def watch(self, fd: int) -> None:
+        """From now on a `step` that has nothing to do waits, up to a second, and any wait of `step` ends once `fd` is readable.
+
+        (A step of an engine in this process is not cut short.) For a loop that also has to hear something else.
+        """
+
+    @abstractmethod
     def stats(self) -> EngineStats:
         """The numbers of this moment, of all replicas together."""
 

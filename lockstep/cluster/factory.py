@@ -6,10 +6,24 @@ from pathlib import Path
 
 from lockstep.cluster.contract import EngineClient
 from lockstep.cluster.local import LocalClient
+from lockstep.config.defaults import default_backend
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.engine.core import EngineCore
 from lockstep.executor.factory import make_executor
+
+
+def make_supervised(config: EngineConfig, spec: ModelSpec, folder: Path) -> EngineClient:
+    """As `make_client`, and even a single replica is a process of its own, which is started again when it dies.
+
+    But for replicas that are more than this host can start again: over several hosts, or placed on a Ray cluster.
+    """
+    parallel = config.parallel
+    if parallel.nnodes == 1 and default_backend(parallel) in ("uni", "mp") and parallel.data_parallel_rank is None:
+        from lockstep.cluster.router import DataParallelClient
+
+        return DataParallelClient(config, spec, folder)
+    return make_client(config, spec, folder)
 
 
 def make_client(config: EngineConfig, spec: ModelSpec, folder: Path) -> EngineClient:

@@ -31,7 +31,7 @@ from lockstep.executor.contract import ExecutorError
 from lockstep.observability.logging import get_logger
 
 GRACE_S = 20.0  # a replica times its steps itself and knows why one is late: let it speak first
-_DOOR = -1  # the selector's key of the doorman, among replicas
+_DOOR, _OUTSIDE = -1, -2  # the selector's keys of the doorman and of what the router's owner listens to, among replicas
 
 if TYPE_CHECKING:
     from lockstep.cluster.ray import ReplicaActors
@@ -93,6 +93,10 @@ class Fleet:
             self.close()
             raise
 
+    def watch(self, fd: int) -> None:
+        """`pump` wakes up for this descriptor too; reading it is its owner's."""
+        self._selector.register(fd, selectors.EVENT_READ, _OUTSIDE)
+
     def pids(self) -> list[int]:
         """The process of each replica; 0 for one that does not run now, or not here."""
         return [0 if handle is None else handle.pid for handle in self._replicas]
@@ -106,6 +110,8 @@ class Fleet:
         if due is not None:
             timeout_s = max(0.0, min(timeout_s, due - time.monotonic()))
         for key, events in self._selector.select(timeout_s):
+            if key.data == _OUTSIDE:
+                continue
             if key.data == _DOOR:
                 yield from self._open_door()
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,12 +15,15 @@ from lockstep.observability.timeline import Timeline
 from lockstep.observability.trace import Profile
 from lockstep.protocol import EngineOutput, EngineRequest
 
+NAP_S = 1.0  # longest wait of a `step` with nothing to do
+
 
 class LocalClient(EngineClient):
     """See EngineClient. Steps run on the caller's thread."""
 
     def __init__(self, core: EngineCore) -> None:
         self.core, self.config, self.memory = core, core.config, core.memory
+        self._watched: int | None = None
 
     @property
     def failure(self) -> ExecutorError | None:  # type: ignore[override]
@@ -42,7 +46,12 @@ class LocalClient(EngineClient):
         self.core.abort(request_ids)
 
     def step(self) -> list[EngineOutput]:
+        if self._watched is not None and self.core.failure is None and not self.core.has_unfinished():
+            select.select([self._watched], [], [], NAP_S)
         return self.core.step()
+
+    def watch(self, fd: int) -> None:
+        self._watched = fd
 
     def stats(self) -> EngineStats:
         return self.core.stats()

@@ -78,6 +78,7 @@ class DataParallelClient(EngineClient):
         self._outputs: list[EngineOutput] = []
         self._answers: dict[int, wire.Answer | wire.Refused] = {}
         self._calls = 0
+        self._watched = False
         self._limits: Limits | None = None  # once a replica has said how large its cache is
         self._lost_since: dict[int, float] = {}  # replica -> when it was lost, until it is back
         for i in range(count):
@@ -124,9 +125,13 @@ class DataParallelClient(EngineClient):
         if self.failure is not None and not self._outputs:
             raise self.failure
         if not self._outputs:
-            self._pump(NAP_S if self._live or self.supervisor.repairing else 0.0)
+            self._pump(NAP_S if self._live or self.supervisor.repairing or self._watched else 0.0)
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def watch(self, fd: int) -> None:
+        self._watched = True
+        self._fleet.watch(fd)
 
     def _place(self, name: str) -> None:
         """Send a request to a replica, or keep it until there is one."""

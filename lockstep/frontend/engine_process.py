@@ -1,0 +1,100 @@
+"""The engine's process: `python -m lockstep.frontend.engine_process FD DEATH_FD`. It ends when its parent does.
+
+What it is comes as the first message over FD; what became of it goes back there: `Ready`, or why there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from lockstep.cluster.contract import EngineClient
+from lockstep.executor.contract import ExecutorError
+from lockstep.frontend import engine_wire as wire
+from lockstep.frontend.engine_server import EngineServer, bind
+from lockstep.observability import logging
+from lockstep.utils import procs
+from lockstep.utils.frames import Channel
+
+
+class Ready(msgspec.Struct, tag="ready", array_like=True):
+    """The engine serves its endpoint."""
+
+
+class Failed(msgspec.Struct, tag="failed", array_like=True):
+    """The engine never ran, or can run no more, and the process ends. user: what the user set is wrong."""
+
+    message: str
+    user: bool
+    log_tail: list[str]
+
+
+decode_word = msgspec.msgpack.Decoder(Ready | Failed).decode
+decode_launch = msgspec.msgpack.Decoder(wire.Launch).decode
+
+
+def main() -> None:
+    connection, death_fd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    channel: Channel[wire.Launch] = Channel(connection, decode_launch)
+    launch = _launch(channel)
+    procs.die_with_parent(launch.parent_pid, death_fd, follow_thread=False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    faulthandler.enable()
+    sys.path[:] = launch.sys_path
+    logging.configure(launch.config.runtime.log_level)
+    client: EngineClient | None = None
+    code = 0
+    try:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        server_socket = bind(context, launch.endpoint)  # API processes may knock from now on
+        module, _, name = launch.client.partition(":")
+        client = getattr(import_module(module), name)(launch.config, launch.spec, Path(launch.folder))
+        assert client is not None
+        server = EngineServer(client, server_socket, launch.secret)
+        channel.send(wire.encode(Ready()))
+        channel.drain()
+        server.run()
+    except ConnectionError:
+        code = 3  # the parent is gone
+    except Exception as e:
+        code = 1
+        with contextlib.suppress(ConnectionError):
+            channel.send(wire.encode(_failed(e)))
+            channel.drain()
+    if client is not None:
+        client.shutdown()
+    with contextlib.suppress(NameError):
+        server_socket.close()
+        context.term()  # what is still to be said is said, for a moment
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _launch(channel: Channel[wire.Launch]) -> wire.Launch:
+    while True:
+        channel.wait(None)
+        if found := channel.receive():
+            return found[0]
+
+
+def _failed(error: Exception) -> Failed:
+    if isinstance(error, ExecutorError):
+        return Failed(str(error), error.error_type in ("ConfigError", "WeightError"), error.log_tail)
+    if isinstance(error, ValueError):
+        return Failed(str(error), True, [])
+    return Failed(f"{type(error).__name__}: {error}", False, traceback.format_exc().splitlines())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from lockstep.engine.errors import RequestError
+from lockstep.executor.contract import ExecutorError
+from lockstep.frontend.errors import PromptError
+from lockstep.observability.logging import get_logger
+
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_log = get_logger(__name__)
+
+
+class ApiError(Exception):
+    """Becomes the response. param: the field that is wrong. code: a word that programs can compare."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, dict(headers or {})
+
+
+def body_of(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The JSON of an error."""
+    kind = TYPES.get(status, "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What any exception is to a client. What is not expected is logged, and its text is not told."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError | PromptError | ValueError):
+        return ApiError(400, str(error))
+    if isinstance(error, ExecutorError):
+        return ApiError(503, f"the engine cannot run requests: {error}", code="engine_dead")
+    _log.error("a request failed by our fault", exc_info=error)
+    return ApiError(500, "internal error: see the server's log.", code="internal_error")
+
+
+def respond(error: ApiError) -> JSONResponse:
+    return JSONResponse(body_of(error.status, error.message, error.param, error.code), error.status, headers=error.headers)
+
+
+def install(app: FastAPI) -> None:
+    """Have every exception of a route answered in this shape."""
+
+    async def any_error(request: Request, error: Exception) -> JSONResponse:
+        return respond(as_api_error(error))
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        message = first["msg"] if not where else f"{where}: {first['msg']}"
+        return respond(ApiError(400, message, param=where or None))
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return respond(ApiError(error.status_code, message, headers=error.headers))
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    for kind in (ApiError, ExecutorError, ValueError, Exception):
+        app.add_exception_handler(kind, any_error)
