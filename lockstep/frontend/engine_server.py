@@ -53,7 +53,7 @@ class EngineServer:
         self._nonces: dict[bytes, tuple[bytes, bytes]] = {}  # of those that said Hello and are not admitted: theirs, ours
         self._owner: dict[str, bytes] = {}  # request -> the API process that it is of
         self._admitted: set[bytes] = set()
-        client.watch(socket.getsockopt(zmq.FD))
+        client.watch(int(socket.getsockopt(zmq.FD)))
 
     def run(self) -> None:
         """Until the engine fails. Raises its ExecutorError, after every request has been ended."""
@@ -71,7 +71,7 @@ class EngineServer:
 
     def _hear(self) -> None:
         """Every message that has come. Also re-arms the socket's descriptor: it only signals what came after this."""
-        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             who, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             try:
                 order = wire.decode_order(frames[0] if len(frames) == 1 else b"")
