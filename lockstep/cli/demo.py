@@ -24,28 +24,34 @@ def run(argv: list[str]) -> int:
     """Exit 0 when the split and the unsplit model wrote the same tokens, 1 when not."""
     parser = argparse.ArgumentParser(prog="lockstep demo", description=__doc__)
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=2, help="ranks that share the model (default 2)")
+    parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1, help="stages of consecutive layers (default 1)")
     parser.add_argument("--max-tokens", type=int, default=96, help="tokens to write for each prompt (default 96)")
     args = parser.parse_args(argv)
-    if args.tensor_parallel_size < 1 or args.max_tokens < 1:
-        parser.error("--tensor-parallel-size and --max-tokens must be at least 1")
+    if min(args.tensor_parallel_size, args.pipeline_parallel_size, args.max_tokens) < 1:
+        parser.error("--tensor-parallel-size, --pipeline-parallel-size and --max-tokens must be at least 1")
     greedy = SamplingParams(temperature=0, repetition_penalty=1.15, max_tokens=args.max_tokens)
-    print(f"-- {args.tensor_parallel_size} ranks, each with its share of the demo model --", flush=True)
-    split, memory = _write(args.tensor_parallel_size, greedy, show=True)
+    tp, pp = args.tensor_parallel_size, args.pipeline_parallel_size
+    print(f"-- {tp * pp} ranks, each with its share of the demo model --", flush=True)
+    split, memory = _write(tp, pp, greedy, show=True)
     print("\n-- the same prompts, not split --", flush=True)
-    whole, _ = _write(1, greedy, show=False)
+    whole, _ = _write(1, 1, greedy, show=False)
     same = split == whole
     print()
     print(memory_table(memory, exact=True))
-    print(f"TP={args.tensor_parallel_size} output identical to TP=1: {'yes' if same else 'NO'}")
+    print(f"{_split(tp, pp)} output identical to TP=1: {'yes' if same else 'NO'}")
     return 0 if same else 1
 
 
-def _write(tp: int, params: SamplingParams, show: bool) -> tuple[list[list[int]], list[RankMemory]]:
+def _split(tp: int, pp: int) -> str:
+    return f"TP={tp}" if pp == 1 else f"TP={tp} PP={pp}"
+
+
+def _write(tp: int, pp: int, params: SamplingParams, show: bool) -> tuple[list[list[int]], list[RankMemory]]:
     """Stream every prompt if asked, then generate all at once; print what that took; return the tokens and the memory."""
     from lockstep.llm import LLM
 
     start = time.perf_counter()
-    with LLM(tensor_parallel_size=tp, dtype="float32", max_model_len=1024) as llm:
+    with LLM(tensor_parallel_size=tp, pipeline_parallel_size=pp, dtype="float32", max_model_len=1024) as llm:
         ready_s = time.perf_counter() - start
         for prompt in PROMPTS if show else ():
             _stream(llm, prompt, params)
@@ -53,7 +59,8 @@ def _write(tp: int, params: SamplingParams, show: bool) -> tuple[list[list[int]]
         outputs = llm.generate(PROMPTS, params, use_tqdm=False)
         took_s = time.perf_counter() - begin
         tokens = [list(o.outputs[0].token_ids) for o in outputs]
-        print(f"TP={tp}: ready in {ready_s:.1f} s, {sum(map(len, tokens)) / took_s:.0f} tokens/s over {len(PROMPTS)} prompts together")
+        speed = sum(map(len, tokens)) / took_s
+        print(f"{_split(tp, pp)}: ready in {ready_s:.1f} s, {speed:.0f} tokens/s over {len(PROMPTS)} prompts together")
         return tokens, llm.memory()
 
 

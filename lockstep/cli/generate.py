@@ -16,7 +16,7 @@ import msgspec
 
 from lockstep.cli import flags
 from lockstep.cli.errors import UsageError, show_error
-from lockstep.cli.session import HEADLESS, note, running, serve_node
+from lockstep.cli.session import HEADLESS, hushed, note, running, serve_node
 from lockstep.config.source import find_folder
 from lockstep.config.tree import ModelConfig, opt
 from lockstep.frontend.outputs import CompletionOutput, Position, RequestOutput
@@ -72,9 +72,10 @@ def run(argv: list[str]) -> int:
     options, sampling = parsed.options, parsed.sampling
     if options.headless:
         return serve_node(parsed.config, quiet=options.quiet)
+    quiet = hushed(parsed.config, options.quiet)
     prompts = read_prompts(options)
     check_early(prompts, lambda: _tokenizer(parsed.config.model))  # a refusal need not wait for the weights
-    with running(parsed.config, quiet=options.quiet, table=not options.json) as (llm, ready_s):
+    with running(parsed.config, quiet=quiet, table=not options.json) as (llm, ready_s):
         counts, start_s = Counts(), time.monotonic()
         if options.json:
             _as_json(llm, prompts, sampling, counts)
@@ -86,7 +87,7 @@ def run(argv: list[str]) -> int:
     note(
         f"{counts.prompts} prompt{'s' if counts.prompts != 1 else ''}: {counts.tokens_in} tokens in, {counts.tokens_out} out, "
         f"{took_s:.2f} s, {counts.tokens_out / max(took_s, 1e-9):.1f} tok/s (ready after {ready_s:.1f} s)",
-        options.quiet,
+        quiet,
     )
     return 1 if counts.failed else 0
 

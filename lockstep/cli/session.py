@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from lockstep.config import launcher
 from lockstep.config.build import GROUPS
+from lockstep.config.errors import ConfigError
 from lockstep.config.source import DEMO_NAME
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import check, resolve
@@ -34,8 +37,11 @@ def serve_node(config: EngineConfig, *, quiet: bool) -> int:
 
         first, last = parallel.data_parallel_start_rank or 0, (parallel.data_parallel_start_rank or 0) + parallel.local_replicas - 1
         at = f"{parallel.data_parallel_address}:{parallel.data_parallel_rpc_port}"
-        note(f"keeping replicas {first} to {last} of {parallel.data_parallel_size} for the leader at {at} ...", quiet)
-        return keep_replicas(config, spec, folder)
+        which = f"replica {first}" if first == last else f"replicas {first} to {last}"
+        note(f"keeping {which} of {parallel.data_parallel_size} for the leader at {at} ...", quiet)
+        code = keep_replicas(config, spec, folder)
+        note(f"{which}: the leader has ended", quiet)
+        return code
     note(
         f"node {parallel.node_rank} of {parallel.nnodes}: looking for the leader at {parallel.master_addr}:{parallel.master_port} ...",
         quiet,
@@ -53,6 +59,7 @@ def running(config: EngineConfig, *, quiet: bool, table: bool = True) -> Iterato
     logging.configure(config.runtime.log_level)
     check(config)  # before a word is said: an impossible setting is answered by its error alone
     parallel = config.parallel
+    quiet = hushed(config, quiet)
     name, hosts = config.model.model or DEMO_NAME, parallel.nnodes
     ranks = parallel.world_size * (parallel.data_parallel_size if parallel.data_parallel_rank is None else 1)
     note(f"loading {name} on {ranks} rank{'s' if ranks > 1 else ''}{f' of {hosts} hosts' if hosts > 1 else ''} ...", quiet)
@@ -65,6 +72,25 @@ def running(config: EngineConfig, *, quiet: bool, table: bool = True) -> Iterato
         if table:
             note(memory_table(llm.memory()), quiet)
         yield llm, ready_s
+
+
+def hushed(config: EngineConfig, quiet: bool) -> bool:
+    """Whether to say nothing here. Of a launcher's processes, which all compute the same, only the first one's results are shown.
+
+    Raises ConfigError for replicas: who gives each its requests is a program, not a command.
+    """
+    parallel = config.parallel
+    if not launcher.is_external(parallel):
+        return quiet
+    if parallel.data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size={parallel.data_parallel_size} with distributed_executor_backend='external_launcher': every replica would "
+            "answer all requests of this command; use LLM in a program of your own, like examples/torchrun_dp.py."
+        )
+    if launcher.place(parallel).rank == 0:
+        return quiet
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    return True
 
 
 def settings(config: EngineConfig) -> dict[str, Any]:

@@ -60,6 +60,11 @@ def run(argv: list[str]) -> int:
     parsed = flags.parse("verify", rest, VerifyOptions, max_tokens=None, description=__doc__ or "", sampling=False)
     options, base = parsed.options, parsed.config
     options.check()
+    if base.parallel.data_parallel_size > 1:
+        raise UsageError(
+            f"data_parallel_size={base.parallel.data_parallel_size}: replicas are whole engines, of which verify would compare one with "
+            "itself; leave it out. That replicas answer alike shows `python examples/data_parallel.py`."
+        )
     configs = [with_values(base, dict(zip(lists, values, strict=True))) for values in product(*lists.values())] if lists else [base]
     logging.configure(base.runtime.log_level)
     for config in configs:  # all of them before any is started

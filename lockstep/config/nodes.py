@@ -11,6 +11,8 @@ from lockstep.config.tree import ParallelConfig
 def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
     """Refuse numbers that no set of nodes can have. `headless`: this process is to serve a leader elsewhere."""
     nodes, rank = parallel.nnodes, parallel.node_rank
+    if not 0 < parallel.master_port < 65536:
+        raise ConfigError(f"master_port={parallel.master_port} must be from 1 to 65535: give the same free port on every node.")
     if rank < 0 or rank >= nodes:
         more = "" if nodes > 1 else ", or set nnodes to the number of hosts"
         raise ConfigError(f"node_rank={rank} must be from 0 to nnodes - 1 (nnodes={nodes}): the leader is 0, the others count up{more}.")
@@ -46,8 +48,6 @@ def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
             f"world_size={world} must be divisible by nnodes={nodes}: each node runs as many ranks as the others; "
             "change tensor_parallel_size or pipeline_parallel_size so that their product is."
         )
-    if not 0 < parallel.master_port < 65536:
-        raise ConfigError(f"master_port={parallel.master_port} must be from 1 to 65535: give the same free port on every node.")
     if not parallel.master_addr.strip() or _is_any(parallel.master_addr):
         raise ConfigError(
             f"master_addr={parallel.master_addr!r} is no address that other hosts could connect to: give that of node 0, "

@@ -11,7 +11,9 @@ from lockstep.config.tree import ParallelConfig
 
 def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
     """Refuse what no set of hosts can have. `headless`: this process keeps replicas for a leader elsewhere. Raises ConfigError."""
-    size, local = parallel.data_parallel_size, parallel.data_parallel_size_local
+    size, local, port = parallel.data_parallel_size, parallel.data_parallel_size_local, parallel.data_parallel_rpc_port
+    if not 0 < port < 65536:
+        raise ConfigError(f"data_parallel_rpc_port={port} must be from 1 to 65535: give the same free port on every host.")
     if parallel.data_parallel_backend == "ray":
         _check_ray(parallel, headless=headless)
     elif parallel.data_parallel_backend != "mp":
@@ -73,11 +75,13 @@ def _check_start(parallel: ParallelConfig, *, headless: bool) -> None:
             )
         return
     if size == 1:
-        raise ConfigError("headless with data_parallel_size=1: one replica has nobody to keep it for; raise data_parallel_size.")
+        raise ConfigError("--headless with data_parallel_size=1: one replica has nobody to keep it for; raise data_parallel_size.")
     if local is None:
-        raise ConfigError("headless needs data_parallel_size_local: say how many replicas this host keeps.")
+        raise ConfigError("--headless needs data_parallel_size_local: say how many replicas this host keeps.")
     if start is None:
-        raise ConfigError("headless needs data_parallel_start_rank: say which replica is the first that this host keeps; the leader has 0.")
+        raise ConfigError(
+            "--headless needs data_parallel_start_rank: say which of them is the first that this host keeps; the leader has 0."
+        )
     if start < 1:
         raise ConfigError(f"data_parallel_start_rank={start} must be at least 1 with headless: replica 0 is the leader's.")
     if start + local > size:
@@ -88,9 +92,7 @@ def _check_start(parallel: ParallelConfig, *, headless: bool) -> None:
 
 
 def _check_meeting_point(parallel: ParallelConfig) -> None:
-    address, port = parallel.data_parallel_address, parallel.data_parallel_rpc_port
-    if not 0 < port < 65536:
-        raise ConfigError(f"data_parallel_rpc_port={port} must be from 1 to 65535: give the same free port on every host.")
+    address = parallel.data_parallel_address
     if not address.strip() or _is_any(address):
         raise ConfigError(
             f"data_parallel_address={address!r} is no address that other hosts could connect to: give the leader's, the same on every host."

@@ -72,6 +72,7 @@ def resolve(config: EngineConfig, *, headless: bool = False) -> tuple[EngineConf
     config = with_backend(config)
     device, spec, folder = check(config, headless=headless)
     warn_of_crowding(config.parallel, device)
+    warn_of_launcher(config.parallel)
     log.info("distributed_executor_backend is %s: %s", *choice)
     return fill(config, spec, device), spec, folder
 
@@ -194,7 +195,8 @@ def check_available(parallel: ParallelConfig) -> None:
             "every node of the cluster; or use mp."
         )
     if backend == "uni" and parallel.world_size > 1:
-        raise ConfigError(f"distributed_executor_backend='uni' runs one rank, in this process, but {sizes(parallel)}: use mp.")
+        alone = replace(parallel, data_parallel_size=1)
+        raise ConfigError(f"distributed_executor_backend='uni' runs one rank, but {sizes(alone)}: use mp.")
 
 
 def sizes(parallel: ParallelConfig) -> str:
@@ -236,6 +238,26 @@ def check_room(kv_bytes: int | None, ranks: int, device: str) -> None:
         raise ConfigError(
             f"kv_cache_memory_bytes={kv_bytes} ({size(kv_bytes)}){each} is more than the {size(free)} of memory that are free here: "
             f"use less than {size(free // ranks)}, or leave it out for the automatic value."
+        )
+
+
+def warn_of_launcher(parallel: ParallelConfig) -> None:
+    """Settings that have no effect, where somebody meant them to."""
+    started = env.torchrun_rank()
+    if started is not None and started[2] > 1 and not launcher.is_external(parallel):
+        log.warning(
+            "torchrun started %d of this program, and each runs a whole engine by itself: for one engine over all of them set "
+            "distributed_executor_backend=external_launcher.",
+            started[2],
+        )
+    defaults = ParallelConfig()
+    if parallel.nnodes == 1 and (parallel.master_addr, parallel.master_port) != (defaults.master_addr, defaults.master_port):
+        log.warning("master_addr and master_port have no effect: nnodes=1 is this host alone. Set nnodes to use several.")
+    elsewhere = parallel.local_replicas < parallel.data_parallel_size and parallel.data_parallel_rank is None
+    if not elsewhere and parallel.data_parallel_address != defaults.data_parallel_address:
+        log.warning(
+            "data_parallel_address=%s has no effect: all %d replica(s) run here. Set data_parallel_size_local to keep some elsewhere.",
+            *(parallel.data_parallel_address, parallel.data_parallel_size),
         )
 
 

@@ -23,7 +23,7 @@ def test_the_demo_shows_the_split_and_compares():
 
 
 def test_a_difference_is_a_failure(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "_write", lambda tp, params, show: ([[tp]], []))
+    monkeypatch.setattr(demo, "_write", lambda tp, pp, params, show: ([[tp]], []))
     assert demo.run([]) == 1
     assert "TP=2 output identical to TP=1: NO" in capsys.readouterr().out
 

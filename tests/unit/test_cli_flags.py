@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ from lockstep.cli.flags import Parsed, parse
 from lockstep.cli.generate import GenerateOptions
 from lockstep.cli.main import LATER, VERBS, main
 from lockstep.cli.refused import UNAVAILABLE
+from lockstep.cli.session import hushed
 from lockstep.config.build import build_config
+from lockstep.config.errors import ConfigError
 from lockstep.config.tree import EngineConfig
 from lockstep.protocol import SamplingParams
 
@@ -245,3 +248,22 @@ def test_import_is_instant() -> None:
     code = "import sys, time; t = time.process_time(); import lockstep; print(time.process_time() - t); assert 'torch' not in sys.modules"
     seconds = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True).stdout) for _ in range(3)]
     assert min(seconds) < 0.2
+
+
+def test_verify_says_that_replicas_are_not_its_subject(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "-dp", "2"]) == 2
+    assert "--data-parallel-size=2: replicas are whole engines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_of_a_launchers_processes_the_first_one_speaks(rank: str, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    config = build_config(tensor_parallel_size=2, distributed_executor_backend="external_launcher")
+    assert hushed(config, quiet=False) is not shown
+    assert isinstance(sys.stdout, io.StringIO) is shown
+    with pytest.raises(ConfigError, match="every replica would answer all requests"):
+        hushed(build_config(data_parallel_size=2, distributed_executor_backend="external_launcher"), quiet=False)

@@ -35,6 +35,7 @@ BROKEN = [
     (False, {**LEADER, "data_parallel_rank": 4}, ["data_parallel_rank=4", "from 0 to 3"]),
     (False, {**LEADER, "data_parallel_rpc_port": 0}, ["data_parallel_rpc_port=0", "1 to 65535"]),
     (False, {**LEADER, "data_parallel_rpc_port": 65536}, ["data_parallel_rpc_port=65536"]),
+    (False, {"data_parallel_size": 2, "data_parallel_rpc_port": 99999}, ["data_parallel_rpc_port=99999", "1 to 65535"]),
     (False, {**LEADER, "data_parallel_address": "0.0.0.0"}, ["data_parallel_address='0.0.0.0'", "give the leader's"]),
     (False, {**LEADER, "data_parallel_rank": 1, "data_parallel_start_rank": 1}, ["data_parallel_start_rank=1", "leave"]),
     (True, {**KEPT, "data_parallel_rank": 2}, ["data_parallel_rank=2 with headless", "leave"]),
@@ -60,7 +61,7 @@ def test_what_cannot_be_is_refused_by_name(headless: bool, settings: dict[str, o
 def test_what_can_be() -> None:
     check_replicas(parallel())
     check_replicas(parallel(**LEADER))
-    check_replicas(parallel(data_parallel_size=4, data_parallel_size_local=4, data_parallel_rpc_port=0))
+    check_replicas(parallel(data_parallel_size=4, data_parallel_size_local=4))
     check_replicas(parallel(**KEPT), headless=True)
     check_replicas(parallel(**{**KEPT, "data_parallel_start_rank": 1}), headless=True)
     check_replicas(parallel(**LEADER, data_parallel_rank=3))

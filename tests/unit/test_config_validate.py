@@ -80,6 +80,7 @@ BROKEN = [
     ({"node_rank": -1}, ["from 0 to nnodes - 1"]),
     ({"node_rank": 1, "nnodes": 2, "tensor_parallel_size": 2}, ["takes no requests", "--headless"]),
     ({"nnodes": 2, "distributed_executor_backend": "uni"}, ["nnodes=2 > 1 can only be set when", "use mp"]),
+    ({"master_port": 70000}, ["master_port=70000", "1 to 65535"]),
     ({"master_port": 70000, "nnodes": 2, "tensor_parallel_size": 2}, ["master_port=70000", "1 to 65535"]),
     ({"master_addr": "0.0.0.0", "nnodes": 2, "tensor_parallel_size": 2}, ["master_addr='0.0.0.0'", "node 0"]),
     ({"node_timeout_seconds": 0}, ["greater than 0"]),
@@ -255,3 +256,30 @@ def test_collectives_are_compared_where_the_flag_or_the_environment_says_so(mode
     assert resolve(build_config(model=model, check_collectives=True))[0].parallel.check_collectives
     monkeypatch.setenv("LOCKSTEP_CHECK_COLLECTIVES", "1")
     assert resolve(build_config(model=model))[0].parallel.check_collectives
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "words"),
+    [
+        ({"master_addr": "10.0.0.1"}, {}, "master_addr and master_port have no effect: nnodes=1"),
+        ({"data_parallel_size": 2, "data_parallel_address": "10.0.0.1"}, {}, "data_parallel_address=10.0.0.1 has no effect"),
+        ({}, {"RANK": "0", "WORLD_SIZE": "2"}, "torchrun started 2 of this program"),
+        ({}, {"RANK": "0", "WORLD_SIZE": "1"}, ""),
+        ({"data_parallel_size": 2, "data_parallel_size_local": 1, "data_parallel_address": "10.0.0.1"}, {}, ""),
+    ],
+)
+def test_settings_without_effect_are_a_warning(
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    settings: dict[str, object],
+    environment: dict[str, str],
+    words: str,
+) -> None:
+    monkeypatch.setattr(validate, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(logging.getLogger("lockstep"), "propagate", True)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.WARNING, logger="lockstep.config"):
+        resolve(build_config(model=model, **settings))
+    assert words in caplog.text if words else not caplog.text
