@@ -32,6 +32,7 @@ class ReplicaLoad:
 
     replica: int  # index of the replica: its data-parallel rank
     routable: bool = True  # alive, and not draining: may be given requests
+    given_up: bool = False  # not routable, and never again
     waiting_tokens: int = 0  # prompt tokens it has still to compute
     running_tokens: int = 0  # tokens its running requests hold, or are expected to
     requests: int = 0  # requests it has been given that have not ended
@@ -106,14 +107,14 @@ def sticky(
 
 
 def explicit(replica: int, loads: Sequence[ReplicaLoad]) -> int:
-    """The replica that the request itself names. Raises RoutingError if there is no such replica or it is not routable."""
+    """The replica that the request itself names, routable or not. Raises RoutingError if there is no such replica, or never again."""
     for load in loads:
         if load.replica == replica:
-            if load.routable:
+            if not load.given_up:
                 return replica
-            others = [other.replica for other in loads if other.routable]
-            remedy = f"Name one of {_listed(others)}, or none." if others else "None is routable now: wait until a replica is back."
-            raise RoutingError(f"data_parallel_rank={replica} takes no requests: its replica is down or draining. {remedy}")
+            others = [other.replica for other in loads if not other.given_up]
+            remedy = f"Name one of {_listed(others)}, or none." if others else "So were all others: start the engine anew."
+            raise RoutingError(f"data_parallel_rank={replica} takes no requests any more: its replica was given up. {remedy}")
     known = _listed([load.replica for load in loads])
     raise RoutingError(f"data_parallel_rank={replica} does not exist: the replicas are {known}. Name one of them, or none.")
 

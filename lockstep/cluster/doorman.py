@@ -14,11 +14,10 @@ import threading
 import time
 from dataclasses import dataclass
 
-import msgspec
-
-from lockstep.cluster import greeting
+from lockstep.cluster import greeting, wire
 from lockstep.cluster.greeting import Challenge, Identity, Refused, Welcome
 from lockstep.config.errors import ConfigError
+from lockstep.config.nodes import own_address
 from lockstep.config.tree import ParallelConfig
 from lockstep.observability.logging import get_logger
 from lockstep.utils import env, net
@@ -27,6 +26,7 @@ from lockstep.utils.handshake import prove, proven
 
 GREETING_S = 5.0  # how long a greeting may take
 MOST_GUESTS = 64  # greeted at once: whoever comes then has to come again
+LAST_GREETINGS_S = 1.0  # how long the end waits for greetings that are going on
 
 _log = get_logger(__name__)
 
@@ -67,25 +67,22 @@ class Doorman:
         self._refused: list[str] = []
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._guests = threading.Semaphore(MOST_GUESTS)
-        self._closed = False
-        self.at = f"{parallel.data_parallel_address}:{parallel.data_parallel_rpc_port}"
-        try:
-            host = env.host_ip() or net.resolve(parallel.data_parallel_address)
-            self._listener = net.Listener(host, parallel.data_parallel_rpc_port)
-        except OSError as e:
-            raise ConfigError(
-                f"data_parallel_address={parallel.data_parallel_address!r}, data_parallel_rpc_port={parallel.data_parallel_rpc_port}: {e}. "
-                "The leader must listen at an address of its own and a free port: choose another port on every host, or set "
-                "LOCKSTEP_HOST_IP here to the address that this host has."
-            ) from None
+        self._closed = False  # nobody is let in; with the lock held
+        self._listener = _listener(parallel)
+        self.at = f"{parallel.data_parallel_address}:{self._listener.port}"
         self._bell, self._ring = socket.socketpair()
         self._stop, self._stopped = socket.socketpair()
         for end in (self._bell, self._ring):
             end.setblocking(False)
-        if not self._key and not net.is_loopback(host):
+        if not self._key and not net.is_loopback(self.host):
             _log.warning("LOCKSTEP_CLUSTER_KEY is not set: whoever reaches %s can join; set the same secret on every host.", self.at)
         self._thread = threading.Thread(target=self._listen, name="dp-doorman", daemon=True)
         self._thread.start()
+
+    @property
+    def host(self) -> str:
+        """The address at which it listens, in digits."""
+        return self._listener.host
 
     @property
     def port(self) -> int:
@@ -96,8 +93,8 @@ class Doorman:
         return self._bell.fileno()
 
     def arrived(self) -> list[Arrival]:
-        """Who has come in since the last call."""
-        with contextlib.suppress(BlockingIOError):
+        """Who has come in since the last call; after `close`, who had before it."""
+        with contextlib.suppress(OSError):
             while self._bell.recv(64):
                 pass
         found = []
@@ -120,19 +117,24 @@ class Doorman:
             f"{waited_s:g} s: start `lockstep generate MODEL --headless -dp {p.data_parallel_size} -dpl {len(replicas)} -dpr {replicas[0]} "
             f"-dpa {p.data_parallel_address} -dpp {p.data_parallel_rpc_port}` on another host, and see that no firewall is between."
         )
-        if net.is_loopback(self._listener.host):
-            text += f" {self._listener.host} is reached from this host only: for others, give its network address as data_parallel_address."
+        if net.is_loopback(self.host):
+            text += f" {self.host} is reached from this host only: for others, give its network address as data_parallel_address."
         with self._lock:
             return text + (f" Meanwhile, {'; '.join(self._refused)}." if self._refused else "")
 
     def close(self) -> None:
-        """Let nobody in any more. May be called twice."""
-        if not self._closed:
+        """Let nobody in any more. Who is just being greeted is waited for, a moment. May be called twice."""
+        if self._stop.fileno() < 0:
+            return
+        self._stop.close()
+        self._thread.join(2.0)
+        until_s = time.monotonic() + LAST_GREETINGS_S
+        for _ in range(MOST_GUESTS):
+            self._guests.acquire(timeout=max(0.0, until_s - time.monotonic()))
+        with self._lock:
             self._closed = True
-            self._stop.close()
-            self._thread.join(2.0)
-            for end in (self._stopped, self._bell, self._ring):
-                end.close()
+        for end in (self._stopped, self._bell, self._ring):
+            end.close()
 
     # --- on other threads ---
 
@@ -141,7 +143,7 @@ class Doorman:
         poll.register(self._listener.fileno(), select.POLLIN)
         poll.register(self._stopped.fileno(), select.POLLIN)
         with self._listener:
-            while not self._closed:
+            while True:
                 if self._stopped.fileno() in [fd for fd, _ in poll.poll()]:
                     return
                 try:
@@ -159,7 +161,7 @@ class Doorman:
         try:
             net.prepare_link(connection, greeting.silence_s(self.parallel))
             self._greet(connection, address)
-        except (OSError, msgspec.DecodeError) as e:
+        except (OSError, ValueError) as e:  # ValueError: it cannot be decoded
             self._note(f"{address} connected and did not greet as a keeper of replicas does ({e})")
             connection.close()
         finally:
@@ -183,9 +185,14 @@ class Doorman:
             return
         send_one(connection, greeting.encode(Welcome(prove(self._key, greeting.LEADER, hello.nonce, nonce, hello.identity))), deadline_s)
         _log.info("%s has reported", name)
-        self._arrivals.put(arrival)
-        with contextlib.suppress(OSError):  # full: it rings already; closed: nobody listens
-            self._ring.send(b"1")
+        with self._lock:
+            if not self._closed:
+                self._arrivals.put(arrival)
+                with contextlib.suppress(OSError):  # full: it rings already
+                    self._ring.send(b"1")
+                return
+        with connection:  # too late for anybody else to tell it
+            send_one(connection, wire.encode(wire.Stop()), deadline_s)
 
     def _judge(self, who: Identity, arrival: Arrival) -> Refused | None:
         """Whether it suits us. If so, the replica is its own from now on."""
@@ -217,3 +224,19 @@ class Doorman:
         _log.warning("%s", text)
         with self._lock:
             self._refused = [*self._refused[-4:], text]
+
+
+def _listener(parallel: ParallelConfig) -> net.Listener:
+    address, port = parallel.data_parallel_address, parallel.data_parallel_rpc_port
+    try:
+        return net.Listener(own_address(address, "data_parallel_address"), port)
+    except OSError as e:
+        if parallel.data_parallel_backend == "ray":  # neither address nor port is the user's
+            raise ConfigError(
+                f"data_parallel_backend='ray': this process {e}. It must listen for its replicas at an address of its own that the nodes "
+                "of the Ray cluster reach: set LOCKSTEP_HOST_IP here to one that this host has, or unset it."
+            ) from None
+        raise ConfigError(
+            f"data_parallel_address={address!r}, data_parallel_rpc_port={port}: {e}. The leader must listen at an address of its own and a "
+            "free port: choose another port on every host, or set LOCKSTEP_HOST_IP here to the address that this host has."
+        ) from None

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from lockstep.cluster import wire
 from lockstep.cluster.doorman import Arrival, Doorman
 from lockstep.cluster.greeting import agreed_settings
@@ -30,6 +28,7 @@ from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
 from lockstep.observability.logging import get_logger
 
+LOOK_S = 0.5  # how often Ray is asked about actors that have not come
 GRACE_S = 20.0  # a replica times its steps itself and knows why one is late: let it speak first
 _DOOR, _OUTSIDE = -1, -2  # the selector's keys of the doorman and of what the router's owner listens to, among replicas
 
@@ -64,6 +63,7 @@ class Fleet:
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, policy: RestartPolicy | None) -> None:
         """Start every replica of this host, and wait at the door for the others. Raises ConfigError when there can be no door."""
+        self._owner = os.getpid()
         actors = None
         if config.parallel.data_parallel_backend == "ray":
             from lockstep.cluster.ray import ReplicaActors
@@ -75,20 +75,28 @@ class Fleet:
         count = parallel.data_parallel_size
         self.supervisor = Supervisor(count, policy, time.monotonic())
         self._doorman = None
-        if parallel.local_replicas < count:
-            self._doorman = Doorman(parallel, agreed_settings(config, spec, folder), None if actors is None else actors.key)
+        try:
+            if parallel.local_replicas < count:
+                self._doorman = Doorman(parallel, agreed_settings(config, spec, folder), None if actors is None else actors.key)
+        except BaseException:
+            if actors is not None:
+                actors.close()
+            raise
         self._selector = selectors.DefaultSelector()
         self._death_pipe = os.pipe()
         self._replicas: list[ReplicaHandle | None] = [None] * count
         self._waiting: dict[int, Arrival] = {}  # that have come before they may start
-        self._finalizer = weakref.finalize(self, _end_all, self._replicas, self._waiting, self._doorman, self._death_pipe, actors)
+        self._causes: dict[int, str] = {}  # of those that are given up
+        self._look_s = 0.0  # when to ask Ray again
+        everything = (self._owner, self._replicas, self._waiting, self._doorman, self._death_pipe, actors)
+        self._finalizer = weakref.finalize(self, _end_all, *everything)
         if self._doorman is not None:
             self._selector.register(self._doorman, selectors.EVENT_READ, _DOOR)
         try:
             for replica in range(parallel.local_replicas):
                 self._start(replica)
             if actors is not None and self._doorman is not None:
-                actors.start(spec, folder, self._doorman.port)
+                actors.start(spec, folder, self._doorman.host, self._doorman.port)
         except BaseException:
             self.close()
             raise
@@ -119,13 +127,14 @@ class Fleet:
                 self._flush(key.data)
             if events & selectors.EVENT_READ:
                 yield from self._listen(key.data)
+        yield from self._look_after_actors()
         for replica in self.supervisor.due(time.monotonic()):
             _log.info("replica %d is started again", replica)
             try:
                 self._start(replica)
             except OSError as e:  # no process or descriptor to be had just now
-                self.supervisor.failed(replica, time.monotonic())
-                _log.warning("replica %d could not be started: %s", replica, e)
+                error = ExecutorError(f"replica {replica} could not be started: {e}.", phase="start", kind="died")
+                yield Lost(replica, error, self._after(replica, self.supervisor.failed(replica, time.monotonic()), error))
 
     def condemn(self, busy: Sequence[int]) -> Iterator[Event]:
         """End the replicas that have said nothing for longer than they may: while they start, or have work to do (`busy`)."""
@@ -159,16 +168,21 @@ class Fleet:
         """Who is not ready, in words, for when it should be; "" when all are."""
         late = [i for i, life in enumerate(self.supervisor.lives) if life.state is not State.READY]
         limit_s = self._config.runtime.startup_timeout_seconds
+        given_up = [self._causes[i] for i in late if i in self._causes]
+        if given_up:
+            return " ".join(given_up)
         absent = [i for i in late if self._replicas[i] is None]
         if absent and self._actors is not None:
-            words = self._actors.words() or "no word of them"
-            return f"replicas {absent}, which Ray was to start, have not reported in {limit_s:g} s: {words}."
+            return f"replicas {absent}, which Ray was to start, have not reported in {limit_s:g} s: {self._actors.words(absent)}."
         if absent and self._doorman is not None:
             return self._doorman.missing(absent, limit_s)
         return f"replicas {late} were not ready after startup_timeout_seconds={limit_s:g}." if late else ""
 
     def close(self) -> None:
-        """End all of them: those here, and through their keepers those elsewhere. May be called twice."""
+        """End all of them: those here, and through their keepers those elsewhere. May be called twice, and by a forked child: they
+        are not its own."""
+        if os.getpid() != self._owner:
+            return
         ready = [life.state is State.READY for life in self.supervisor.lives]
         for replica, handle in enumerate(self._replicas):
             if handle is not None:
@@ -185,6 +199,8 @@ class Fleet:
         elif replica in self._waiting:
             handle = RemoteReplica(self._waiting.pop(replica))
         else:
+            if self._actors is not None:
+                self._actors.start_again(replica)
             return
         self._replicas[replica] = handle
         self._selector.register(handle, selectors.EVENT_READ, replica)
@@ -195,7 +211,7 @@ class Fleet:
         for arrival in self._doorman.arrived():
             replica, handle = arrival.replica, self._replicas[arrival.replica]
             if isinstance(handle, RemoteReplica):  # its keeper, or its host's next one, knows better than we do
-                handle.why = "its host has connected anew"
+                handle.why = "is lost: its host has connected anew"
                 yield from self._lose(replica)
             if self.supervisor.lives[replica].state in (State.GIVEN_UP, State.STOPPED):
                 arrival.connection.close()
@@ -213,7 +229,11 @@ class Fleet:
             return
         try:
             replies = handle.channel.receive()
-        except (ConnectionError, msgspec.DecodeError):
+        except ConnectionError:
+            yield from self._lose(replica)
+            return
+        except ValueError as e:
+            handle.why = f"said what cannot be decoded ({e})"
             yield from self._lose(replica)
             return
         handle.heard_s = time.monotonic()
@@ -224,9 +244,49 @@ class Fleet:
                 handle.failed = reply
                 yield from self._lose(replica)  # now: ending its ranks takes it a while
                 return
+            if why := self._misplaced(replica, reply):
+                handle.why = why
+                yield from self._lose(replica)
+                return
             if isinstance(reply, wire.Ready):
                 self.supervisor.ready(replica, time.monotonic())
             yield Said(replica, reply)
+
+    def _misplaced(self, replica: int, reply: wire.Reply) -> str:
+        """Why this reply cannot be right now, as a predicate; "" when it can. Whatever says so is broken, and replaced."""
+        starting = self.supervisor.lives[replica].state is State.STARTING
+        if isinstance(reply, wire.Ready) != starting:
+            return "said that it is ready when it was" if not starting else f"said {type(reply).__name__} before it was ready"
+        load = reply.load if isinstance(reply, wire.News) else None
+        if load is not None and min(load.waiting_tokens, load.running_tokens, load.requests) < 0:
+            return f"reported a load that cannot be ({load})"
+        return ""
+
+    def _look_after_actors(self) -> Iterator[Event]:
+        """An actor that has ended brings no replica: a failed start. Where there is a connection, its end tells."""
+        now_s = time.monotonic()
+        if self._actors is None or now_s < self._look_s:
+            return
+        self._look_s = now_s + LOOK_S
+        for replica, why in self._actors.ended().items():
+            life = self.supervisor.lives[replica]
+            if life.state is not State.STARTING or self._replicas[replica] is not None:
+                continue
+            error = ExecutorError(f"replica {replica}, which Ray was to start, did not come: {why}.", phase="start", kind="died")
+            if life.starts == 1:
+                raise error
+            yield Lost(replica, error, self._after(replica, self.supervisor.failed(replica, now_s), error))
+
+    def _after(self, replica: int, state: State, error: ExecutorError) -> str:
+        """What is done about a replica that is gone, in words. One that is given up is let in no more."""
+        life = self.supervisor.lives[replica]
+        if state is State.WAITING:
+            return f"it is started again in {life.due_s - life.since_s:.2f} s"
+        cause = f"replica {replica} was given up after {life.failures} failures in a row, the last one: {error}"
+        self._causes[replica] = cause
+        if self._doorman is not None:
+            self._doorman.bar(replica, cause)
+        return "it is given up"
 
     def _lose(self, replica: int) -> Iterator[Event]:
         """A replica is gone: it is started again after a pause, or given up. One that never ran is for the user to know."""
@@ -243,12 +303,8 @@ class Fleet:
         if never_ran:
             handle.end(ask=False, until_s=0.0)
             raise ConfigError(str(error)) if error.error_type == "ConfigError" else error
-        then = f"it is started again in {life.due_s - now_s:.2f} s"
-        if state is not State.WAITING:
-            then = "it is given up"
-            if self._doorman is not None:
-                self._doorman.bar(replica, f"replica {replica} was given up after {life.failures} failures in a row, the last one: {error}")
-        elif isinstance(handle, RemoteReplica):
+        then = self._after(replica, state, error)
+        if state is State.WAITING and isinstance(handle, RemoteReplica):
             then = "it is taken back when its host offers it again"
         try:
             yield Lost(replica, error, then)  # its requests first
@@ -270,6 +326,7 @@ class Fleet:
 
 
 def _end_all(
+    owner: int,
     replicas: list[ReplicaHandle | None],
     waiting: dict[int, Arrival],
     doorman: Doorman | None,
@@ -277,13 +334,18 @@ def _end_all(
     actors: ReplicaActors | None,
 ) -> None:
     """End every replica: all are asked first, so that they end at the same time. Those that have just come are asked as well."""
+    if os.getpid() != owner:  # a child that the program forked: it has our descriptors, and nothing to end
+        return
     running = [handle for handle in replicas if handle is not None]
-    if doorman is not None:
-        running += [RemoteReplica(arrival) for arrival in (*waiting.values(), *doorman.arrived())]
-        doorman.close()
     try:
         for handle in running:
             handle.ask()
+        if doorman is not None:
+            doorman.close()  # before the last look: nobody comes in behind it
+            for arrival in (*waiting.values(), *doorman.arrived()):
+                running.append(RemoteReplica(arrival))
+                running[-1].listens = False  # it is loading, and hears of it when it is through
+                running[-1].ask()
         until_s = time.monotonic() + STOP_S
         for handle in running:
             handle.end(ask=handle.listens, until_s=until_s)

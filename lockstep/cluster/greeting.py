@@ -157,7 +157,7 @@ def greet(connection: socket.socket, key: str, identity: Identity, deadline_s: f
 def _read(connection: socket.socket, decode: Callable[[bytes], Message], deadline_s: float) -> Message:
     try:
         return decode(receive_one(connection, deadline_s, MOST_BYTES))
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise ConnectionAbortedError(f"what it says is no greeting of ours ({error})") from None
 
 

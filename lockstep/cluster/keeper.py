@@ -6,6 +6,10 @@ wait for that to end. How it ended says what is next:
     the leader said stop          the leader is done: so are we (exit code 0)
     the leader cannot be reached  connect again, until nobody listens there any more (exit code 1)
     anything else                 the process died: after a pause, a new connection and a new process
+
+When to have done with a replica that dies again and again is the leader's to say, which knows what it did meanwhile: it refuses
+its next connection. The pause doubles with each death in a row of a process that had brought no tokens (it tells, see
+`wire.Worked`); to lose the leader is no fault of the process.
 """
 
 from __future__ import annotations
@@ -25,9 +29,10 @@ from lockstep.cluster.doorman import GREETING_S
 from lockstep.cluster.greeting import Identity, RefusedError
 from lockstep.cluster.replica import STOP_S, end_process, start_process
 from lockstep.cluster.replica_main import LOST_ROUTER
-from lockstep.cluster.supervisor import State, Supervisor
+from lockstep.cluster.supervisor import RestartPolicy
 from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
+from lockstep.config.nodes import chosen_address
 from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
 from lockstep.observability.logging import get_logger
@@ -37,6 +42,7 @@ CONNECT_S = 5.0
 GONE_S = 5.0  # a leader that was there and at whose port nobody listens for so long has ended
 TAKEN_SILENCES = 2  # for so many times the longest silence, who held our place may be gone and not be missed yet
 MOST_PAUSE_S = 2.0
+PAUSES = RestartPolicy()
 
 _log = get_logger(__name__)
 
@@ -114,47 +120,44 @@ class Keeper:
     # --- on each replica's thread ---
 
     def _keep(self, replica: int) -> None:
-        life = Supervisor(1, now_s=time.monotonic())
-        welcomed = False
+        welcomed, deaths = False, 0
         try:
             while not self._stopping.is_set():
                 connection = self._connect(replica, welcomed)
                 if connection is None:
                     return
                 welcomed = True
-                life.ready(0, time.monotonic())
                 _log.info("replica %d is connected to the leader at %s", replica, self.at)
-                code = self._serve(replica, connection)
+                code, worked = self._serve(replica, connection)
                 if code == 0:
                     self._ends.put(_End(None, decisive=True))
                     return
                 if self._stopping.is_set():
                     return
-                now_s = time.monotonic()
                 cause = "it lost the leader" if code == LOST_ROUTER else procs.exit_cause(code)
-                if life.failed(0, now_s) is State.GIVEN_UP:
-                    message = f"replica {replica} is given up: it ended {life.lives[0].failures} times in a row, at last with: {cause}."
-                    self._ends.put(_End(ExecutorError(message), decisive=False))
-                    return
-                pause_s = life.lives[0].due_s - now_s
+                deaths = (0 if worked else deaths) + (code != LOST_ROUTER)
+                pause_s = PAUSES.pause_s(max(1, deaths))
                 _log.warning("replica %d ended (%s): it is started again in %.2f s", replica, cause, pause_s)
                 self._stopping.wait(pause_s)
-                life.due(life.lives[0].due_s)
         except RefusedError as e:
             error = ConfigError(f"the leader at {self.at} refused replica {replica}: {e}.")
             self._ends.put(_End(error, decisive=not welcomed))
         except Exception as e:
             self._ends.put(_End(e, decisive=True))
 
-    def _serve(self, replica: int, connection: socket.socket) -> int:
-        """Run a replica's process on the connection; its exit code."""
+    def _serve(self, replica: int, connection: socket.socket) -> tuple[int, bool]:
+        """Run a replica's process on the connection: (its exit code, whether it brought tokens)."""
         with connection, self._lock:
             if self._stopping.is_set():
-                return LOST_ROUTER
+                return LOST_ROUTER, False
             process, ours = start_process(self._config, self._spec, self._folder, replica, self._death_pipe[0], connection)
             self._processes[replica] = process
         with ours:
-            return process.wait()
+            code = process.wait()
+            ours.setblocking(False)
+            with contextlib.suppress(OSError):
+                return code, bool(ours.recv(1))  # it says but one thing
+            return code, False
 
     def _connect(self, replica: int, welcomed: bool) -> socket.socket | None:
         """A connection on which the leader has said welcome; None when we are to stop. Raises RefusedError, ExecutorError."""
@@ -188,8 +191,8 @@ class Keeper:
 
     def _knock(self, replica: int) -> socket.socket:
         """One attempt. Raises RefusedError, or OSError when nobody answers as a leader does."""
-        own = (env.host_ip(), 0) if env.host_ip() else None
-        connection = socket.create_connection(self._leader, CONNECT_S, source_address=own)
+        own = chosen_address()
+        connection = socket.create_connection(self._leader, CONNECT_S, source_address=(own, 0) if own else None)
         try:
             net.prepare_link(connection, self._silence_s)
             lockstep, torch = greeting.versions()

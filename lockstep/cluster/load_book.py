@@ -199,6 +199,10 @@ class LoadBook:
         """Whether new requests may go there. What it carries stays in the book: a draining replica still works."""
         self.loads[replica].routable = routable
 
+    def give_up(self, replica: int) -> None:
+        """The replica takes no requests any more, for good."""
+        self.loads[replica].routable, self.loads[replica].given_up = False, True
+
     def forget(self, replica: int) -> None:
         """The replica died or started anew: it carries nothing. Its requests are unknown from now on; tickets count on."""
         for request in self._replicas[replica].started:

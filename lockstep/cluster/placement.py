@@ -22,7 +22,7 @@ class Placement:
         self._routed = 0
 
     def check(self, request: EngineRequest, loads: Sequence[balance.ReplicaLoad]) -> None:
-        """Raise RequestError when the request names a replica that takes none."""
+        """Raise RequestError when the request names a replica that there is not, or not any more."""
         if request.data_parallel_rank is not None:
             try:
                 balance.explicit(request.data_parallel_rank, loads)
@@ -30,16 +30,18 @@ class Placement:
                 raise RequestError(str(e)) from None
 
     def choose(self, request: EngineRequest, tokens: Sequence[int], loads: list[balance.ReplicaLoad], *, again: bool = False) -> int:
-        """The replica for a request whose tokens so far are `tokens`. At least one must be routable, and the one it names.
+        """The replica for a request whose tokens so far are `tokens`. At least one must be routable.
 
-        again: the request has run before and its replica died. It may go anywhere then: to be finished is worth more than where.
+        again: the request has run before and its replica died. It may go anywhere then, as it may while the replica that it names is
+        down: to be finished is worth more than where.
         """
         self._routed += 1
         # A salted request reads no cache but that of its salt, which is nobody else's.
         keeps_index = self._routing == "prefix" and self._caching and request.cache_salt is None
         names = self._prefixes.names(tokens) if keeps_index else []
-        if request.data_parallel_rank is not None and not again:
-            replica = balance.explicit(request.data_parallel_rank, loads)
+        named = request.data_parallel_rank
+        if named is not None and not again and loads[named].routable:
+            replica = named
         elif request.session_id is not None:
             replica = balance.sticky(request.session_id, loads)
         elif self._routing == "round_robin":

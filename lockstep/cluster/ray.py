@@ -2,19 +2,18 @@
 
 An actor keeps one replica for this process as a host that was started by hand would (`keeper`): it connects to the leader's
 door, with a key drawn for this engine, and starts the replica's process, with its ranks, on its own node. From there on Ray has
-no part; what becomes of the replica is the supervisor's to know, and an actor whose node dies is started elsewhere by Ray.
+no part; what becomes of the replica is the supervisor's to know. An actor whose node dies is started elsewhere by Ray; one that
+ends by itself is replaced when its replica is due.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -26,9 +25,6 @@ from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.factory import join_ray
 from lockstep.observability import logging
-from lockstep.utils import env
-
-LEAVE_S = 3.0  # how long keepers may take to leave by themselves
 
 
 class Launch(msgspec.Struct, kw_only=True):
@@ -63,72 +59,74 @@ class ReplicaActors:
     def __init__(self, config: EngineConfig) -> None:
         """Join the cluster. Raises ConfigError when none can be used."""
         parallel = config.parallel
-        self._owner = os.getpid()
         self._kind = "GPU" if config.runtime.device == "cuda" else "CPU"
         whole = replace(
             parallel, data_parallel_size=1, pipeline_parallel_size=parallel.pipeline_parallel_size * parallel.data_parallel_size
         )
-        address, self._leave = join_ray(whole, self._kind)  # a cluster of our own has room for all
+        address, self._troupe = join_ray(whole, self._kind)  # a cluster of our own has room for all
         self.key = secrets.token_hex(32)
         # No replica is this process's, and the door's port is the system's choice.
         here = replace(parallel, data_parallel_address=address, data_parallel_rpc_port=0, data_parallel_size_local=0)
         self.config = replace(config, parallel=here)
-        self._actors: list[Any] = []
-        self._ends: list[Any] = []  # by replica: what becomes of it
-        self._open = True
+        self._told: dict[int, bytes] = {}  # by replica: what its actor is told
+        self._ended: set[int] = set()  # replicas whose actor has ended
 
-    def start(self, spec: ModelSpec, folder: Path, port: int) -> None:
-        """Start an actor for each replica, to connect to this process at `port`."""
-        import ray
-
-        parallel, runtime = self.config.parallel, self.config
-        ranks = float(parallel.world_size)
-        options: dict[str, Any] = {"num_cpus": ranks if self._kind == "CPU" else 0, "num_gpus": ranks if self._kind == "GPU" else 0}
-        options |= {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": "SPREAD"}
-        shared = env.for_other_hosts()
-        if shared:
-            options["runtime_env"] = {"env_vars": shared}
-        actor = ray.remote(ReplicaHost)
-        for replica in range(parallel.data_parallel_size):
+    def start(self, spec: ModelSpec, folder: Path, host: str, port: int) -> None:
+        """Start an actor for each replica, to connect to this process's door."""
+        config = self.config
+        parallel, size = config.parallel, config.parallel.data_parallel_size
+        for replica in range(size):
             # Several may share a host, and nobody knows which: none keeps to cores, and each takes its share of the memory.
             mine = replace(
-                parallel, data_parallel_rpc_port=port, data_parallel_size_local=1, data_parallel_start_rank=replica, cpu_binding=False
+                parallel,
+                data_parallel_address=host,
+                data_parallel_rpc_port=port,
+                data_parallel_size_local=1,
+                data_parallel_start_rank=replica,
+                cpu_binding=False,
             )
-            share = (runtime.cache.gpu_memory_utilization or 0.0) / parallel.data_parallel_size
-            cache = runtime.cache if self._kind == "GPU" else replace(runtime.cache, gpu_memory_utilization=share or None)
-            launch = Launch(config=replace(runtime, parallel=mine, cache=cache), spec=spec, folder=str(folder.resolve()), key=self.key)
-            self._actors.append(actor.options(**options).remote())
-            self._ends.append(self._actors[-1].keep.remote(msgspec.msgpack.encode(launch)))
+            share = (config.cache.gpu_memory_utilization or 0.0) / size
+            cache = config.cache if self._kind == "GPU" else replace(config.cache, gpu_memory_utilization=share or None)
+            launch = Launch(config=replace(config, parallel=mine, cache=cache), spec=spec, folder=str(folder.resolve()), key=self.key)
+            self._told[replica] = msgspec.msgpack.encode(launch)
+            self._start(replica)
 
-    def words(self) -> str:
-        """What Ray knows of actors that did not do: their ends, or that the cluster has no room; "" for nothing."""
-        ray: Any = import_module("ray")
-        found = []
-        with contextlib.suppress(Exception):
-            done, waiting = ray.wait(self._ends, num_returns=len(self._ends), timeout=0.2)
-            for end in done:
-                try:
-                    found.append(str(ray.get(end, timeout=1.0)))
-                except Exception as e:  # the actor is dead, or could not be made
-                    found.append(str(e).strip().partition("\n")[0])
-            if waiting:
-                each, free = self.config.parallel.world_size, ray.available_resources().get(self._kind, 0.0)
-                found.append(f"each replica takes {each} {self._kind} of one node, and the cluster has {free:g} free now")
-        return "; ".join(words for words in found if words)
+    def start_again(self, replica: int) -> None:
+        """Start a new actor for a replica, if its last one has ended; one that lives comes by itself. Raises OSError when Ray cannot."""
+        if replica in self._ended:
+            try:
+                self._start(replica)
+            except Exception as e:
+                raise OSError(f"Ray starts no actor for it: {e}") from None
+            self._ended.discard(replica)
+
+    def ended(self) -> dict[int, str]:
+        """The replicas whose actors have ended since the last call, and why, in words."""
+        over = self._troupe.over(replica for replica in self._told if replica not in self._ended)
+        self._ended |= over.keys()
+        return {replica: words.rstrip(". ") or "its actor ended" for replica, words in over.items()}
+
+    def words(self, absent: Sequence[int]) -> str:
+        """What Ray knows of the actors of replicas that have not reported."""
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            pending = [replica for replica in self._troupe.pending() if replica in absent]
+            if pending:
+                each, free = self.config.parallel.world_size, import_module("ray").available_resources().get(self._kind, 0.0)
+                return (
+                    f"the cluster has no room for {len(pending)} of them: each replica takes {each} {self._kind} of one node, and {free:g} "
+                    "are free in all; use fewer replicas, add nodes, or end what else runs there"
+                )
+            return (
+                "their actors run; see that the nodes of the Ray cluster can connect to this host at any port, and that LOCKSTEP_HOST_IP, "
+                "where it has several addresses, is the one that they reach"
+            )
+        return "no word of them"
 
     def close(self) -> None:
         """End the actors, and leave the cluster if it was joined here. Never raises; may be called twice."""
-        if not self._open or os.getpid() != self._owner:
-            return
-        self._open = False
-        import ray
+        self._troupe.close()
 
-        with contextlib.suppress(Exception):  # the cluster may be gone, which is as good
-            if ray.is_initialized():
-                if self._ends:
-                    ray.wait(self._ends, num_returns=len(self._ends), timeout=LEAVE_S)
-                for actor in self._actors:
-                    ray.kill(actor)
-        leave: Callable[[], None] = self._leave
-        with contextlib.suppress(Exception):
-            leave()
+    def _start(self, replica: int) -> None:
+        options = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": "SPREAD"}
+        room = (self._kind, float(self.config.parallel.world_size))
+        self._troupe.start(replica, ReplicaHost, "keep", self._told[replica], room, options)

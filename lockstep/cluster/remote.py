@@ -29,16 +29,19 @@ class RemoteReplica(ReplicaHandle):
         return f"replica {self.replica} on host {self.arrival.host}"
 
     def unexplained(self) -> ExecutorError:
-        why, broken = self.why or "the connection was closed: its process or its host's keeper ended", self.channel.broken
+        why, broken = "the connection was closed: its process or its host's keeper ended", self.channel.broken
         if broken is not None:
             words = broken.strerror or str(broken)
             why = f"its host does not answer any more ({words})" if broken.errno in _UNANSWERED else f"the connection failed ({words})"
         return ExecutorError(f"{self.name} is lost: {why}.", kind="died")
 
     def end(self, ask: bool, until_s: float) -> None:
-        if ask:  # what is unread here when we close would make the kernel drop what it has not sent yet
-            with contextlib.suppress(OSError):
-                while (left := until_s - time.monotonic()) > 0 and self.channel.wait(left):
+        try:
+            # What is unread here when we close would make the kernel drop what it has not sent yet.
+            with contextlib.suppress(OSError, ValueError):  # ValueError: what comes last may be nothing that we know
+                self.channel.receive()
+                while ask and (left := until_s - time.monotonic()) > 0 and self.channel.wait(left):
                     self.channel.flush()
                     self.channel.receive()
-        self.channel.close()
+        finally:
+            self.channel.close()

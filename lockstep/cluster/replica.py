@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 import lockstep
 from lockstep.cluster import wire
 from lockstep.config.model_spec import ModelSpec
@@ -98,7 +96,7 @@ class ReplicaProcess(ReplicaHandle):
 
     def end(self, ask: bool, until_s: float) -> None:
         # It may be in the middle of telling us something, and the order to stop behind others: move both along.
-        with contextlib.suppress(OSError, msgspec.DecodeError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it may say what we do not know
             while ask and self.process.poll() is None and time.monotonic() < until_s:
                 self.channel.flush()
                 if self.channel.wait(0.02):

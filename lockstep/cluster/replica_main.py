@@ -50,8 +50,10 @@ class Ended(Exception):
 class Replica:
     """One engine and its channel to the router."""
 
-    def __init__(self, core: EngineCore, channel: Channel[wire.Order]) -> None:
-        self.core, self.channel = core, channel
+    def __init__(self, core: EngineCore, channel: Channel[wire.Order], keeper: Channel[wire.Order] | None = None) -> None:
+        """keeper: who started this process, where that is not the router."""
+        self.core, self.channel, self._keeper = core, channel, keeper
+        self._worked = False
         self.ticket = 0
         self._reported_s = 0.0
 
@@ -82,6 +84,11 @@ class Replica:
         load = self.core.scheduler.load() if report else None
         self.channel.send(wire.encode(wire.News(outputs, load, self.ticket)))
         self.channel.drain()
+        if not self._worked and any(output.new_token_ids for output in outputs):
+            self._worked = True
+            if self._keeper is not None:
+                with contextlib.suppress(ConnectionError):  # when it is gone, so are we, soon
+                    self._keeper.send(wire.encode(wire.Worked()))
 
     def _take(self, order: wire.Order) -> None:
         if isinstance(order, wire.Add):
@@ -119,15 +126,16 @@ def main() -> None:
     faulthandler.enable()
     sys.path[:] = launch.sys_path
     logging.configure(launch.config.runtime.log_level)
+    keeper = None
     if launch.router_fd is not None:
-        channel = Channel(socket.socket(fileno=launch.router_fd), wire.decode_order)
+        keeper, channel = channel, Channel(socket.socket(fileno=launch.router_fd), wire.decode_order)
     core = None
     try:
         executor = make_executor(launch.config, launch.spec, Path(launch.folder))
         core = EngineCore(launch.config, launch.spec, executor)
         channel.send(wire.encode(wire.Ready(core.config, core.memory)))
         channel.drain()
-        Replica(core, channel).run(orders)
+        Replica(core, channel, keeper).run(orders)
     except Ended:
         code = 0
     except ConnectionError:

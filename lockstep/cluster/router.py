@@ -39,6 +39,7 @@ from lockstep.protocol import EngineOutput, EngineRequest
 MOST_REPLAYS = 5  # of one request: if every replica that takes it dies, it is the cause
 NAP_S = 1.0  # longest wait of one `step`
 CALL_S = 300.0
+REPAIR_S = 20.0  # so long after a replica was lost, a call of all of them waits for it
 
 _log = get_logger(__name__)
 
@@ -76,7 +77,7 @@ class DataParallelClient(EngineClient):
         self._placed = 0
         self._homeless: list[str] = []  # requests that no replica can take now
         self._outputs: list[EngineOutput] = []
-        self._answers: dict[int, wire.Answer | wire.Refused] = {}
+        self._answers: dict[int, wire.Answer | wire.Refused | None] = {}  # of calls that are waited for
         self._calls = 0
         self._watched = False
         self._limits: Limits | None = None  # once a replica has said how large its cache is
@@ -210,7 +211,7 @@ class DataParallelClient(EngineClient):
                 self.book.reconcile(replica, load.waiting_tokens, load.running_tokens, load.requests, reply.ticket)
         elif isinstance(reply, wire.Ready):
             self._ready(replica, reply)
-        elif isinstance(reply, wire.Answer | wire.Refused):
+        elif isinstance(reply, wire.Answer | wire.Refused) and reply.id in self._answers:
             self._answers[reply.id] = reply
 
     def _ready(self, replica: int, reply: wire.Ready) -> None:
@@ -232,6 +233,8 @@ class DataParallelClient(EngineClient):
         now_s, replica = time.monotonic(), event.replica
         self._lost_since.setdefault(replica, now_s)
         self.book.set_routable(replica, False)
+        if self._given_up(replica):
+            self.book.give_up(replica)
         self.book.forget(replica)
         self._placement.forget(replica)
         mine = [name for name, live in self._live.items() if live.replica == replica]
@@ -267,14 +270,21 @@ class DataParallelClient(EngineClient):
     # --- all replicas at once ---
 
     def _call(self, method: str, *args: Any, skip_lost: bool = False) -> list[tuple[int, Any]]:
-        """Call a method of every ready replica's engine: (replica, answer) of each. skip_lost: do without those that die meanwhile."""
+        """Call a method of every replica's engine: (replica, answer) of each that is not given up.
+
+        skip_lost: do without those that are down, or die meanwhile. Else they are waited for up to REPAIR_S after their loss, and
+        ExecutorError names who is missing.
+        """
         self._raise_failure()
         self._pump(0.0)
+        if not skip_lost:
+            self._await_repair(method)
         asked: list[tuple[int, int]] = []  # (replica, call)
         for replica, life in enumerate(self.supervisor.lives):
             if life.state is State.READY:
                 self._calls += 1
                 asked.append((replica, self._calls))
+                self._answers[self._calls] = None
                 self._fleet.send(replica, wire.Call(self._calls, method, list(args)))
         deadline = time.monotonic() + CALL_S
         starts = {replica: self.supervisor.lives[replica].starts for replica, _ in asked}
@@ -282,11 +292,11 @@ class DataParallelClient(EngineClient):
         try:
             for replica, number in asked:
                 life = self.supervisor.lives[replica]
-                while number not in self._answers and life.state is State.READY and life.starts == starts[replica]:
+                while self._answers[number] is None and life.state is State.READY and life.starts == starts[replica]:
                     if time.monotonic() > deadline:
                         raise TimeoutError(f"replica {replica} did not answer the call of {method} in {CALL_S:g} s")
                     self._pump(0.1)
-                answer = self._answers.get(number)
+                answer = self._answers[number]
                 if isinstance(answer, wire.Refused):
                     raise ExecutorError(f"replica {replica}: {answer.message}", kind="raised")
                 if answer is not None:
@@ -297,6 +307,22 @@ class DataParallelClient(EngineClient):
             for _, number in asked:
                 self._answers.pop(number, None)
         return found
+
+    def _await_repair(self, method: str) -> None:
+        """Until every replica that is not given up is ready. Raises ExecutorError when one has been away for too long."""
+        while self.supervisor.repairing:
+            now_s = time.monotonic()
+            late = [replica for replica, lost_s in self._lost_since.items() if now_s - lost_s > REPAIR_S and not self._given_up(replica)]
+            if late:
+                raise ExecutorError(
+                    f"{method} is for every replica, and {late} have not come back in {REPAIR_S:g} s: call again when they have.",
+                    kind="died",
+                )
+            self._pump(0.1)
+            self._raise_failure()
+
+    def _given_up(self, replica: int) -> bool:
+        return self.supervisor.lives[replica].state is State.GIVEN_UP
 
     def stats(self) -> EngineStats:
         return combined([msgspec.msgpack.decode(v, type=EngineStats) for _, v in self._call("stats", skip_lost=True)])

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+MOST_DOUBLINGS = 64  # more have no number: who is never given up may fail for days
 HEALTHY_S = 600.0  # who was up for so long can run, also where nobody asked anything of it
 
 
@@ -41,7 +42,7 @@ class RestartPolicy:
 
     def pause_s(self, failures: int) -> float:
         """How long to wait after so many failures in a row (at least 1)."""
-        return min(self.most_s, self.first_s * self.factor ** (failures - 1))
+        return min(self.most_s, self.first_s * self.factor ** min(failures - 1, MOST_DOUBLINGS))
 
 
 @dataclass

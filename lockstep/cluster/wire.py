@@ -89,6 +89,10 @@ class Failed(msgspec.Struct, tag="failed", array_like=True):
     log_tail: list[str]
 
 
+class Worked(msgspec.Struct, tag="worked", array_like=True):
+    """It brought tokens: a replica's process says so, once, to the keeper that started it."""
+
+
 Order = Launch | Add | Abort | Call | Stop
 Reply = Ready | News | Answer | Refused | Failed
 

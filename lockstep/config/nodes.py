@@ -6,6 +6,7 @@ import ipaddress
 
 from lockstep.config.errors import ConfigError
 from lockstep.config.tree import ParallelConfig
+from lockstep.utils import env, net
 
 
 def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
@@ -53,6 +54,36 @@ def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
             f"master_addr={parallel.master_addr!r} is no address that other hosts could connect to: give that of node 0, "
             "the same on every node."
         )
+
+
+def own_address(address: str, setting: str) -> str:
+    """Where this host listens for others, in digits: as the environment says, else `address`, which `setting` gave.
+
+    Raises ConfigError when there is none that others could reach.
+    """
+    chosen = chosen_address()
+    if chosen:
+        return chosen
+    try:
+        found = net.resolve(address)
+    except OSError as e:
+        raise ConfigError(f"{setting}={address!r} is not known here ({e.strerror}): give this host's address.") from None
+    if net.is_loopback(found) and not net.is_loopback(address):
+        raise ConfigError(
+            f"{setting}={address!r} is {found} on this host, which no other host can reach: give this host's address in digits, the same "
+            "everywhere, or set LOCKSTEP_HOST_IP here."
+        )
+    return found
+
+
+def chosen_address() -> str:
+    """This host's address as LOCKSTEP_HOST_IP or LOCKSTEP_INTERFACE say it; "" where neither is set. Raises ConfigError."""
+    if env.host_ip() or not env.network_interface():
+        return env.host_ip()
+    address = net.address_of(env.network_interface())
+    if address is None:
+        raise ConfigError(f"LOCKSTEP_INTERFACE={env.network_interface()} has no address on this host: name another one, or unset it.")
+    return address
 
 
 def _is_any(address: str) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lockstep.config.defaults import default_backend
 from lockstep.config.errors import ConfigError
@@ -11,6 +11,9 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig, ParallelConfig
 from lockstep.executor.contract import Executor
 from lockstep.kernels.library import library
+
+if TYPE_CHECKING:
+    from lockstep.executor.ray_actors import Troupe
 
 WORKER = "lockstep.worker.worker:Worker"
 
@@ -36,15 +39,15 @@ def serve_node(
     NodeAgent(config, spec, folder, worker_cls, key=key, place=place).run()
 
 
-def join_ray(parallel: ParallelConfig, kind: str) -> tuple[str, Callable[[], None]]:
-    """Connect this process to a Ray cluster: (this host's address as its nodes know it, how to leave again).
+def join_ray(parallel: ParallelConfig, kind: str) -> tuple[str, Troupe]:
+    """Connect this process to a Ray cluster: (this host's address as its nodes know it, what starts actors and leaves again).
 
     parallel: the ranks that a cluster started here has to have room for. kind: CPU or GPU. Raises ConfigError when no cluster answers.
     """
-    from lockstep.executor.ray import Session
+    from lockstep.executor.ray_actors import Troupe
 
-    Session.open(parallel, kind)
-    return Session.address(), Session.close
+    troupe = Troupe()
+    return troupe.join(parallel, kind), troupe
 
 
 def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str = WORKER) -> Executor:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from lockstep.config.errors import ConfigError
+from lockstep.config.nodes import own_address
 from lockstep.config.tree import ParallelConfig
 from lockstep.distributed.progress import rank_list
 from lockstep.executor import node_wire
@@ -81,7 +82,8 @@ class Door:
 
     def __init__(self, parallel: ParallelConfig, key: str | None = None) -> None:
         """key: default LOCKSTEP_CLUSTER_KEY. Raises ConfigError when this host has no such address or the port is taken."""
-        self.parallel, self.address, self.key = parallel, own_address(parallel), env.cluster_key() if key is None else key
+        self.parallel, self.key = parallel, env.cluster_key() if key is None else key
+        self.address = own_address(parallel.master_addr, "master_addr")
         try:
             self.listener = Listener(self.address, parallel.master_port)
         except OSError as e:
@@ -117,27 +119,6 @@ class Door:
 def warn_of_no_key() -> None:
     """Said once on every node of several hosts without a key."""
     _log.warning("LOCKSTEP_CLUSTER_KEY is not set: whoever reaches the leader's port can join; set the same secret on every node.")
-
-
-def own_address(parallel: ParallelConfig) -> str:
-    """The address at which other hosts reach the leader, in digits. Raises ConfigError when there is none."""
-    if env.host_ip():
-        return env.host_ip()
-    if env.network_interface():
-        address = net.address_of(env.network_interface())
-        if address is None:
-            raise ConfigError(f"LOCKSTEP_INTERFACE={env.network_interface()} has no address on this host: name another one, or unset it.")
-        return address
-    try:
-        address = net.resolve(parallel.master_addr)
-    except OSError as e:
-        raise ConfigError(f"master_addr={parallel.master_addr!r} is not known here ({e.strerror}): give the address of node 0.") from None
-    if net.is_loopback(address) and not net.is_loopback(parallel.master_addr):
-        raise ConfigError(
-            f"master_addr={parallel.master_addr!r} is {address} on this host, which no other host can reach: give node 0's address in "
-            "digits on every node, or set LOCKSTEP_HOST_IP here."
-        )
-    return address
 
 
 class Gathering:

@@ -10,13 +10,14 @@ import time
 import msgspec
 
 from lockstep.config.model_spec import ModelSpec
+from lockstep.config.nodes import chosen_address
 from lockstep.config.tree import EngineConfig
 from lockstep.executor import gather, node_wire
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.link import Link, LinkLost
 from lockstep.executor.node_wire import Challenge, Hello, Identity, Message, Refused, Welcome
 from lockstep.observability.logging import get_logger
-from lockstep.utils import env, handshake, net
+from lockstep.utils import handshake, net
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 _log = get_logger(__name__)
@@ -66,7 +67,7 @@ def connect(config: EngineConfig, spec: ModelSpec, key: str) -> Link:
 
 
 def _open(host: str, port: int, timeout_s: float) -> socket.socket:
-    source = env.host_ip() or (net.address_of(env.network_interface()) if env.network_interface() else None)
+    source = chosen_address()
     return socket.create_connection((host, port), timeout_s, (source, 0) if source else None)
 
 

@@ -11,12 +11,8 @@ bytes that msgspec encoded.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import secrets
-import signal
-import socket
 import threading
 import time
 import weakref
@@ -38,16 +34,13 @@ from lockstep.executor.factory import serve_node
 from lockstep.executor.fleet import Fleet
 from lockstep.executor.gather import Door
 from lockstep.executor.multiproc import MultiprocExecutor
+from lockstep.executor.ray_actors import Troupe
 from lockstep.executor.spawn import Plan
 from lockstep.observability import logging
-from lockstep.utils import env
-from lockstep.utils.cores import usable_cpus
 
 PATIENCE_S = 5.0  # after so long without room in the cluster it is said what is waited for
 EXPLAIN_S = 1.0  # how long to wait for what Ray knows about an actor that is gone
-LEAVE_S = 3.0  # how long agents may take to leave by themselves
 LINGER_S = 10.0  # after so long an actor whose agent has ended goes: cut off, it cannot be told to
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _log = logging.get_logger(__name__)
 
 
@@ -160,102 +153,19 @@ class RayDoor(Door):
         )
 
 
-class Session:
-    """This process's connection to a Ray cluster: one for all executors, given up with the last one if it was made here."""
-
-    _users, _ours = 0, False
-    _lock = threading.Lock()
-
-    @classmethod
-    def open(cls, parallel: ParallelConfig, kind: str) -> None:
-        """Connect, unless that is done. Raises ConfigError when no cluster answers."""
-        import ray
-
-        with cls._lock:
-            if not ray.is_initialized():
-                handler = signal.getsignal(signal.SIGTERM)
-                _connect(parallel, kind)
-                cls._ours = True
-                if threading.current_thread() is threading.main_thread():
-                    signal.signal(signal.SIGTERM, handler)  # Ray puts its own there: what a signal does is the program's to say
-            cls._users += 1
-
-    @staticmethod
-    def address() -> str:
-        """This host's address as the cluster's nodes know it."""
-        import ray
-
-        return str(ray.util.get_node_ip_address())
-
-    @classmethod
-    def close(cls) -> None:
-        """The opposite of `open`."""
-        import ray
-
-        with cls._lock:
-            cls._users -= 1
-            if cls._users == 0 and cls._ours:
-                cls._ours = False
-                ray.shutdown()
-
-
-def _connect(parallel: ParallelConfig, kind: str) -> None:
-    """To the cluster at RAY_ADDRESS, else to one that was started on this host, else to one of this process's own."""
-    import ray
-
-    address, quiet = env.ray_address(), {"log_to_driver": False, "configure_logging": False}
-    if address.startswith("ray://"):
-        raise ConfigError(
-            f"RAY_ADDRESS={address!r} is for Ray's client, and the ranks must reach this process: run it on a node of the cluster, "
-            "with RAY_ADDRESS=auto."
-        )
-    try:
-        if address != "local":
-            _probe(address)
-            ray.init(address=address or "auto", **quiet)
-            return
-    except OSError as e:  # a ConnectionError, too
-        if address:
-            words = str(e).partition("\n")[0]
-            raise ConfigError(
-                f"RAY_ADDRESS={address!r}: no Ray cluster answers there ({words}): start it, set RAY_AUTH_MODE=token if it wants one (and "
-                "have its token here, see `ray get-auth-token`), or unset RAY_ADDRESS."
-            ) from None
-    if parallel.data_parallel_size > 1:
-        raise ConfigError(
-            f"data_parallel_size={parallel.data_parallel_size} with distributed_executor_backend='ray': every replica connects to the "
-            "same cluster, and none runs here: start one with `ray start --head`, or set RAY_ADDRESS."
-        )
-    cpus = max(usable_cpus(), parallel.world_size if kind == "CPU" else 1)
-    _log.info("no Ray cluster runs here: starting one for this process (%d CPUs)", cpus)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-
-
-def _probe(address: str) -> None:
-    """Raises OSError where nobody listens: Ray would wait for long, and may end the process."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), 5.0).close()
-
-
 class _Stage:
     """What Ray holds for one executor: placement group and actors. Closing it leaves neither."""
 
     def __init__(self) -> None:
-        self._owner = os.getpid()
-        self._open = False
+        self._troupe = Troupe()
         self._group: Any = None
         self._own_group = False
         self._bundles: list[int] = []  # by node: the bundle that it is in
         self._need: dict[str, float] = {}
-        self._actors: list[Any] = []
-        self._ends: list[Any] = []  # by node: what becomes of it
 
     def connect(self, parallel: ParallelConfig, kind: str) -> str:
         """Join the cluster; this host's address as its nodes know it."""
-        Session.open(parallel, kind)
-        self._open = True
-        return Session.address()
+        return self._troupe.join(parallel, kind)
 
     def reserve(self, stages: int, kind: str, ranks: int, limit_s: float) -> None:
         """Room for `ranks` ranks of each stage. Raises ExecutorError saying what was asked for and what there is."""
@@ -297,15 +207,9 @@ class _Stage:
 
     def start(self, plan: Plan, key: str) -> None:
         """Start the actors, and have each run its node's agent."""
-        import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         (kind, ranks), hosts = next(iter(self._need.items())), self._hosts()
-        options: dict[str, Any] = {"num_cpus": ranks if kind == "CPU" else 0, "num_gpus": ranks if kind == "GPU" else 0, "max_restarts": 0}
-        shared = env.for_other_hosts()
-        if shared:
-            options["runtime_env"] = {"env_vars": shared}
-        actor = ray.remote(AgentHost)
         for number, bundle in enumerate(self._bundles):
             launch = Launch(
                 config=replace(plan.config, parallel=replace(plan.config.parallel, node_rank=number)),
@@ -317,8 +221,8 @@ class _Stage:
                 total=int(ranks) * hosts.count(hosts[number]),
             )
             where = PlacementGroupSchedulingStrategy(self._group, bundle)
-            self._actors.append(actor.options(scheduling_strategy=where, **options).remote())
-            self._ends.append(self._actors[-1].serve.remote(msgspec.msgpack.encode(launch)))
+            options = {"max_restarts": 0, "scheduling_strategy": where}
+            self._troupe.start(number, AgentHost, "serve", msgspec.msgpack.encode(launch), (kind, ranks), options)
 
     def _hosts(self) -> list[str]:
         """By node: Ray's name of the host that its bundle is on."""
@@ -329,43 +233,18 @@ class _Stage:
 
     def outcome(self, number: int, timeout_s: float) -> str:
         """What became of a node's agent, "" while Ray knows nothing of its end after `timeout_s`."""
-        import ray
-
-        try:
-            if not ray.is_initialized() or not ray.wait([self._ends[number]], timeout=timeout_s)[0]:
-                return ""
-            return str(ray.get(self._ends[number], timeout=timeout_s + 1.0)) or "it ended"
-        except Exception as e:  # the actor is dead, or could not be made
-            return in_words(e)
+        over = self._troupe.over([number], timeout_s)
+        return over[number] or "it ended" if over else ""
 
     def close(self) -> None:
         """Leave nothing in the cluster, and leave it if it was joined here. Never raises; may be called twice."""
-        if not self._open or os.getpid() != self._owner:
-            return
-        self._open = False
-        import ray
+        self._troupe.close(self._remove_group)
 
-        with contextlib.suppress(Exception):  # the cluster may be gone, which is as good
-            if ray.is_initialized():
-                if self._ends:
-                    ray.wait(self._ends, num_returns=len(self._ends), timeout=LEAVE_S)
-                for actor in self._actors:
-                    ray.kill(actor)
-                if self._own_group:
-                    ray.util.remove_placement_group(self._group)
-        self._actors, self._ends, self._group = [], [], None
-        with contextlib.suppress(Exception):
-            Session.close()
+    def _remove_group(self) -> None:
+        if self._own_group:
+            import ray
 
-
-def in_words(error: Exception) -> str:
-    """What Ray says about an actor, without its colours, carets and guesses: the first line and the last."""
-    cause = getattr(error, "cause", None)
-    if cause is not None:  # what the actor's own code raised
-        return f"{type(cause).__name__}: {cause}"
-    lines = [_COLOUR.sub("", line).partition(" Some common causes")[0].strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line.strip("^~ ")]
-    return " ".join(dict.fromkeys((lines or [type(error).__name__])[:: max(1, len(lines) - 1)]))
+            ray.util.remove_placement_group(self._group)
 
 
 def fitting(bundles: Sequence[Mapping[str, float]], need: Mapping[str, float], stages: int) -> list[int]:

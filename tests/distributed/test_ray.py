@@ -262,7 +262,7 @@ def test_in_a_placement_group_that_one_is_used(connected: None) -> None:
     ("address", "words"), [("127.0.0.1:1", "no Ray cluster answers there.*refused"), ("ray://10.0.0.1:10001", "is for Ray's client")]
 )
 def test_an_address_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, address: str, words: str) -> None:
-    import lockstep.executor.ray as backend
+    import lockstep.executor.ray_actors as backend
 
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match=words):
@@ -270,7 +270,7 @@ def test_an_address_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, address
 
 
 def test_replicas_need_a_cluster_that_outlives_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lockstep.executor.ray as backend
+    import lockstep.executor.ray_actors as backend
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
     with pytest.raises(ConfigError, match="start one with `ray start --head`"):

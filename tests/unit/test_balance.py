@@ -72,13 +72,17 @@ def test_sticky_moves_on_over_the_bound_and_comes_back():
 
 
 def test_explicit():
-    assert explicit(2, loads(0, 0, 10**9)) == 2
-    with pytest.raises(RoutingError, match=r"data_parallel_rank=1 takes no requests: .* down or draining\. Name one of 0, 2, or none"):
-        explicit(1, loads(0, 0, 0, down=(1,)))
+    assert explicit(2, loads(0, 0, 10**9)) == explicit(2, loads(0, 0, 0, down=(2,))) == 2
+    gone = loads(0, 0, 0, down=(1, 2))
+    gone[1].given_up = True
+    with pytest.raises(RoutingError, match=r"data_parallel_rank=1 takes no requests any more: .* given up\. Name one of 0, 2, or none"):
+        explicit(1, gone)
     with pytest.raises(RoutingError, match=r"data_parallel_rank=3 does not exist: the replicas are 0 to 2\. Name one"):
         explicit(3, loads(0, 0, 0))
-    with pytest.raises(RoutingError, match=r"data_parallel_rank=0 .*None is routable now: wait until a replica is back"):
-        explicit(0, loads(0, 0, down=(0, 1)))
+    for load in gone:
+        load.given_up = True
+    with pytest.raises(RoutingError, match=r"data_parallel_rank=0 .*So were all others"):
+        explicit(0, gone)
     assert issubclass(RoutingError, ValueError)
 
 

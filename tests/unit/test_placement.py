@@ -50,11 +50,20 @@ def test_what_was_placed_by_name_is_known_to_be_cached_there() -> None:
     assert placement.choose(request(), PROMPT, loads(0, 1)) == 0
 
 
-def test_a_replica_that_takes_none_is_a_refused_request() -> None:
+def test_a_named_replica_that_comes_back_is_not_waited_for() -> None:
+    placement = Placement(build_config(data_parallel_size=3, data_parallel_routing="shortest_queue"))
+    placement.check(request(data_parallel_rank=1), loads(5, 0, 0, down=1))
+    assert placement.choose(request(data_parallel_rank=1), PROMPT, loads(5, 0, 0, down=1)) == 2
+    assert placement.choose(request(data_parallel_rank=1), PROMPT, loads(0, 10**9, 0)) == 1
+
+
+def test_a_replica_that_takes_none_any_more_is_a_refused_request() -> None:
     placement = Placement(build_config(data_parallel_size=2))
     placement.check(request(data_parallel_rank=0), loads(0, 0, down=1))
     placement.check(request(session_id="s"), loads(0, 0, down=1))
-    with pytest.raises(RequestError, match="data_parallel_rank=1 takes no requests"):
-        placement.check(request(data_parallel_rank=1), loads(0, 0, down=1))
+    gone = loads(0, 0, down=1)
+    gone[1].given_up = True
+    with pytest.raises(RequestError, match="data_parallel_rank=1 takes no requests any more"):
+        placement.check(request(data_parallel_rank=1), gone)
     with pytest.raises(RequestError, match="data_parallel_rank=2 does not exist"):
         placement.check(request(data_parallel_rank=2), loads(0, 0))
