@@ -32,10 +32,10 @@ class ReplicaLoad:
 
     replica: int  # index of the replica: its data-parallel rank
     routable: bool = True  # alive, and not draining: may be given requests
-    given_up: bool = False  # not routable, and never again
     waiting_tokens: int = 0  # prompt tokens it has still to compute
     running_tokens: int = 0  # tokens its running requests hold, or are expected to
     requests: int = 0  # requests it has been given that have not ended
+    given_up: bool = False  # not routable, and never again
 
     @property
     def tokens(self) -> int:

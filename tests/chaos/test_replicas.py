@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -176,6 +178,36 @@ def test_a_death_while_idle_is_noticed_before_the_next_request(two: LLM) -> None
     both_ready(two)
 
 
+def test_who_asks_for_a_replica_that_is_down_is_answered_by_another(two: LLM) -> None:
+    both_ready(two)
+    kill(two, 1)
+    (found,) = two.generate(PROMPTS[0], PARAMS[0], use_tqdm=False, data_parallel_rank=1)
+    assert list(found.outputs[0].token_ids) == undisturbed()[0]
+    both_ready(two)
+
+
+def test_a_call_of_all_replicas_waits_for_the_one_that_comes_back(two: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_ready(two)
+    kill(two, 0)
+    assert two.collective_rpc("ping") == [0, 0], "nobody is left out without a word"
+    kill(two, 1)
+    monkeypatch.setattr("lockstep.cluster.router.REPAIR_S", 0.0)
+    with pytest.raises(ExecutorError, match=r"collective_rpc is for every replica, and \[1\] have not come back in 0 s: call again"):
+        two.collective_rpc("ping")
+    both_ready(two)
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_not_kept(two: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_ready(two)
+    engine = client(two)
+    monkeypatch.setattr("lockstep.cluster.router.CALL_S", -1.0)
+    with pytest.raises(TimeoutError, match="did not answer the call of stats"):
+        two.stats()
+    monkeypatch.undo()
+    assert two.stats().kv_blocks_total > 0, "which comes behind the late ones"
+    assert not engine._answers
+
+
 def test_both_replicas_die_at_once(two: LLM) -> None:
     both_ready(two)
     victims = client(two).pids()
@@ -249,6 +281,23 @@ def test_more_descriptors_than_select_knows(two: LLM) -> None:
     finally:
         for fd in files:
             os.close(fd)
+
+
+def test_the_exit_of_a_forked_child_leaves_the_replicas_alone() -> None:
+    code = (
+        "import os, sys\n"
+        "from lockstep.llm import LLM\n"
+        f"with LLM(data_parallel_size=2, **{SMALL!r}) as llm:\n"
+        "    before = llm._client.pids()\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        sys.exit(0)\n"
+        "    os.waitpid(pid, 0)\n"
+        "    llm._client.step()\n"
+        "    print(llm.collective_rpc('ping'), llm._client.supervisor.restarts, llm._client.pids() == before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["[0,", "0]", "0", "True"]
 
 
 def test_a_paused_reader_does_not_hold_up_the_end() -> None:

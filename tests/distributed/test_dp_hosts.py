@@ -18,6 +18,7 @@ import pytest
 
 from lockstep.cluster import greeting
 from lockstep.cluster.greeting import Identity, RefusedError
+from lockstep.cluster.supervisor import RestartPolicy
 from lockstep.config.errors import ConfigError
 from lockstep.engine.stats import EngineStats
 from lockstep.executor.contract import ExecutorError
@@ -105,6 +106,24 @@ def test_kill_9_of_the_keeper_is_not_seen(hosts: Hosts) -> None:
     hosts.again()
     all_ready(hosts.llm)
     assert streamed(hosts.llm) == undisturbed()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(400)
+def test_a_remote_replica_that_works_is_never_given_up(hosts: Hosts) -> None:
+    """More deaths than a replica may have in a row without work, and both hosts answer after each."""
+    few = SamplingParams(max_tokens=2)
+    for number in range(RestartPolicy().most_failures + 1):
+        all_ready(hosts.llm)
+        for replica in (0, 1):
+            hosts.llm.generate(PROMPTS[0], few, use_tqdm=False, data_parallel_rank=replica)
+        os.kill(hosts.keeper.replica(), signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while client(hosts.llm).book.loads[1].routable:
+            assert time.monotonic() < deadline, f"death {number} was not noticed"
+            client(hosts.llm).step()
+    all_ready(hosts.llm)
+    assert "given up" not in hosts.keeper.said()
 
 
 def test_ctrl_c_on_the_keeper_is_not_seen(hosts: Hosts) -> None:

@@ -137,6 +137,56 @@ def test_replicas_are_actors_and_outlive_their_deaths(tiny: Path, expected: list
     assert wait_for(lambda: not busy_cpus(), 15)
 
 
+def test_replicas_come_to_the_address_that_the_environment_names(tiny: Path, connected: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lockstep import LLM
+
+    monkeypatch.setenv("LOCKSTEP_HOST_IP", "127.0.0.2")
+    sizes = {"data_parallel_size": 2, "data_parallel_backend": "ray"}
+    with LLM(str(tiny), startup_timeout_seconds=40, **sizes, **COMMON) as llm:
+        assert llm._client._fleet._doorman.host == "127.0.0.2"  # type: ignore[attr-defined]
+        assert llm.collective_rpc("ping") == [0, 0]
+    assert wait_for(lambda: not busy_cpus(), 15)
+
+
+def test_an_actor_that_fails_at_once_ends_the_wait(tiny: Path, connected: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lockstep import LLM
+
+    class NoReplica:
+        def keep(self, launch: bytes) -> str:
+            return "there is no such model here."
+
+    monkeypatch.setattr("lockstep.cluster.ray.ReplicaHost", NoReplica)
+    started = time.monotonic()
+    with pytest.raises(ExecutorError, match=r"^replica [01], which Ray was to start, did not come: there is no such model here\.$"):
+        LLM(str(tiny), startup_timeout_seconds=100, data_parallel_size=2, data_parallel_backend="ray", **COMMON)
+    assert time.monotonic() - started < 50
+    assert wait_for(lambda: not busy_cpus(), 15)
+
+
+def test_only_replicas_that_wait_for_room_are_said_to(tiny: Path, connected: None) -> None:
+    from lockstep import LLM
+
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 3, "data_parallel_backend": "ray"}
+    with pytest.raises(ExecutorError, match=r"the cluster has no room for 1 of them: each replica takes 3 CPU of one node, and 1 are free"):
+        LLM(str(tiny), startup_timeout_seconds=12, **sizes, **COMMON)
+    assert wait_for(lambda: not busy_cpus(), 15)
+
+
+def test_replicas_whose_actors_run_do_not_wait_for_room(tiny: Path, connected: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lockstep import LLM
+
+    class Late:
+        def keep(self, launch: bytes) -> str:
+            time.sleep(60)
+            return ""
+
+    monkeypatch.setattr("lockstep.cluster.ray.ReplicaHost", Late)
+    wanted = r"replicas \[0, 1\], which Ray was to start, have not reported in 8 s: their actors run; see that the nodes"
+    with pytest.raises(ExecutorError, match=wanted):
+        LLM(str(tiny), startup_timeout_seconds=8, data_parallel_size=2, data_parallel_backend="ray", **COMMON)
+    assert wait_for(lambda: not busy_cpus(), 15)
+
+
 def busy_cpus() -> float:
     import ray
 
@@ -267,6 +317,26 @@ def test_an_address_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, address
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match=words):
         backend._connect(ParallelConfig(), "CPU")
+
+
+def test_a_cluster_of_another_version_is_refused_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    import lockstep.executor.ray_actors as backend
+
+    asked: list[object] = []
+
+    def init(address: str, **options: object) -> None:
+        asked.append(address)
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1.0\n    Python: 3.9.1\nThis process ...")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    wanted = rf"Version mismatch: .* Ray: 2\.1\.0 Python: 3\.9\.1 .*Install the cluster's versions.*Ray {re.escape(ray.__version__)} and"
+    with pytest.raises(ConfigError, match=wanted):
+        backend._connect(ParallelConfig(), "CPU")
+    assert asked == ["auto"]
 
 
 def test_replicas_need_a_cluster_that_outlives_them(monkeypatch: pytest.MonkeyPatch) -> None:
