@@ -233,8 +233,8 @@ def _listener(parallel: ParallelConfig) -> net.Listener:
     except OSError as e:
         if parallel.data_parallel_backend == "ray":  # neither address nor port is the user's
             raise ConfigError(
-                f"data_parallel_backend='ray': this process {e.strerror}. Its replicas come to it at an address of its own that the nodes of "
-                "the Ray cluster reach: set LOCKSTEP_HOST_IP here to one that this host has, or unset it."
+                f"data_parallel_backend='ray': this process {e.strerror}. Its replicas come to it at an address of its own that the nodes "
+                "of the Ray cluster reach: set LOCKSTEP_HOST_IP here to one that this host has, or unset it."
             ) from None
         raise ConfigError(
             f"data_parallel_address={address!r}, data_parallel_rpc_port={port}: {e}. The leader must listen at an address of its own and a "
