@@ -61,7 +61,11 @@ class EngineClient(ABC):
 
     @abstractmethod
     def collective_rpc(self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
-        """Call a method of `Worker` by name on every rank of every replica; the results, replica by replica."""
+        """Call a method of `Worker` by name on every rank of every replica; the results, replica by replica.
+
+        A replica that was lost a moment ago is waited for; one that was given up is left out. Raises ExecutorError when one has been
+        away for longer, or is lost meanwhile: some ranks may have done it then.
+        """
 
     @abstractmethod
     def start_profile(self) -> None:

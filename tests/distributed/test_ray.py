@@ -163,6 +163,26 @@ def test_an_actor_that_fails_at_once_ends_the_wait(tiny: Path, connected: None, 
     assert wait_for(lambda: not busy_cpus(), 15)
 
 
+def test_an_actor_that_ends_later_is_replaced(tiny: Path, connected: None, caplog: pytest.LogCaptureFixture) -> None:
+    """It is refused once, and ends; the next one is let in."""
+    from lockstep import LLM
+
+    with LLM(str(tiny), startup_timeout_seconds=60, data_parallel_size=2, data_parallel_backend="ray", **COMMON) as llm:
+        client = llm._client
+        client._fleet._doorman.bar(1, "the test says so")  # type: ignore[attr-defined]
+        os.kill(llm.collective_rpc("process_id")[1], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while "which Ray was to start, did not come: the leader at" not in caplog.text:
+            assert time.monotonic() < deadline, "its end was not noticed"
+            client.step()
+        client._fleet._doorman._barred.clear()  # type: ignore[attr-defined]
+        while not all(load.routable for load in client.book.loads):  # type: ignore[attr-defined]
+            assert time.monotonic() < deadline, "no new actor brought it back"
+            client.step()
+        assert llm.collective_rpc("ping") == [0, 0]
+    assert wait_for(lambda: not busy_cpus(), 15)
+
+
 def test_only_replicas_that_wait_for_room_are_said_to(tiny: Path, connected: None) -> None:
     from lockstep import LLM
 
