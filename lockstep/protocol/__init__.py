@@ -2,7 +2,7 @@
 
 from lockstep.protocol.memory import RankMemory
 from lockstep.protocol.request import EngineOutput, EngineRequest, FinishReason
-from lockstep.protocol.sampling import RequestOutputKind, SamplingParams
+from lockstep.protocol.sampling import RequestOutputKind, SamplingParams, StructuredOutputs
 from lockstep.protocol.step import NewRequest, StepPlan, StepResult, TokenLogprobs
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "SamplingParams",
     "StepPlan",
     "StepResult",
+    "StructuredOutputs",
     "TokenLogprobs",
 ]
