@@ -300,9 +300,12 @@ def test_a_failure_ends_every_request_exactly_once(options, loads, at, on):
                 ledger.ends[out.request_id] = out
     assert not ledger.alive
     for name, end in ledger.ends.items():
-        tokens = generate(ledger.requests[name], VOCAB, MAX_LEN)[0]
+        if ledger.requests[name].pooling is not None:
+            assert not ledger.got[name] and end.finish_reason in ("stop", "error")
+            continue
+        tokens, reason, _ = generate(ledger.requests[name], VOCAB, MAX_LEN)
         assert ledger.got[name] == tokens[: len(ledger.got[name])]
-        if end.finish_reason == "error":
+        if end.finish_reason == "error" and not (reason == "error" and "fails at" in end.error):
             assert core.failure is not None and end.error == str(core.failure)
 
 
