@@ -8,9 +8,9 @@ from lockstep.version import __version__
 
 if TYPE_CHECKING:
     from lockstep.llm import LLM
-    from lockstep.protocol import SamplingParams
+    from lockstep.protocol import SamplingParams, StructuredOutputs
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputs", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from lockstep.protocol import SamplingParams
 
         return SamplingParams
+    if name == "StructuredOutputs":
+        from lockstep.protocol import StructuredOutputs
+
+        return StructuredOutputs
     raise AttributeError(f"module 'lockstep' has no attribute {name!r}")

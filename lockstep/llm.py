@@ -14,27 +14,29 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from lockstep.cluster.factory import make_client
 from lockstep.config.build import build_config
+from lockstep.config.source import tokenizer_folder
 from lockstep.config.tree import RuntimeConfig
 from lockstep.config.validate import resolve
 from lockstep.engine.stats import EngineStats
-from lockstep.executor.contract import RankMemory
+from lockstep.executor.contract import ExecutorError, RankMemory
 from lockstep.frontend.chat import Conversation, conversations, render
 from lockstep.frontend.collector import Collector
+from lockstep.frontend.embedding import NO_TEXT, EmbeddingOutput, EmbeddingRequestOutput, check_dimensions, finish
 from lockstep.frontend.errors import PromptError
 from lockstep.frontend.inputs import InputProcessor, Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.progress import Progress
 from lockstep.frontend.prompts import Prompt, named
-from lockstep.frontend.tokenizer import load_in_background, load_tokenizer, tokenizer_folder
+from lockstep.frontend.tokenizer import load_in_background, load_tokenizer
 from lockstep.observability import logging
 from lockstep.observability.trace import Profile
-from lockstep.protocol import RequestOutputKind, SamplingParams
+from lockstep.protocol import Pooling, RequestOutputKind, SamplingParams
 
 log = logging.get_logger(__name__)
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -107,6 +109,34 @@ class LLM:
             render(self._tokenizer, talk, add_generation_prompt, chat_template, chat_template_kwargs) for talk in conversations(messages)
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for every prompt, in the prompts' order: of its hidden states after the last norm.
+
+        pooling: the "last" position's, or the "mean" of all. dimensions: only the first so many. normalize: to length 1.
+        Raises ValueError, before anything runs, when a prompt or a setting is impossible; ExecutorError when a rank fails.
+        """
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling={pooling!r} is invalid: it must be one of {', '.join(get_args(Pooling))}.")
+        check_dimensions(dimensions, self.spec.hidden_size)
+        jobs = self._jobs(prompts, NO_TEXT, None, None, pooling=pooling)
+        done: dict[str, EmbeddingRequestOutput] = {}
+        with Progress(len(jobs), show=use_tqdm) as bar:
+            for output in self._run(jobs):
+                if output.embedding is None:
+                    raise ExecutorError(output.error or f"request {output.request_id} ended without a vector.", kind="raised")
+                vector = EmbeddingOutput(finish(output.embedding, dimensions=dimensions, normalize=normalize).tolist())
+                done[output.request_id] = EmbeddingRequestOutput(output.request_id, output.prompt, output.prompt_token_ids, vector)
+                bar.advance(output)
+        return [done[job.request_id] for job in jobs]
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
         """Complete every prompt, giving what there is as it comes: all so far, or as `output_kind` of the parameters says.
@@ -185,6 +215,7 @@ class LLM:
         priority: Sequence[int] | None,
         replica: int | Sequence[int] | None = None,
         session: str | Sequence[str] | None = None,
+        pooling: Pooling | None = None,
     ) -> list[Job]:
         """Every prompt as a job, or ValueError for the first that cannot be one."""
         listed = _as_list(prompts)
@@ -201,7 +232,7 @@ class LLM:
         jobs = []
         for index, (prompt, p, rank) in enumerate(zip(listed, sampling, priorities, strict=True)):
             with named(index, len(listed)):
-                job = self._inputs.job(prompt, p, priority=rank, arrival_s=now_s)
+                job = self._inputs.job(prompt, p, priority=rank, arrival_s=now_s, pooling=pooling)
                 for request in job.requests:
                     request.data_parallel_rank, request.session_id = replicas[index], sessions[index]
                 self._client.check_request(job.requests[0])  # the others of n differ from it in nothing that is checked

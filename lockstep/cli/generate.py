@@ -17,11 +17,11 @@ import msgspec
 from lockstep.cli import flags
 from lockstep.cli.errors import UsageError, show_error
 from lockstep.cli.session import HEADLESS, hushed, note, running, serve_node
-from lockstep.config.source import find_folder
+from lockstep.config.source import find_folder, tokenizer_folder
 from lockstep.config.tree import ModelConfig, opt
 from lockstep.frontend.outputs import CompletionOutput, Position, RequestOutput
 from lockstep.frontend.prompts import check_early
-from lockstep.frontend.tokenizer import load_tokenizer, tokenizer_folder
+from lockstep.frontend.tokenizer import load_tokenizer
 from lockstep.protocol import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lockstep.config.errors import ConfigError
+from lockstep.config.tree import ModelConfig
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "demo"
 DEMO_NAME = "lockstep-demo"
@@ -28,6 +29,11 @@ def find_folder(name: str, revision: str | None = None, *, setting: str = "model
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../", "/", "~")):
         raise ConfigError(f"{setting}={name!r}: there is no such folder, and it is not a hub id (owner/name). Check the spelling.")
     return _download(name, revision, setting, TOKENIZER_ONLY if tokenizer_only else WANTED)
+
+
+def tokenizer_folder(model: ModelConfig, folder: Path) -> Path:
+    """The folder that holds the tokenizer: the model's own, or the one the user named."""
+    return find_folder(model.tokenizer, setting="tokenizer", tokenizer_only=True) if model.tokenizer else folder
 
 
 def _download(name: str, revision: str | None, setting: str, wanted: list[str]) -> Path:

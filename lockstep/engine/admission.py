@@ -40,16 +40,17 @@ def check_request(request: EngineRequest, limits: Limits) -> int:
     the request's name.
     """
     size = len(request.prompt_token_ids)
+    least, beyond = (size, "") if request.pooling else (size + 1, " with 1 output token")
     if size == 0:
         raise RequestError("an empty prompt (0 tokens) cannot run: a prompt needs at least 1 token.")
-    if size + 1 > limits.max_model_len:
+    if least > limits.max_model_len:
         raise RequestError(
-            f"the prompt has {size} tokens, and with 1 output token it exceeds max_model_len={limits.max_model_len}: "
-            f"shorten the prompt by {size + 1 - limits.max_model_len} tokens or raise max_model_len."
+            f"the prompt has {size} tokens, and{beyond} it exceeds max_model_len={limits.max_model_len}: "
+            f"shorten the prompt by {least - limits.max_model_len} tokens or raise max_model_len."
         )
-    if size + 1 > limits.kv_tokens:
+    if least > limits.kv_tokens:
         raise RequestError(
-            f"the prompt has {size} tokens, which with 1 output token needs {-(-(size + 1) // limits.block_size)} KV blocks of "
+            f"the prompt has {size} tokens, which{beyond} needs {-(-least // limits.block_size)} KV blocks of "
             f"{limits.block_size} tokens; the cache has {limits.num_blocks}: shorten the prompt or give the KV cache more memory."
         )
     if not limits.chunked_prefill and size > limits.max_num_batched_tokens:
@@ -59,6 +60,8 @@ def check_request(request: EngineRequest, limits: Limits) -> int:
         )
     for what, ids in _token_lists(request):
         _check_ids(what, ids, limits.vocab_size)
+    if request.pooling:
+        return size + 1  # its result is awaited like a token, and ends it
     return min(limits.max_request_tokens, size + (request.sampling.max_tokens or limits.max_model_len))
 
 

@@ -35,18 +35,19 @@ class PlanBuilder:
         self.arrived: list[tuple[int, list[int]]] = []
 
     def add(self, request: Request, end: int, samples: bool) -> None:
-        """Let the step compute the request up to token `end`; if it samples, a placeholder token is in flight from now on."""
+        """Let the step compute the request up to token `end`; if it samples (or pools), a placeholder token is in flight from now on."""
         start = request.num_computed
         self.budget -= end - start
         self.rows.append(request)
         self.slots.append(request.slot)
         self.num_computed.append(start)
         self.num_tokens.append(end - start)
-        self.samples.append(samples)
         request.num_computed = end
         if samples:
             request.in_flight += 1
+        if samples := samples and request.pooling is None:
             self.sampled.append(request)
+        self.samples.append(samples)
 
     def build(self, step: int, freed: list[int]) -> ScheduledStep:
         """The finished plan."""

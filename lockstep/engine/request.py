@@ -20,7 +20,8 @@ class Status(IntEnum):
 class Request:
     """The scheduler is the only writer.
 
-    Three numbers say where the request stands (prompt, then outputs; `^` is a boundary):
+    Three numbers say where the request stands (prompt, then outputs; `^` is a boundary). The result of a request with `pooling`
+    counts as a token in flight, which never becomes known.
 
         tokens        p p p p p o o ? ?          ? = sampled by a step in flight, not known here yet
         num_computed  ------------------^        keys and values that issued steps write: at most total - 1
@@ -40,6 +41,7 @@ class Request:
         "num_cached",
         "num_computed",
         "num_prompt",
+        "pooling",
         "preemptions",
         "prompt_logprobs",
         "request_id",
@@ -58,6 +60,7 @@ class Request:
         self.key = key  # order among requests: (priority, arrival_s, sequence number), unique
         self.token_ids = source.prompt_token_ids + source.output_token_ids
         self.num_prompt = len(source.prompt_token_ids)
+        self.pooling = source.pooling
         self.max_total = max_total  # tokens of prompt and output when it must end
         self.min_tokens = sampling.min_tokens
         self.eos = frozenset(() if sampling.ignore_eos else source.eos_token_ids)
@@ -73,7 +76,7 @@ class Request:
         self.num_cached = -1  # prompt tokens found in the cache when it first ran
         self.preemptions = 0
         # A request that goes on after its first token has given its prompt's away already.
-        owed = sampling.prompt_logprobs is not None and not source.output_token_ids
+        owed = sampling.prompt_logprobs is not None and not source.output_token_ids and source.pooling is None
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if owed else None
 
     @property
@@ -88,8 +91,8 @@ class Request:
 
     @property
     def reads_cache(self) -> bool:
-        """Whether it may skip computing a prefix: not while it still owes its prompt's log-probabilities."""
-        return self.prompt_logprobs is None
+        """Whether it may skip computing a prefix: not if every position counts, for a mean or for the prompt's log-probabilities."""
+        return self.prompt_logprobs is None and self.pooling != "mean"
 
     def finish_reason(self) -> tuple[FinishReason, int | None] | None:
         """(reason, stop reason) when the token that arrived last ends the request."""
@@ -113,4 +116,5 @@ class Request:
             seed=source.seed,
             choice=source.choice,
             eos_token_ids=sorted(self.eos),
+            pooling=self.pooling,
         )

@@ -219,13 +219,23 @@ class Scheduler:
         self._in_flight -= 1
         if result.prompt_logprobs:
             _keep_prompt_logprobs(step, result)
-        logprobs = result.logprobs
+        logprobs, ended = result.logprobs, dict(result.ended)
         for i, request in enumerate(step.sampled):
-            if request.status != Status.FINISHED:  # else it stopped or was aborted while this token was in flight
-                self._accept(request, result.tokens[i], logprobs[i] if logprobs else None)
+            if request.status == Status.FINISHED:
+                continue  # it stopped or was aborted while this token was in flight
+            if error := ended.get(i):
+                self._finish(request)
+                self._emit(request, [], "error", error=error)
+            else:
+                self._accept(request, result.tokens[i], logprobs[i] if logprobs else None, i in ended)
+        for slot, vector in result.embeddings:
+            request = step.rows[step.plan.slots.index(slot)]
+            if request.status != Status.FINISHED:
+                self._finish(request)
+                self._emit(request, [], "stop", embedding=vector)
 
-    def _accept(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
-        """A sampled token has arrived."""
+    def _accept(self, request: Request, token: int, logprobs: TokenLogprobs | None, complete: bool) -> None:
+        """A sampled token has arrived. complete: with it, the request's grammar allows no more."""
         request.in_flight -= 1
         if not 0 <= token < self.limits.vocab_size:
             self._finish(request, poisoned=True)
@@ -235,11 +245,14 @@ class Scheduler:
         request.token_ids.append(token)
         self._generated_tokens += 1
         end = request.finish_reason()
-        if end is None:
-            self._emit(request, [token], None, logprobs=logprobs)
-        else:
+        if end is not None and not (complete and end[0] == "length"):
             self._finish(request)
             self._emit(request, [token], end[0], stop_reason=end[1], logprobs=logprobs)
+            return
+        self._emit(request, [token], None, logprobs=logprobs)
+        if complete:
+            self._finish(request)
+            self._emit(request, [], "stop")
 
     def _finish(self, request: Request, poisoned: bool = False) -> None:
         """Forget a request and free what it holds. Its rows in flight, if any, are ignored when they arrive."""
@@ -268,6 +281,7 @@ class Scheduler:
         stop_reason: int | None = None,
         logprobs: TokenLogprobs | None = None,
         error: str | None = None,
+        embedding: bytes | None = None,
     ) -> None:
         first = request.num_output == len(tokens) == 1
         prompt_logprobs = None
@@ -284,6 +298,7 @@ class Scheduler:
                 stop_reason=stop_reason,
                 num_cached_tokens=max(request.num_cached, 0),
                 error=error,
+                embedding=embedding,
             )
         )
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lockstep.frontend.inputs import InputProcessor, Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt
 from lockstep.observability.logging import get_logger
-from lockstep.protocol import EngineOutput, FinishReason, SamplingParams
+from lockstep.protocol import EngineOutput, FinishReason, Pooling, SamplingParams
 
 LONG_TEXT = 20_000  # characters; longer prompts are tokenized beside the event loop
 CALL_S = 60.0
@@ -87,6 +88,7 @@ class AsyncEngine:
         self._jobs: dict[str, Job] = {}
         self._answers: dict[int, asyncio.Future[msgspec.Raw]] = {}
         self._count = 0
+        self._compiler = ThreadPoolExecutor(1, "grammars")
         self._listener: asyncio.Task[None] | None = None
 
     # --- life ---
@@ -124,6 +126,7 @@ class AsyncEngine:
             self._listener.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._listener
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         self._socket.close()
         self._context.term()
 
@@ -154,15 +157,20 @@ class AsyncEngine:
         priority: int = 0,
         session_id: str | None = None,
         data_parallel_rank: int | None = None,
+        pooling: Pooling | None = None,
     ) -> Job:
-        """A job, checked but not queued: `submit` it. Raises PromptError or RequestError when it cannot run, EngineDeadError."""
+        """A job, checked but not queued: `submit` it. Raises PromptError or RequestError when it cannot run, EngineDeadError.
+
+        pooling: see `InputProcessor.job`.
+        """
         self._raise_failure()
         self._count += 1
         name = f"{self._index}-{self._count}"
 
         def make() -> Job:
-            return self._inputs.job(prompt, sampling, request_id=name, priority=priority, arrival_s=time.monotonic())
+            return self._inputs.job(prompt, sampling, request_id=name, priority=priority, arrival_s=time.monotonic(), pooling=pooling)
 
+        await self._check_structured(sampling)
         long = isinstance(prompt, str) and len(prompt) > LONG_TEXT
         job = await asyncio.to_thread(make) if long else make()
         for request in job.requests:
@@ -172,6 +180,12 @@ class AsyncEngine:
         if data_parallel_rank is not None and not 0 <= data_parallel_rank < replicas:
             raise RequestError(f"data_parallel_rank={data_parallel_rank} does not exist: there are {replicas}, from 0 on.")
         return job
+
+    async def _check_structured(self, sampling: SamplingParams) -> None:
+        """Compile a grammar that is new here beside the event loop. Raises PromptError."""
+        wanted = sampling.structured_outputs
+        if wanted is not None and not self._inputs.structured.knows(wanted):
+            await asyncio.get_running_loop().run_in_executor(self._compiler, self._inputs.structured.check, wanted)
 
     async def submit(self, job: Job) -> Stream:
         """Queue a job; its outputs, of the kind that its parameters ask for. Raises EngineDeadError."""

@@ -70,6 +70,7 @@ class Collector:
             result.prompt_logprobs = [None, *(position(p, self._text_of) for p in output.prompt_logprobs)]
         result.num_cached_tokens = max(result.num_cached_tokens, output.num_cached_tokens)
         result.error = output.error or result.error
+        result.embedding = output.embedding or result.embedding
 
     def _output(self, running: _Running) -> RequestOutput | None:
         kind, done, common = running.job.sampling.output_kind, running.finished, running.result
@@ -90,6 +91,7 @@ class Collector:
             common.prompt_logprobs,
             common.num_cached_tokens,
             common.error,
+            common.embedding,
         )
 
     def _detokenizer(self, job: Job) -> Detokenizer | None:

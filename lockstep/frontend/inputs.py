@@ -13,8 +13,9 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.frontend.errors import PromptError
 from lockstep.frontend.prompts import Prompt, parse
+from lockstep.frontend.structured import StructuredChecker
 from lockstep.frontend.tokenizer import encode, eos_ids
-from lockstep.protocol import EngineRequest, SamplingParams
+from lockstep.protocol import EngineRequest, Pooling, SamplingParams
 
 
 @dataclass
@@ -36,19 +37,32 @@ class InputProcessor:
         self._tokenizer = tokenizer
         self._eos = [t for t in eos_ids(tokenizer, folder, spec.eos_token_ids) if t < spec.vocab_size]
         self._count = 0
+        self.structured = StructuredChecker()
 
     def job(
-        self, prompt: Prompt, sampling: SamplingParams, *, request_id: str | None = None, priority: int = 0, arrival_s: float = 0.0
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        arrival_s: float = 0.0,
+        pooling: Pooling | None = None,
     ) -> Job:
         """The job of one prompt: text, token ids, or a dict with `prompt` or `prompt_token_ids` (and `cache_salt`).
 
-        Raises PromptError for a prompt that cannot be read. Lengths and ids are checked by the engine, when it takes it.
+        pooling: the prompt's vector is wanted, and no tokens (`sampling` only says that there is one completion, without text).
+
+        Raises PromptError for a prompt that cannot be read, or a grammar that cannot be kept to. Lengths and ids are checked by
+        the engine, when it takes it.
         """
         text, ids, salt = parse(prompt)
         if ids is None:
             ids = encode(self._tokenizer, text or "", "prompt")
         if sampling.stop and not sampling.detokenize:
             raise PromptError(f"stop={sampling.stop!r} needs text to look in, but detokenize=False: use stop_token_ids, or detokenize.")
+        if sampling.structured_outputs is not None:
+            self.structured.check(sampling.structured_outputs)
         number, self._count = self._count, self._count + 1
         name = request_id or str(number)
         seed = sampling.seed if sampling.seed is not None else _draw_seed(self._seed, number)
@@ -66,6 +80,7 @@ class InputProcessor:
                 priority=priority,
                 arrival_s=arrival_s,
                 cache_salt=salt,
+                pooling=pooling,
             )
             for choice in range(sampling.n)
         ]

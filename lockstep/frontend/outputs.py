@@ -49,6 +49,7 @@ class RequestOutput:
     prompt_logprobs: list[Position | None] | None = None
     num_cached_tokens: int = 0
     error: str | None = None  # why an output's finish_reason is "error"
+    embedding: bytes | None = None  # of a request with `pooling`, at its end; see `frontend.embedding`
 
 
 def position(entry: TokenLogprobs, text_of: Callable[[int], str | None]) -> Position:

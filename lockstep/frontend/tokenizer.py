@@ -10,7 +10,6 @@ from threading import Thread
 from typing import Any
 
 from lockstep.config.errors import ConfigError
-from lockstep.config.tree import ModelConfig
 from lockstep.frontend.errors import PromptError
 
 
@@ -35,13 +34,6 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"the tokenizer in {folder} cannot be loaded ({type(e).__name__}: {e}): "
             "download the checkpoint's tokenizer files again, or name another with tokenizer=..."
         ) from e
-
-
-def tokenizer_folder(model: ModelConfig, folder: Path) -> Path:
-    """The folder that holds the tokenizer: the model's own, or the one the user named."""
-    from lockstep.config.source import find_folder
-
-    return find_folder(model.tokenizer, setting="tokenizer", tokenizer_only=True) if model.tokenizer else folder
 
 
 def load_in_background(load: Callable[[], Any]) -> Future[Any]:

@@ -2,18 +2,20 @@
 
 from lockstep.protocol.memory import RankMemory
 from lockstep.protocol.request import EngineOutput, EngineRequest, FinishReason
-from lockstep.protocol.sampling import RequestOutputKind, SamplingParams
-from lockstep.protocol.step import NewRequest, StepPlan, StepResult, TokenLogprobs
+from lockstep.protocol.sampling import RequestOutputKind, SamplingParams, StructuredOutputs
+from lockstep.protocol.step import NewRequest, Pooling, StepPlan, StepResult, TokenLogprobs
 
 __all__ = [
     "EngineOutput",
     "EngineRequest",
     "FinishReason",
     "NewRequest",
+    "Pooling",
     "RankMemory",
     "RequestOutputKind",
     "SamplingParams",
     "StepPlan",
     "StepResult",
+    "StructuredOutputs",
     "TokenLogprobs",
 ]

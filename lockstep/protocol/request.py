@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from lockstep.protocol.sampling import SamplingParams
-from lockstep.protocol.step import TokenLogprobs
+from lockstep.protocol.step import Pooling, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -27,10 +27,14 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None  # requests share cached prefixes only within one salt
     data_parallel_rank: int | None = None  # the replica that is to run it; None: the router chooses
     session_id: str | None = None  # requests of one session go to one replica, as far as loads allow
+    pooling: Pooling | None = None  # no tokens are generated, but the prompt's vector is made; `sampling` does not matter then
 
 
 class EngineOutput(msgspec.Struct, kw_only=True):
-    """What one step brought for one request. `finish_reason` is set on the last, and only there."""
+    """What one step brought for one request. `finish_reason` is set on the last, and only there.
+
+    A request whose grammar is complete ends with an output of its own, without tokens: its last token belongs to its text.
+    """
 
     request_id: str
     new_token_ids: list[int]
@@ -40,3 +44,4 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     stop_reason: int | str | None = None  # the stop token or string that ended it
     num_cached_tokens: int = 0
     error: str | None = None
+    embedding: bytes | None = None  # on the last output of a request with `pooling`: float32, little-endian, not normalised

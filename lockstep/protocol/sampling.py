@@ -10,6 +10,7 @@ import msgspec
 MAX_N = 64
 MAX_LOGPROBS = 128
 MAX_TOKENS = 2**31
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")  # of `StructuredOutputs`
 
 
 class RequestOutputKind(IntEnum):
@@ -18,6 +19,44 @@ class RequestOutputKind(IntEnum):
     CUMULATIVE = 0
     DELTA = 1
     FINAL_ONLY = 2
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What the output must look like: exactly one of the first five fields says it. Raises ValueError otherwise.
+
+    json: a JSON schema, as a dict or as its text. regex: the whole output matches it (no look-around, no back references).
+    choice: the output is one of these. grammar: in Lark's syntax, from the rule `start` on. json_object: any JSON object.
+    The other two are for JSON: whitespace_pattern is the regex of what may stand between tokens (None: a little of any),
+    disable_any_whitespace forbids it. Treat as immutable once made.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        set_ = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
+        if len(set_) != 1:
+            raise ValueError(f"structured_outputs has {set_ or 'no constraint'}: give exactly one of {', '.join(CONSTRAINTS)}.")
+        name, value = set_[0], getattr(self, set_[0])
+        rule, ok = {
+            "json": ("a JSON schema: a dict, or its text", isinstance(value, dict | str)),
+            "regex": ("a non-empty regular expression", isinstance(value, str) and value != ""),
+            "choice": ("a non-empty list of non-empty strings", bool(value) and _strings(value)),
+            "grammar": ("a non-empty text in Lark's syntax", isinstance(value, str) and value != ""),
+            "json_object": ("true, or left out", value is True),
+        }[name]
+        if not ok:
+            raise ValueError(f"structured_outputs.{name}={value!r} is invalid: it must be {rule}.")
+        spaced = self.disable_any_whitespace or self.whitespace_pattern is not None
+        if spaced and name not in ("json", "json_object"):
+            raise ValueError(f"structured_outputs has {name} with a rule about whitespace: that is for json and json_object; leave it out.")
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            raise ValueError("structured_outputs has both disable_any_whitespace and whitespace_pattern: give one of them.")
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -50,6 +89,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     detokenize: bool = True
     skip_special_tokens: bool = True
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    structured_outputs: StructuredOutputs | None = None
     bad_words_token_ids: list[list[int]] | None = None  # written by the frontend, which has the tokenizer
 
     def __post_init__(self) -> None:
@@ -103,6 +143,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             ("frequency_penalty", "from -2 to 2", _between(self.frequency_penalty, -2, 2)),
             ("logit_bias", "a map of token id to a bias from -100 to 100", bias_ok),
             ("allowed_token_ids", "a non-empty list of token ids", allowed_ok),
+            (
+                "structured_outputs",
+                "StructuredOutputs, or None",
+                self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputs),
+            ),
         ]
 
     @property

@@ -7,9 +7,13 @@ state), assigned by the scheduler when a request starts running and given back w
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from lockstep.protocol.sampling import SamplingParams
+
+Pooling = Literal["last", "mean"]
 
 
 class NewRequest(msgspec.Struct, array_like=True, gc=False):
@@ -24,6 +28,7 @@ class NewRequest(msgspec.Struct, array_like=True, gc=False):
     seed: int  # always set: sampling.seed, or one drawn by the frontend
     choice: int = 0  # which of the n completions of its prompt this is
     eos_token_ids: list[int] = []  # end the text, so not to be sampled before min_tokens; empty under ignore_eos
+    pooling: Pooling | None = None  # wants no tokens but a vector: of its last position, or the mean of all
 
 
 class StepPlan(msgspec.Struct, array_like=True, gc=False):
@@ -63,4 +68,6 @@ class StepResult(msgspec.Struct, array_like=True, gc=False):
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None = None  # None when no request of the step asked
     prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = []  # (slot, positions computed in this step)
+    ended: list[tuple[int, str | None]] = []  # (index in tokens, why): None, its grammar is complete; text, an error of this row alone
+    embeddings: list[tuple[int, bytes]] = []  # (slot, float32 vector) of prompts that ended in this step, and asked for one
     compute_s: float = 0.0  # seconds the rank spent in the step

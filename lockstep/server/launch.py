@@ -19,13 +19,13 @@ import uvicorn
 
 from lockstep.config.errors import ConfigError
 from lockstep.config.serve import ServeOptions, read_chat_template
-from lockstep.config.source import DEMO_NAME
+from lockstep.config.source import DEMO_NAME, tokenizer_folder
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import resolve
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend.async_engine import AsyncEngine
 from lockstep.frontend.engine_handle import CLIENT, EngineHandle
-from lockstep.frontend.tokenizer import load_in_background, load_tokenizer, tokenizer_folder
+from lockstep.frontend.tokenizer import load_in_background, load_tokenizer
 from lockstep.observability import logging
 from lockstep.server.app import create_app
 from lockstep.server.state import ServerState

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lockstep.protocol import NewRequest, SamplingParams, StepPlan
+from lockstep.protocol import NewRequest, Pooling, SamplingParams, StepPlan
 
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
@@ -37,6 +37,7 @@ class AlteredRow:
     tokens: I32  # [length], prompt then output; a view
     num_prompt_tokens: int
     eos_token_ids: Sequence[int] = ()  # that end this request; none where it ignores them
+    slot: int = -1
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def alters_logits(p: SamplingParams) -> bool:
         or p.allowed_token_ids is not None
         or p.bad_words_token_ids
         or p.min_tokens
+        or p.structured_outputs
     )
 
 
@@ -100,6 +102,8 @@ class BatchState:
         self._choices: I64 = np.zeros(capacity, np.int64)
         self._logprobs: I64 = np.full(capacity, -1, np.int64)
         self.prompt_logprobs: I64 = np.full(capacity, -1, np.int64)
+        self.pooling: list[Pooling | None] = [None] * capacity
+        self.pools: Flags = np.zeros(capacity, np.bool_)
 
     def apply(self, plan: StepPlan) -> None:
         """Take the plan's changes in: slots given back, then new requests, then new blocks and tokens."""
@@ -128,7 +132,7 @@ class BatchState:
     def sample_rows(self, slots: I64) -> SampleRows:
         """How the requests in `slots` choose their next token."""
         altered = [
-            AlteredRow(row, self.sampling[slot], self.tokens[slot, : self.lengths[slot]], int(self.prompt_lens[slot]), self.eos[slot])
+            AlteredRow(row, self.sampling[slot], self.tokens[slot, : self.lengths[slot]], int(self.prompt_lens[slot]), self.eos[slot], slot)
             for row, slot in ((int(row), int(slots[row])) for row in np.flatnonzero(self._altered[slots]))
         ]
         return SampleRows(
@@ -161,7 +165,8 @@ class BatchState:
         self._top_k[slot], self._top_p[slot], self._min_p[slot] = p.top_k, p.top_p, p.min_p
         self.seeds[slot], self._choices[slot] = request.seed, request.choice
         self._logprobs[slot] = -1 if p.logprobs is None else p.logprobs
-        self.prompt_logprobs[slot] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
+        self.prompt_logprobs[slot] = -1 if p.prompt_logprobs is None or request.pooling else p.prompt_logprobs
+        self.pooling[slot], self.pools[slot] = request.pooling, request.pooling is not None
 
     def _extend(self, slot: int, blocks: list[int]) -> None:
         have = int(self.num_blocks[slot])

@@ -10,6 +10,7 @@ nobody waits for the last stage: tokens come with a later plan.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,13 +25,17 @@ from lockstep.observability.timeline import Timeline
 from lockstep.protocol import StepPlan, StepResult, TokenLogprobs
 from lockstep.worker import hop
 from lockstep.worker.batch import I64, BatchState, SampleRows
+from lockstep.worker.grammars import Grammars, no_vocabulary
 from lockstep.worker.inputs import StepInputs, build_inputs, rehearsal_inputs
 from lockstep.worker.logprobs import chunk_rows, token_logprobs
+from lockstep.worker.pooling import Pooler
 from lockstep.worker.recorder import Recorder
 from lockstep.worker.sampler import Sampled, Sampler, argmax
 from lockstep.worker.tracing import add_operations
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
     from lockstep.distributed.progress import ProgressCell
 
 RECEIVE, SEND = "wait for the stage before", "wait for the next stage"  # spans in which a stage idles
@@ -50,11 +55,15 @@ class ModelRunner:
         device: torch.device,
         progress: ProgressCell | None = None,
         timeline: Timeline | None = None,
+        vocabulary: Callable[[], LLTokenizer] = no_vocabulary,
     ) -> None:
+        """vocabulary: loads what structured outputs need, when the first is asked for."""
         self.model, self.spec, self.groups = model, spec, groups
         self.state, self.device, self.progress = state, device, progress
         self.timeline = timeline or Timeline()
-        self.sampler = Sampler()
+        self.grammars = Grammars(vocabulary) if self.is_output_rank else None
+        self.pooler = Pooler()
+        self.sampler = Sampler(self.grammars)
         self.sending: list[Handle] = []  # what the next stage has not taken yet
         self.recorder: Recorder | None = None
 
@@ -68,6 +77,9 @@ class ModelRunner:
         """Run one step. Returns its result on the output rank, None on the others."""
         began = time.perf_counter()
         self.state.apply(plan)
+        self.pooler.apply(plan)
+        if self.grammars is not None:
+            self.grammars.apply(plan)
         self.timeline.lap("apply")
         if not plan.slots:  # a plan that only gives slots back
             return StepResult(step=plan.step, tokens=[]) if self.is_output_rank else None
@@ -86,11 +98,14 @@ class ModelRunner:
             self.state.append(inputs.sampled_slots, sampled.tokens)
         if not self.is_output_rank:
             return None
+        assert hidden is not None
         return StepResult(
             step=plan.step,
             tokens=sampled.tokens.tolist(),
             logprobs=sampled.logprobs,
             prompt_logprobs=prompt_logprobs,
+            ended=sampled.ended,
+            embeddings=self.pooler.take(hidden, inputs, self.state),
             compute_s=time.perf_counter() - began,
         )
 
@@ -147,7 +162,7 @@ class ModelRunner:
             return sampled
         tokens = torch.empty(count, dtype=torch.int64, device=self.device) if sampled is None else self._to_device(sampled.tokens)
         everyones: I64 = self.groups.tp.broadcast(tokens, src=0).cpu().numpy()
-        return Sampled(everyones, sampled.logprobs if sampled else None)
+        return Sampled(everyones, sampled.logprobs, sampled.ended) if sampled else Sampled(everyones, None)
 
     def _choose(self, hidden: torch.Tensor, rows: SampleRows) -> Sampled | None:
         """Tokens for `hidden [rows, hidden]` on the output rank. Every rank takes part, and takes the same way."""

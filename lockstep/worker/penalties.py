@@ -13,20 +13,23 @@ import torch
 
 from lockstep.protocol import SamplingParams
 from lockstep.worker.batch import I32, AlteredRow
+from lockstep.worker.grammars import Grammars
 
 BANNED = float("-inf")
 
 
-def alter_logits(logits: torch.Tensor, altered: list[AlteredRow]) -> None:
+def alter_logits(logits: torch.Tensor, altered: list[AlteredRow], grammars: Grammars | None = None) -> None:
     """Apply each altered row's parameters to its row of `logits [rows, vocab]` (float32), in place.
 
-    The order is the ecosystem's: allowed tokens, bad words, minimum length, bias, repetition, presence and frequency.
+    The order is the ecosystem's: allowed tokens, grammar, bad words, minimum length, bias, repetition, presence and frequency.
     When nothing is left to choose from, bad words and minimum length are lifted, for this token only.
     """
     for row in altered:
         line = logits[row.row]
         if row.params.allowed_token_ids is not None:
             keep_only(line, row.params.allowed_token_ids)
+        if grammars is not None:
+            grammars.restrict(line, row)
         banned = banned_tokens(row.params, row.tokens, row.num_prompt_tokens, row.eos_token_ids)
         if banned:
             index = _index(sorted(banned), line)

@@ -17,8 +17,10 @@ import torch
 from lockstep.config.defaults import default_token_budget, most_num_seqs
 from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
+from lockstep.config.source import tokenizer_folder
 from lockstep.config.tree import EngineConfig
 from lockstep.distributed.groups import ParallelGroups
+from lockstep.grammar.vocabulary import load_vocabulary
 from lockstep.kernels import threads
 from lockstep.kernels.library import library
 from lockstep.models import native
@@ -38,6 +40,8 @@ from lockstep.worker.model_runner import ModelRunner
 from lockstep.worker.recorder import Recorder
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
     from lockstep.distributed.progress import ProgressCell
 
 _log = get_logger(__name__)
@@ -167,7 +171,14 @@ class Worker(Recorded):
         slots = most_num_seqs(self.config, default_token_budget(self.config, self.spec))
         state = BatchState(slots, self.config.model.max_model_len or self.spec.max_position_embeddings, block_size)
         self._runner = ModelRunner(
-            self.model, self.spec, self.groups, state=state, device=self.device, progress=self.progress, timeline=self.timeline
+            self.model,
+            self.spec,
+            self.groups,
+            state=state,
+            device=self.device,
+            progress=self.progress,
+            timeline=self.timeline,
+            vocabulary=self._vocabulary,
         )
         self._mark("warm-up")
         self._runner.rehearse([1], [1])
@@ -235,6 +246,10 @@ class Worker(Recorded):
             if (packed := getattr(module, "packed", None)) is not None:
                 digest.update(f"{name}{packed.shape}".encode() + packed.tobytes())
         return digest.hexdigest()
+
+    def _vocabulary(self) -> LLTokenizer:
+        """For structured outputs, on a thread of the output rank."""
+        return load_vocabulary(tokenizer_folder(self.config.model, self.folder), self.spec.vocab_size, self.spec.eos_token_ids)
 
     def _loaded(self, done: int, total: int, tensor: str) -> None:
         self._mark("load", f"{100 * done // max(total, 1)} %, {tensor}")

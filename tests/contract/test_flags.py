@@ -17,7 +17,7 @@ from lockstep.protocol import SamplingParams
 
 FROZEN = Path(__file__).with_name("flags.txt")
 VERBS = {"generate": GenerateOptions, "chat": ChatOptions, "serve": ServeOptions}
-NOT_FLAGS = {"bad_words_token_ids", "output_kind"}  # written by the frontend, not by people
+NOT_FLAGS = {"bad_words_token_ids", "output_kind", "structured_outputs"}  # written by the frontend, or a form of its own
 
 
 def listed() -> dict[str, list[str]]:

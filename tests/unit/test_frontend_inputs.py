@@ -10,10 +10,11 @@ import pytest
 
 from lockstep.config.build import build_config
 from lockstep.config.model_spec import ModelSpec
+from lockstep.config.source import tokenizer_folder
 from lockstep.frontend.chat import conversations, render
 from lockstep.frontend.errors import PromptError
 from lockstep.frontend.inputs import InputProcessor
-from lockstep.frontend.tokenizer import decoder_of, eos_ids, load_in_background, load_tokenizer, special_ids, tokenizer_folder
+from lockstep.frontend.tokenizer import decoder_of, eos_ids, load_in_background, load_tokenizer, special_ids
 from lockstep.protocol import SamplingParams
 from lockstep.testing.tiny import make_tiny
 

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from lockstep.protocol import SamplingParams
+from lockstep.protocol import SamplingParams, StructuredOutputs
 
 BAD = [
     ("n", 0), ("n", 65), ("n", 1.5), ("n", True), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", 101),
@@ -12,6 +12,7 @@ BAD = [
     ("min_tokens", -1), ("min_tokens", 17), ("logprobs", 129), ("logprobs", -1), ("prompt_logprobs", "a"),
     ("repetition_penalty", 0), ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("logit_bias", {1: 101}),
     ("logit_bias", {-1: 1}), ("allowed_token_ids", []), ("allowed_token_ids", [-1]), ("bad_words", [""]),
+    ("structured_outputs", {"regex": "a"}),
 ]  # fmt: skip
 GOOD = [
     {"temperature": 0}, {"top_p": 1}, {"top_k": -1}, {"min_p": 1}, {"seed": -(2**63)}, {"stop": "a"}, {"max_tokens": None},
@@ -38,3 +39,31 @@ def test_a_stop_string_is_a_list_of_one_and_minus_one_turns_top_k_off():
 
 def test_greedy_means_temperature_zero():
     assert SamplingParams(temperature=0).greedy and not SamplingParams().greedy
+
+
+@pytest.mark.parametrize(
+    "fields,said",
+    [
+        ({}, "has no constraint: give exactly one of json, regex, choice, grammar, json_object"),
+        ({"json_object": False}, "has no constraint"),
+        ({"regex": "a", "choice": ["b"]}, "exactly one of"),
+        ({"json": 3}, "json=3 is invalid: it must be a JSON schema"),
+        ({"regex": ""}, "regex='' is invalid"),
+        ({"choice": []}, "choice=.* is invalid"),
+        ({"choice": [""]}, "choice=.* is invalid"),
+        ({"grammar": ""}, "grammar='' is invalid"),
+        ({"regex": "a", "disable_any_whitespace": True}, "that is for json and json_object"),
+        ({"json_object": True, "disable_any_whitespace": True, "whitespace_pattern": " "}, "give one of them"),
+    ],
+)
+def test_structured_outputs_are_one_well_formed_constraint(fields, said):
+    with pytest.raises(ValueError, match=said):
+        StructuredOutputs(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"json": {}}, {"json": "{}"}, {"regex": "a+"}, {"choice": ["a"]}, {"grammar": "start: /a/"}, {"json_object": True}]
+)
+def test_structured_outputs_survive_the_wire(fields):
+    params = SamplingParams(structured_outputs=StructuredOutputs(**fields))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
