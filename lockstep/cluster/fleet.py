@@ -21,6 +21,7 @@ import msgspec
 from lockstep.cluster import wire
 from lockstep.cluster.doorman import Arrival, Doorman
 from lockstep.cluster.greeting import agreed_settings
+from lockstep.cluster.health import stopped
 from lockstep.cluster.remote import RemoteReplica
 from lockstep.cluster.replica import STOP_S, ReplicaHandle, ReplicaProcess
 from lockstep.cluster.supervisor import RestartPolicy, State, Supervisor
@@ -29,6 +30,8 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
 from lockstep.observability.logging import get_logger
+from lockstep.protocol.health import QUIET_S
+from lockstep.utils import procs
 
 GRACE_S = 20.0  # a replica times its steps itself and knows why one is late: let it speak first
 _DOOR, _OUTSIDE = -1, -2  # the selector's keys of the doorman and of what the router's owner listens to, among replicas
@@ -134,6 +137,10 @@ class Fleet:
             handle = self._replicas[replica]
             if handle is None:
                 continue
+            if handle.pid and now_s - handle.spoke_s > QUIET_S and procs.state(handle.pid) == "T":
+                handle.blame, handle.why = stopped(handle, handle.ranks, handle.stack()), "was stopped"
+                yield from self._lose(replica)
+                continue
             if life.state is State.STARTING:
                 limit_s, what = runtime.startup_timeout_seconds, "did not get ready in {:g} s (startup_timeout_seconds)"
                 late = life.starts > 1 and now_s - life.since_s > limit_s
@@ -216,7 +223,7 @@ class Fleet:
         except (ConnectionError, msgspec.DecodeError):
             yield from self._lose(replica)
             return
-        handle.heard_s = time.monotonic()
+        handle.heard_s = handle.spoke_s = time.monotonic()
         handle.inbox.extend(replies)
         while handle.inbox:  # one by one: who takes them may be interrupted
             reply = handle.inbox.popleft()
@@ -224,6 +231,8 @@ class Fleet:
                 handle.failed = reply
                 yield from self._lose(replica)  # now: ending its ranks takes it a while
                 return
+            if isinstance(reply, wire.Pulse):
+                handle.ranks = reply.ranks
             if isinstance(reply, wire.Ready):
                 self.supervisor.ready(replica, time.monotonic())
             yield Said(replica, reply)
