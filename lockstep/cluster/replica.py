@@ -112,15 +112,7 @@ class ReplicaProcess(ReplicaHandle):
         return ExecutorError(f"{self.name} (pid {self.pid}) died: {cause}.", exitcode=self.process.returncode, kind="died")
 
     def stack(self) -> list[str]:
-        stacks.ask(self.pid)
-        until_s, size = time.monotonic() + STACK_S, 0
-        while time.monotonic() < until_s:
-            time.sleep(0.02)
-            before, size = size, os.fstat(self._stack_file.fileno()).st_size
-            if size and size == before:
-                break
-        written = os.pread(self._stack_file.fileno(), size, 0).decode(errors="replace").splitlines()
-        return written or stacks.by_py_spy(self.pid)
+        return stacks.written(self.pid, self._stack_file, STACK_S)
 
     def end(self, ask: bool, until_s: float) -> None:
         # It may be in the middle of telling us something, and the order to stop behind others: move both along.

@@ -245,13 +245,14 @@ class DataParallelClient(Operated):
         if not event.error.incident:  # it could not say anything itself
             about = {"culprit": "replica", "culprit_replica": replica, **facts(event.error)}
             event.error.incident = self.flight.dump(self._config.runtime.incident_dir, about)
+            event.error.args = (f"{event.error}\nThe whole story: {event.error.incident}",)
         self.health_book.lost(replica, event.error)
         self.flight.event("replica lost", replica=replica, kind=event.error.kind, incident=event.error.incident)
         self.book.set_routable(replica, False)
         self.book.forget(replica)
         self._placement.forget(replica)
         mine = [name for name, live in self._live.items() if live.replica == replica]
-        _log.warning("%s %d requests go on elsewhere; %s (%s)", event.error, len(mine), event.then, event.error.incident)
+        _log.warning("%s %d requests go on elsewhere; %s", event.error, len(mine), event.then)
         if self.supervisor.hopeless:
             self._fail(event.error)
             return

@@ -27,5 +27,6 @@ class ServeOptions:
     served_model_name: list[str] = several("Name(s) of the model in the API; default: its folder's or hub id.")
     api_server_count: int = opt(1, "Processes that speak HTTP.", "-asc")
     root_path: str = opt("", "Path under which a proxy serves this, like /llm.")
+    profile_dir: str | None = opt(None, "Folder for what /stop_profile writes; default: profiles in the cache folder.")
     log_format: Literal["text", "json"] = opt("text", "Log lines as text or as JSON objects with request ids.")
     shutdown_timeout: float = opt(30.0, "Seconds that running requests have to finish after SIGTERM; a second signal ends them at once.")

@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from lockstep.cluster.contract import EngineClient
+from lockstep.cluster.health import EngineHealth
 from lockstep.engine.errors import RequestError
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend import engine_wire as wire
@@ -33,7 +34,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "wake_up": lambda client: client.wake_up(),
     "reset_prefix_cache": lambda client: client.reset_prefix_cache(),
     "requests": lambda client: client.requests(),
-    "abort_requests": lambda client, names: abort(client, names),
+    "abort_requests": lambda client, names=None: abort(client, names),
+    "mode": lambda client: [(health := client.health()).paused, health.sleep_level],
     "write_profile": lambda client, folder: str(client.stop_profile().write(folder)),
     "stats": lambda client: client.stats(),
     "ranks": lambda client: client.ranks(),
@@ -74,13 +76,16 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[b
 class EngineServer:
     """Serves API processes until the engine fails, or whoever runs it stops calling `turn`."""
 
-    def __init__(self, client: EngineClient, socket: zmq.Socket[bytes], secret: str) -> None:
+    def __init__(
+        self, client: EngineClient, socket: zmq.Socket[bytes], secret: str, on_beat: Callable[[EngineHealth], None] = lambda health: None
+    ) -> None:
+        """on_beat: also told how the engine is, as often as API processes are."""
         self.client = client
         self._socket, self._secret = socket, secret
         self._nonces: dict[bytes, tuple[bytes, bytes]] = {}  # of those that said Hello and are not admitted: theirs, ours
         self._owner: dict[str, bytes] = {}  # request -> the API process that it is of
         self._admitted: set[bytes] = set()
-        self._beaten_s = 0.0
+        self._beaten_s, self._on_beat = 0.0, on_beat
         client.tick = self.beat
         client.watch(int(socket.getsockopt(zmq.FD)))
 
@@ -104,7 +109,9 @@ class EngineServer:
         now_s = time.monotonic()
         if now_s - self._beaten_s >= PULSE_S:
             self._beaten_s = now_s
-            pulse = wire.Pulse(self.client.health())
+            health = self.client.health()
+            self._on_beat(health)
+            pulse = wire.Pulse(health)
             for who in self._admitted:
                 self._send(who, pulse)
 

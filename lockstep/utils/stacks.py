@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from lockstep.utils import procs
 
@@ -28,6 +30,18 @@ def ask(pid: int) -> None:
         os.kill(pid, signal.SIGUSR1)
         if procs.state(pid) == "T":
             os.kill(pid, signal.SIGCONT)
+
+
+def written(pid: int, file: IO[bytes], limit_s: float) -> list[str]:
+    """`ask`, and what it wrote to `file`, as lines; py-spy's word where it does not react in `limit_s`."""
+    ask(pid)
+    until_s, size = time.monotonic() + limit_s, 0
+    while time.monotonic() < until_s:
+        time.sleep(0.02)
+        before, size = size, os.fstat(file.fileno()).st_size
+        if size and size == before:
+            break
+    return os.pread(file.fileno(), size, 0).decode(errors="replace").splitlines() or by_py_spy(pid)
 
 
 def by_py_spy(pid: int) -> list[str]:
