@@ -113,7 +113,7 @@ class DataParallelClient(Operated):
             self.check_request(request)
         except RequestError as e:
             raise RequestError(f"request {request.request_id!r}: {e}") from None
-        self._live[request.request_id] = _Live(request)
+        self._live[request.request_id] = _Live(request, list(request.output_token_ids))
         self._place(request.request_id)
 
     def abort(self, request_ids: Iterable[str]) -> None:

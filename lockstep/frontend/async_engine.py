@@ -358,8 +358,6 @@ class AsyncEngine:
 
     async def _take(self, reply: wire.Outputs) -> None:
         outputs, ended = self._collector.take(reply.outputs)
-        if ended:
-            await self._send(wire.Abort(ended))
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
@@ -368,6 +366,8 @@ class AsyncEngine:
             if output.finished:
                 del self._streams[output.request_id], self._jobs[output.request_id]
                 self._replays.pop(output.request_id, None)
+        if ended:  # last: whoever cancels this here loses no output
+            await self._send(wire.Abort(ended))
 
     def _answer(self, reply: wire.Answer | wire.Refused) -> None:
         waiting = self._answers.get(reply.id)
