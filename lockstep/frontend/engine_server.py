@@ -57,7 +57,7 @@ def pause(client: EngineClient, mode: str) -> None:
 def abort(client: EngineClient, names: list[str] | None) -> list[str]:
     """End these requests, or all; a name stands for all of its n completions. The engine's names of those that were there."""
     known = [info.request_id for info in client.requests()]
-    found = known if names is None else [one for one in known if one in names or one.rpartition(".")[0] in names]
+    found = known if names is None else [one for one in known if one in names or (one.rpartition(".")[0] or one) in names]
     client.abort(found)
     return found
 
