@@ -215,6 +215,8 @@ class Fleet(Crew):
             self._fail(ExecutorError(message, rank=worker.rank, kind="raised", error_type="DecodeError", log_tail=list(worker.tail.lines)))
 
     def _handle(self, worker: WorkerProcess | RemoteRank, answer: wire.Answer) -> None:
+        if self.operations.frozen:
+            return
         if isinstance(answer, wire.StepDone):
             self.operations.answer(worker.rank, answer.id, answer.result)
             self.results.wake()
@@ -296,9 +298,8 @@ class Fleet(Crew):
                 others, order = self.board.describe(w.rank for w in self.workers if w is not worker), self._order()
                 where = self.health()
                 self._collect_stacks()
-                if not self._over:
-                    tail = list(worker.tail.lines)
-                    self._fail(failure.stopped(worker.rank, progress, others, tail, order, worker.where), where)
+                tail = list(worker.tail.lines)
+                self._fail(failure.stopped(worker.rank, progress, others, tail, order, worker.where), where)
                 return
         if not self.settled.is_set():
             if now - self._started > self._startup_limit_s:
@@ -334,11 +335,11 @@ class Fleet(Crew):
         states = [w.state() for w in self.workers]
         self._collect_stacks()
         tail = [f"[rank {w.rank}] {line}" for w in self.workers for line in w.tail.lines]
-        if not self._over:
-            self._fail(failure.hung(what, quiet_s, everyone, states, tail), where)
+        self._fail(failure.hung(what, quiet_s, everyone, states, tail), where)
 
     def _collect_stacks(self) -> None:
         self._forward = False  # the stacks belong to the error, not on the terminal
+        self.operations.frozen = True  # what a stopped rank does when it is made to speak is no way back
         self._nodes.ask_for_stacks()
         self._await_stacks(self.workers, self._nodes.pump)
 

@@ -139,7 +139,10 @@ def test_memory_of_a_sleeper_goes_back(server: RunningServer, level: int) -> Non
     asleep = rank_memory(server)
     assert asleep < awake - (4 << 20) * level, f"{awake} bytes awake, {asleep} asleep"
     until(lambda: httpx.get(server.url + "/readyz").json()["status"] == "asleep")
-    get(server, "/health"), post(server, "/resume", 409), post(server, f"/sleep?level={3 - level}", 409), post(server, f"/sleep?level={level}")
+    get(server, "/health")
+    post(server, "/resume", 409)
+    post(server, f"/sleep?level={3 - level}", 409)
+    post(server, f"/sleep?level={level}")
     late = Streaming(server)
     time.sleep(0.2)
     assert not late.text
