@@ -67,7 +67,7 @@ class LLM:
         log.info("%s", self._client.memory.describe())
         self._inputs = InputProcessor(self.config, self.spec, self.folder, self._tokenizer)
         self._collector = Collector(self._tokenizer)
-        self._running = False
+        self._running = self._asleep = False
 
     def generate(
         self,
@@ -170,6 +170,25 @@ class LLM:
         """What was recorded since `start_profile`: `write(folder)` it as a Chrome trace, or print its `summary()`."""
         return self._client.stop_profile()
 
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back until `wake_up`: the KV cache's (level 1), the weights' too (level 2). What was cached is forgotten."""
+        self._idle()
+        self._client.sleep(level)
+        self._asleep = True
+
+    def wake_up(self) -> None:
+        """Take the memory again; level 2 reads the weights anew. Answers are as before."""
+        self._client.wake_up()
+        self._asleep = False
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix: after this, prompts are computed from their first token."""
+        self._client.reset_prefix_cache()
+
+    def _idle(self) -> None:
+        if self._running:
+            raise RuntimeError("another generate or stream of this LLM is unfinished: exhaust or close its iterator first.")
+
     def shutdown(self) -> None:
         """Stop the ranks and free everything. May be called twice; also done at exit and when the object is dropped."""
         self._client.shutdown()
@@ -183,8 +202,9 @@ class LLM:
 
     def _run(self, jobs: list[Job]) -> Iterator[RequestOutput]:
         """Queue every job, then step the engine until all are finished. However it ends, nothing is left running."""
-        if self._running:
-            raise RuntimeError("another generate or stream of this LLM is unfinished: exhaust or close its iterator first.")
+        self._idle()
+        if self._asleep:
+            raise RuntimeError("this LLM sleeps: call wake_up() first.")
         left = {request.request_id for job in jobs for request in job.requests}
         self._running = True
         try:

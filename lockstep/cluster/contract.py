@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lockstep.cluster.health import EngineHealth, RequestInfo
 from lockstep.config.tree import EngineConfig
 from lockstep.engine.sizing import MemoryPlan
 from lockstep.engine.stats import EngineStats
@@ -27,6 +28,7 @@ class EngineClient(ABC):
     memory: MemoryPlan
     failure: ExecutorError | None
     timeline: Timeline  # of this process
+    tick: Callable[[], None] = staticmethod(lambda: None)  # called in every wait, at least a few times a second where it can be
 
     @abstractmethod
     def check_request(self, request: EngineRequest) -> None:
@@ -74,6 +76,37 @@ class EngineClient(ABC):
     @abstractmethod
     def stop_profile(self) -> Profile:
         """What was recorded since the start."""
+
+    @abstractmethod
+    def health(self) -> EngineHealth:
+        """How every rank of every replica is, as far as it is known here. Waits for nothing."""
+
+    @abstractmethod
+    def requests(self) -> list[RequestInfo]:
+        """The requests that have not ended, oldest first."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Plan no more steps: requests keep what they have, and new ones wait. May be called twice."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Go on. Raises ValueError while it sleeps."""
+
+    @abstractmethod
+    def sleep(self, level: int = 1) -> None:
+        """Pause, and give memory back: of the KV cache (level 1), and of the weights too (level 2). Cached prefixes are forgotten.
+
+        Raises ValueError for another level, or when it sleeps at another one.
+        """
+
+    @abstractmethod
+    def wake_up(self) -> None:
+        """Take the memory again and go on: requests go on with the tokens that would have come."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix."""
 
     @abstractmethod
     def shutdown(self) -> None:

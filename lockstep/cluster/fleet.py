@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lockstep.cluster import wire
 from lockstep.cluster.doorman import Arrival, Doorman
 from lockstep.cluster.greeting import agreed_settings
+from lockstep.cluster.health import stopped
 from lockstep.cluster.remote import RemoteReplica
 from lockstep.cluster.replica import STOP_S, ReplicaHandle, ReplicaProcess
 from lockstep.cluster.supervisor import RestartPolicy, State, Supervisor
@@ -27,6 +28,8 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
 from lockstep.observability.logging import get_logger
+from lockstep.protocol.health import QUIET_S
+from lockstep.utils import procs
 
 LOOK_S = 0.5  # how often Ray is asked about actors that have not come
 GRACE_S = 20.0  # a replica times its steps itself and knows why one is late: let it speak first
@@ -143,6 +146,10 @@ class Fleet:
             handle = self._replicas[replica]
             if handle is None:
                 continue
+            if handle.pid and now_s - handle.spoke_s > QUIET_S and procs.state(handle.pid) == "T":
+                handle.blame, handle.why = stopped(handle, handle.ranks, handle.stack()), "was stopped"
+                yield from self._lose(replica)
+                continue
             if life.state is State.STARTING:
                 limit_s, what = runtime.startup_timeout_seconds, "did not get ready in {:g} s (startup_timeout_seconds)"
                 late = life.starts > 1 and now_s - life.since_s > limit_s
@@ -236,7 +243,7 @@ class Fleet:
             handle.why = f"said what cannot be decoded ({e})"
             yield from self._lose(replica)
             return
-        handle.heard_s = time.monotonic()
+        handle.heard_s = handle.spoke_s = time.monotonic()
         handle.inbox.extend(replies)
         while handle.inbox:  # one by one: who takes them may be interrupted
             reply = handle.inbox.popleft()
@@ -248,6 +255,8 @@ class Fleet:
                 handle.why = why
                 yield from self._lose(replica)
                 return
+            if isinstance(reply, wire.Pulse):
+                handle.ranks = reply.ranks
             if isinstance(reply, wire.Ready):
                 self.supervisor.ready(replica, time.monotonic())
             yield Said(replica, reply)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import select
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lockstep.cluster.contract import EngineClient
+from lockstep.cluster.health import EngineHealth, ReplicaHealth, RequestInfo, own_process
 from lockstep.engine.core import EngineCore
 from lockstep.engine.errors import RequestError
 from lockstep.engine.stats import EngineStats
@@ -67,6 +69,50 @@ class LocalClient(EngineClient):
 
     def stop_profile(self) -> Profile:
         return self.core.executor.take_timelines()
+
+    def health(self) -> EngineHealth:
+        pid, born = own_process()
+        dead = self.core.failure
+        one = ReplicaHealth(
+            replica=self.config.parallel.data_parallel_rank or 0,
+            state="ready" if dead is None else "stopped",
+            pid=pid,
+            ranks=self.core.executor.health(),
+            stats=self.core.stats(),
+            lost_why="" if dead is None else str(dead).partition("\n")[0],
+        )
+        return EngineHealth(pid=pid, born=born, replicas=[one], paused=self.core.paused, sleep_level=self.core.sleep_level)
+
+    def requests(self) -> list[RequestInfo]:
+        now_s, replica = time.monotonic(), self.config.parallel.data_parallel_rank or 0
+        scheduler = self.core.scheduler
+        return [
+            RequestInfo(
+                request_id=request.request_id,
+                age_s=max(0.0, now_s - request.key[1]),
+                prompt_tokens=request.num_prompt,
+                output_tokens=request.num_output,
+                state=state,
+                replica=replica,
+            )
+            for state, queue in (("running", scheduler.running), ("waiting", scheduler.waiting))
+            for request in queue.items
+        ]
+
+    def pause(self) -> None:
+        self.core.pause()
+
+    def resume(self) -> None:
+        self.core.resume()
+
+    def sleep(self, level: int = 1) -> None:
+        self.core.sleep(level)
+
+    def wake_up(self) -> None:
+        self.core.wake_up()
+
+    def reset_prefix_cache(self) -> None:
+        self.core.reset_prefix_cache()
 
     def shutdown(self) -> None:
         self.core.shutdown()

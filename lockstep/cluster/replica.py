@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -19,10 +20,12 @@ from lockstep.cluster import wire
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
-from lockstep.utils import env, procs
+from lockstep.protocol.health import RankHealth
+from lockstep.utils import env, procs, stacks
 from lockstep.utils.frames import Channel, send_one
 
 STOP_S = 6.0  # how long a replica may take to end its ranks
+STACK_S = 0.6  # ... and to write its Python stack
 LEAVE_S = 1.0  # ... and once it has hung up, its process
 LAUNCH_S = 30.0  # ... and to read what it is; more than a few KB wait for that
 
@@ -36,7 +39,9 @@ class ReplicaHandle(ABC):
         self.replica, self.channel = replica, channel
         self.failed: wire.Failed | None = None  # its last words, if it had any
         self.inbox: deque[Any] = deque()  # said, and not taken yet
-        self.heard_s = time.monotonic()  # when it last said anything, or had nothing to say
+        self.heard_s = self.spoke_s = time.monotonic()  # when it last said anything, or had nothing to say; when it last said anything
+        self.ranks: list[RankHealth] = []  # how its ranks were then
+        self.blame: ExecutorError | None = None  # why it was given up here, in full
         self.why = ""  # that it was given up here, where it says nothing itself
         self.listens = True  # whether it would hear an order to stop
 
@@ -51,11 +56,13 @@ class ReplicaHandle(ABC):
     def error(self) -> ExecutorError:
         """Why it is gone: what it said, or how it ended."""
         said = self.failed
+        if said is None and self.blame is not None:
+            return self.blame
         if said is None and self.why:
             return ExecutorError(f"{self.name} {self.why}.", kind="hung")
         if said is None:
             return self.unexplained()
-        return ExecutorError(
+        error = ExecutorError(
             f"{self.name}: {said.message}",
             rank=said.rank,
             phase=said.phase,
@@ -63,7 +70,14 @@ class ReplicaHandle(ABC):
             kind=said.kind,
             error_type=said.error_type,
             log_tail=said.log_tail,
+            ranks=said.ranks,
         )
+        error.incident = said.incident
+        return error
+
+    def stack(self) -> list[str]:
+        """The Python stack of a process of this host that is stuck, as lines; [] where it cannot be had. It goes on, to its end."""
+        return []
 
     def ask(self) -> None:
         """Ask it to stop; `end` waits for it."""
@@ -84,7 +98,8 @@ class ReplicaProcess(ReplicaHandle):
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, replica: int, death_fd: int) -> None:
         """Start it. It is ready when it says `wire.Ready`."""
-        self.process, ours = start_process(config, spec, folder, replica, death_fd)
+        self._stack_file = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115 - closed by `end`
+        self.process, ours = start_process(config, spec, folder, replica, death_fd, stack_fd=self._stack_file.fileno())
         super().__init__(replica, Channel(ours, wire.decode_reply))
         self.pid = self.process.pid
 
@@ -93,6 +108,9 @@ class ReplicaProcess(ReplicaHandle):
             self.process.wait(1.0)
         cause = procs.exit_cause(self.process.returncode)
         return ExecutorError(f"{self.name} (pid {self.pid}) died: {cause}.", exitcode=self.process.returncode, kind="died")
+
+    def stack(self) -> list[str]:
+        return stacks.written(self.pid, self._stack_file, STACK_S)
 
     def end(self, ask: bool, until_s: float) -> None:
         # It may be in the middle of telling us something, and the order to stop behind others: move both along.
@@ -103,20 +121,37 @@ class ReplicaProcess(ReplicaHandle):
                     self.channel.receive()
         end_process(self.process, max(0.0, min(until_s - time.monotonic(), LEAVE_S)) if ask else 0.0)
         self.channel.close()
+        self._stack_file.close()
 
 
 def start_process(
-    config: EngineConfig, spec: ModelSpec, folder: Path, replica: int, death_fd: int, router: socket.socket | None = None
+    config: EngineConfig,
+    spec: ModelSpec,
+    folder: Path,
+    replica: int,
+    death_fd: int,
+    router: socket.socket | None = None,
+    stack_fd: int = 2,
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start a replica's process and tell it what it is. router: its connection to the router; without one, it is the one returned.
+
+    stack_fd: where it writes its Python stack when it gets SIGUSR1.
 
     The process ends when the last other end of `death_fd` is closed. -> (the process, our end of a connection to it)
     """
     ours, theirs = socket.socketpair()
-    inherited = [theirs.fileno(), death_fd, *([router.fileno()] if router is not None else [])]
+    inherited = [theirs.fileno(), death_fd, stack_fd, *([router.fileno()] if router is not None else [])]
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "lockstep.cluster.replica_main", str(theirs.fileno()), str(death_fd), f"replica={replica}"],
+            [
+                sys.executable,
+                "-m",
+                "lockstep.cluster.replica_main",
+                str(theirs.fileno()),
+                str(death_fd),
+                str(stack_fd),
+                f"replica={replica}",
+            ],
             stdin=subprocess.DEVNULL,
             stdout=2,  # what ranks print is no output of this program
             pass_fds=inherited,

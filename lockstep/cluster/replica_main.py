@@ -1,4 +1,4 @@
-"""A replica's process: one engine, driven by orders from the router. `python -m lockstep.cluster.replica_main FD DEATH_FD`.
+"""A replica's process: one engine, driven by orders from the router. `python -m lockstep.cluster.replica_main FD DEATH_FD STACK_FD`.
 
 Orders are taken between steps. What a step brought is sent at once. When the engine fails, the process says why and ends:
 the router starts a new one, and no half-broken engine is ever asked again.
@@ -12,25 +12,31 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
 from lockstep.cluster import wire
+from lockstep.cluster.heart import Heart
+from lockstep.cluster.incident import facts
+from lockstep.config.tree import EngineConfig
 from lockstep.engine.core import EngineCore
 from lockstep.engine.errors import RequestError
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.factory import make_executor
 from lockstep.observability import logging
+from lockstep.observability.flight_recorder import FlightRecorder
 from lockstep.protocol import EngineOutput
 from lockstep.utils import procs
 from lockstep.utils.frames import Channel
 
 LOST_ROUTER = 3  # exit code: the router is gone, or cannot be reached
+LOOK_S = 0.25  # so often, with nothing to do, whether every rank lives
 REPORT_S = 0.02  # at most so often the router is told what this replica carries
 
 # What the router may call: name -> how it is done.
@@ -40,6 +46,11 @@ CALLS: dict[str, Callable[..., Any]] = {
     "stats": lambda core: core.stats(),
     "start_profile": lambda core: core.executor.start_timelines(),
     "stop_profile": lambda core: core.executor.take_timelines(),
+    "pause": lambda core: core.pause(),
+    "resume": lambda core: core.resume(),
+    "sleep": lambda core, level: core.sleep(level),
+    "wake_up": lambda core: core.wake_up(),
+    "reset_prefix_cache": lambda core: core.reset_prefix_cache(),
 }
 
 
@@ -56,6 +67,7 @@ class Replica:
         self._worked = False
         self.ticket = 0
         self._reported_s = 0.0
+        self._speaking = threading.Lock()  # the main thread and the heart's
 
     def run(self, orders: Sequence[wire.Order] = ()) -> None:
         """Until told to stop (Ended), the router is gone (ConnectionError), or the engine fails (ExecutorError)."""
@@ -63,9 +75,11 @@ class Replica:
             self._take(order)
         while True:
             busy = self.core.has_unfinished()
-            if self.channel.wait(0.0 if busy else None):
+            if self.channel.wait(0.0 if busy else LOOK_S):
                 for order in self.channel.receive():
                     self._take(order)
+            if not busy:
+                self.core.check_health()  # a rank that dies while there is nothing to do is told at once
             if self.core.has_unfinished():
                 self._step()
 
@@ -82,13 +96,25 @@ class Replica:
 
     def _send(self, outputs: list[EngineOutput], report: bool) -> None:
         load = self.core.scheduler.load() if report else None
-        self.channel.send(wire.encode(wire.News(outputs, load, self.ticket)))
-        self.channel.drain()
+        self.say(wire.News(outputs, load, self.ticket))
         if not self._worked and any(output.new_token_ids for output in outputs):
             self._worked = True
             if self._keeper is not None:
                 with contextlib.suppress(ConnectionError):  # when it is gone, so are we, soon
                     self._keeper.send(wire.encode(wire.Worked()))
+
+    def say(self, reply: wire.Reply) -> None:
+        """Tell the router. From any thread. Raises ConnectionError when it is gone."""
+        with self._speaking:
+            self.channel.send(wire.encode(reply))
+            self.channel.drain()
+
+    def give_up(self, error: Exception) -> NoReturn:
+        """Say why, and end this process. From any thread: the others may be stuck."""
+        with contextlib.suppress(ConnectionError):
+            self.say(_failed(error, self.core))
+        sys.stderr.flush()
+        os._exit(1)
 
     def _take(self, order: wire.Order) -> None:
         if isinstance(order, wire.Add):
@@ -102,8 +128,7 @@ class Replica:
         elif isinstance(order, wire.Abort):
             self.core.abort(order.request_ids)
         elif isinstance(order, wire.Call):
-            self.channel.send(wire.encode(self._call(order)))
-            self.channel.drain()
+            self.say(self._call(order))
         else:
             raise Ended
 
@@ -112,6 +137,8 @@ class Replica:
             value = CALLS[order.method](self.core, *order.args)
             return wire.Answer(order.id, msgspec.Raw(wire.encode(value)))
         except Exception as e:
+            if self.core.failure is not None:
+                raise self.core.failure from None
             self.core.executor.check_health()  # a dead rank is a failure of the engine, not of the call
             return wire.Refused(order.id, str(e) if isinstance(e, ExecutorError) else f"{type(e).__name__}: {e}")
 
@@ -124,26 +151,32 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the router's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, file=int(sys.argv[3]), all_threads=True)
     sys.path[:] = launch.sys_path
     logging.configure(launch.config.runtime.log_level)
     keeper = None
     if launch.router_fd is not None:
         keeper, channel = channel, Channel(socket.socket(fileno=launch.router_fd), wire.decode_order)
-    core = None
+    core: EngineCore | None = None
     try:
         executor = make_executor(launch.config, launch.spec, Path(launch.folder))
         core = EngineCore(launch.config, launch.spec, executor)
-        channel.send(wire.encode(wire.Ready(core.config, core.memory)))
-        channel.drain()
-        Replica(core, channel, keeper).run(orders)
+        core.flight.who = f"replica {launch.config.parallel.data_parallel_rank or 0}"
+        core.flight.listen()
+        core.flight.event("ready")
+        replica = Replica(core, channel, keeper)
+        replica.say(wire.Ready(core.config, core.memory))
+        Heart(core, replica.say, replica.give_up).start()
+        replica.run(orders)
     except Ended:
         code = 0
     except ConnectionError:
         code = LOST_ROUTER
     except Exception as e:
         code = 1
+        failed = _failed(e, core, launch.config)
         with contextlib.suppress(ConnectionError):
-            channel.send(wire.encode(_failed(e)))
+            channel.send(wire.encode(failed))
             channel.drain()
     if core is not None:
         core.shutdown()
@@ -161,11 +194,23 @@ def _launch(channel: Channel[wire.Order]) -> tuple[wire.Launch, list[wire.Order]
             return launch, orders
 
 
-def _failed(error: Exception) -> wire.Failed:
+def _failed(error: Exception, core: EngineCore | None, config: EngineConfig | None = None) -> wire.Failed:
+    """Last words. What led there is written down, but for what the user can set right."""
+    told = isinstance(error, ExecutorError)
     if isinstance(error, ExecutorError):
-        return wire.Failed(str(error), error.rank, error.phase, error.exitcode, error.kind, error.error_type, error.log_tail)
-    trace = traceback.format_exc().splitlines()
-    return wire.Failed(str(error), None, "", None, "raised", type(error).__name__, trace)
+        why = error
+    else:
+        trace = traceback.format_exc().splitlines()
+        why = ExecutorError(str(error), kind="raised", error_type=type(error).__name__, log_tail=trace)
+    if core is not None:
+        config = core.config
+    incident = ""
+    if config is not None and (told or core is not None):
+        flight = core.flight if core is not None else FlightRecorder(f"replica {config.parallel.data_parallel_rank or 0}")
+        about = {"culprit": "rank", "culprit_replica": config.parallel.data_parallel_rank or 0, **facts(why)}
+        incident = flight.dump(config.runtime.incident_dir, about)
+    message = f"{why}\nThe whole story: {incident}" if incident else str(why)
+    return wire.Failed(message, why.rank, why.phase, why.exitcode, why.kind, why.error_type, why.log_tail, why.ranks, incident)
 
 
 if __name__ == "__main__":

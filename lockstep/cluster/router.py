@@ -19,9 +19,11 @@ from typing import Any
 import msgspec
 
 from lockstep.cluster import wire
-from lockstep.cluster.contract import EngineClient
 from lockstep.cluster.fleet import Fleet, Lost
+from lockstep.cluster.health import HealthBook
+from lockstep.cluster.incident import facts
 from lockstep.cluster.load_book import LoadBook
+from lockstep.cluster.operate import Mode, Operated
 from lockstep.cluster.placement import Placement
 from lockstep.cluster.supervisor import RestartPolicy, State
 from lockstep.config.model_spec import ModelSpec
@@ -31,13 +33,14 @@ from lockstep.engine.core import limits_of
 from lockstep.engine.errors import RequestError
 from lockstep.engine.stats import EngineStats, combined
 from lockstep.executor.contract import ExecutorError, RankMemory
+from lockstep.observability.flight_recorder import FlightRecorder
 from lockstep.observability.logging import get_logger
 from lockstep.observability.timeline import Timeline
 from lockstep.observability.trace import Profile
 from lockstep.protocol import EngineOutput, EngineRequest
 
 MOST_REPLAYS = 5  # of one request: if every replica that takes it dies, it is the cause
-NAP_S = 1.0  # longest wait of one `step`
+NAP_S = 0.25  # longest wait of one `step`
 CALL_S = 300.0
 REPAIR_S = 20.0  # so long after a replica was lost, a call of all of them waits for it
 
@@ -60,7 +63,7 @@ class _Live:
         return msgspec.structs.replace(self.request, request_id=self.alias, output_token_ids=list(self.tokens))
 
 
-class DataParallelClient(EngineClient):
+class DataParallelClient(Operated):
     """See EngineClient. Of `config.parallel.data_parallel_size` replicas, each a process of its own with its ranks, it starts those
     of this host and waits for the others."""
 
@@ -69,7 +72,8 @@ class DataParallelClient(EngineClient):
         self._config, self._spec = config, spec
         count = config.parallel.data_parallel_size
         self.timeline, self.failure = Timeline(), None
-        self.book = LoadBook(count)
+        self.book, self.health_book, self.mode, self.flight = LoadBook(count), HealthBook(count), Mode(), FlightRecorder("engine")
+        self.flight.listen()
         self.recoveries_s: list[float] = []  # of each request that went on elsewhere: from the loss to its next token
         self._placement = Placement(config)
         self._live: dict[str, _Live] = {}
@@ -110,7 +114,7 @@ class DataParallelClient(EngineClient):
             self.check_request(request)
         except RequestError as e:
             raise RequestError(f"request {request.request_id!r}: {e}") from None
-        self._live[request.request_id] = _Live(request)
+        self._live[request.request_id] = _Live(request, list(request.output_token_ids))
         self._place(request.request_id)
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -197,6 +201,7 @@ class DataParallelClient(EngineClient):
         for event in self._fleet.condemn([load.replica for load in self.book.loads if load.requests]):
             assert isinstance(event, Lost)
             self._lost(event)
+        self.tick()
         if self._live and self.supervisor.stranded_s(time.monotonic()) > limit_s:
             self._fail(ExecutorError(f"no replica has taken requests for {limit_s:g} s (startup_timeout_seconds). {self._fleet.late()}"))
 
@@ -209,6 +214,8 @@ class DataParallelClient(EngineClient):
             if reply.load is not None:
                 load = reply.load
                 self.book.reconcile(replica, load.waiting_tokens, load.running_tokens, load.requests, reply.ticket)
+        elif isinstance(reply, wire.Pulse):
+            self.health_book.heard(replica, reply)
         elif isinstance(reply, wire.Ready):
             self._ready(replica, reply)
         elif isinstance(reply, wire.Answer | wire.Refused) and reply.id in self._answers:
@@ -223,6 +230,10 @@ class DataParallelClient(EngineClient):
         lost_s = self._lost_since.pop(replica, None)
         if lost_s is not None:
             _log.warning("replica %d is back, %.2f s after it was lost", replica, now_s - lost_s)
+        self.health_book.ready(replica)
+        self.flight.event("replica ready", replica=replica)
+        for order in self.mode.orders():
+            self._fleet.send(replica, order)
         self.book.set_routable(replica, True)
         homeless, self._homeless = self._homeless, []
         for name in homeless:
@@ -232,6 +243,12 @@ class DataParallelClient(EngineClient):
         """A replica is gone: its requests go elsewhere."""
         now_s, replica = time.monotonic(), event.replica
         self._lost_since.setdefault(replica, now_s)
+        if not event.error.incident:  # it could not say anything itself
+            about = {"culprit": "replica", "culprit_replica": replica, **facts(event.error)}
+            event.error.incident = self.flight.dump(self._config.runtime.incident_dir, about)
+            event.error.args = (f"{event.error}\nThe whole story: {event.error.incident}",)
+        self.health_book.lost(replica, event.error)
+        self.flight.event("replica lost", replica=replica, kind=event.error.kind, incident=event.error.incident)
         self.book.set_routable(replica, False)
         if self._given_up(replica):
             self.book.give_up(replica)
@@ -323,6 +340,9 @@ class DataParallelClient(EngineClient):
 
     def _given_up(self, replica: int) -> bool:
         return self.supervisor.lives[replica].state is State.GIVEN_UP
+
+    def _requests(self) -> dict[str, tuple[EngineRequest, int, int]]:
+        return {name: (live.request, len(live.tokens), live.replica) for name, live in self._live.items()}
 
     def stats(self) -> EngineStats:
         return combined([msgspec.msgpack.decode(v, type=EngineStats) for _, v in self._call("stats", skip_lost=True)])

@@ -9,8 +9,9 @@ import msgspec
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.engine.sizing import MemoryPlan
-from lockstep.engine.stats import EngineLoad
+from lockstep.engine.stats import EngineLoad, EngineStats
 from lockstep.protocol import EngineOutput, EngineRequest
+from lockstep.protocol.health import RankHealth
 
 
 class Launch(msgspec.Struct, tag="launch", array_like=True, kw_only=True):
@@ -65,6 +66,13 @@ class News(msgspec.Struct, tag="news", array_like=True):
     ticket: int
 
 
+class Pulse(msgspec.Struct, tag="pulse", array_like=True):
+    """How the replica is, every `PULSE_S` seconds, also while it has nothing to do."""
+
+    ranks: list[RankHealth]
+    stats: EngineStats
+
+
 class Answer(msgspec.Struct, tag="answer", array_like=True):
     id: int
     value: msgspec.Raw
@@ -87,6 +95,8 @@ class Failed(msgspec.Struct, tag="failed", array_like=True):
     kind: str
     error_type: str
     log_tail: list[str]
+    ranks: list[RankHealth] = []
+    incident: str = ""
 
 
 class Worked(msgspec.Struct, tag="worked", array_like=True):
@@ -94,7 +104,7 @@ class Worked(msgspec.Struct, tag="worked", array_like=True):
 
 
 Order = Launch | Add | Abort | Call | Stop
-Reply = Ready | News | Answer | Refused | Failed
+Reply = Ready | News | Pulse | Answer | Refused | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_order = msgspec.msgpack.Decoder(Order).decode

@@ -38,6 +38,7 @@ class ServeOptions:
         None, "How the model writes what it thinks before it answers; default: thoughts are not told apart."
     )
     root_path: str = opt("", "Path under which a proxy serves this, like /llm.")
+    profile_dir: str | None = opt(None, "Folder for what /stop_profile writes; default: profiles in the cache folder.")
     log_format: Literal["text", "json"] = opt("text", "Log lines as text or as JSON objects with request ids.")
     shutdown_timeout: float = opt(30.0, "Seconds that running requests have to finish after SIGTERM; a second signal ends them at once.")
 

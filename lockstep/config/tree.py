@@ -164,6 +164,9 @@ class RuntimeConfig:
 
     device: Device = opt("auto", "cpu, cuda, or auto: cuda when there is one.")
     log_level: Literal["debug", "info", "warning", "error"] = opt("warning", "Least severe log line shown.")
+    incident_dir: str | None = opt(
+        None, "Folder for incident files, which tell why a rank or a process died; default: incidents in the cache folder."
+    )
     startup_timeout_seconds: float = opt(600.0, "Longest time the ranks may take to start, in seconds (worker processes only).")
 
 

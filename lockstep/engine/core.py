@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from lockstep.config.defaults import default_token_budget
@@ -16,6 +17,7 @@ from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.sizing import MemoryPlan, plan_memory
 from lockstep.engine.stats import EngineStats
 from lockstep.executor.contract import Executor, ExecutorError, StepFuture
+from lockstep.observability.flight_recorder import FlightRecorder
 from lockstep.protocol import EngineOutput, EngineRequest, StepResult
 
 RESULT_GRACE_S = 10.0  # the executor times a step itself and knows why it is late: let it speak first
@@ -48,7 +50,10 @@ class EngineCore:
         ahead = config.scheduler.async_scheduling or config.parallel.pipeline_parallel_size > 1
         self.depth = executor.max_concurrent_batches if ahead else 1
         self._timeout_s = config.parallel.execute_model_timeout_seconds + RESULT_GRACE_S
-        self._in_flight: deque[tuple[ScheduledStep, StepFuture]] = deque()  # oldest first
+        self._in_flight: deque[tuple[ScheduledStep, StepFuture, float]] = deque()  # oldest first, with when they were issued
+        self.flight = FlightRecorder("engine")
+        self.busy_since_s: float | None = None  # monotonic time at which the `step` (or pause, sleep, ...) under way began
+        self.paused, self.sleep_level = False, 0
 
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request. It will end in exactly one output with a finish_reason.
@@ -72,6 +77,7 @@ class EngineCore:
         """Issue as many steps as may be in flight, then wait for the oldest one. Returns what came for requests."""
         if self.failure is not None and not self.scheduler.has_unfinished():
             raise self.failure
+        self.busy_since_s = time.monotonic()
         try:
             self._advance()
         except ExecutorError as error:
@@ -79,23 +85,32 @@ class EngineCore:
         except Exception as error:  # our own fault: it is raised, and the requests are told at the next step
             self._fail(ExecutorError(f"the engine failed: {error!r}", phase="engine", kind="raised", error_type=type(error).__name__))
             raise
+        finally:
+            self.busy_since_s = None
         return self.scheduler.take_outputs()
 
     def _advance(self) -> None:
         """Steps are issued before the oldest is waited for: the ranks run one while the next is planned."""
         timeline = self.executor.timeline
-        while len(self._in_flight) < self.depth:
+        while len(self._in_flight) < self.depth and not self.paused:
             with timeline.span("schedule", "engine"):
                 planned = self.scheduler.schedule()
             if not planned:
                 break
-            self._in_flight.append((planned, self.executor.execute_model(planned.plan)))
+            self._in_flight.append((planned, self.executor.execute_model(planned.plan), time.monotonic()))
         if self._in_flight:
-            step, future = self._in_flight.popleft()
-            with timeline.span("wait for the ranks", "idle", step.plan.step):
-                result = self._wait(step, future)
-            with timeline.span("update", "engine", step.plan.step):
-                self.scheduler.update(step, result)
+            self._take_oldest()
+
+    def _take_oldest(self) -> None:
+        """Wait for the oldest step in flight, and take its result."""
+        timeline = self.executor.timeline
+        step, future, issued_s = self._in_flight.popleft()
+        with timeline.span("wait for the ranks", "idle", step.plan.step):
+            result = self._wait(step, future)
+        with timeline.span("update", "engine", step.plan.step):
+            self.scheduler.update(step, result)
+        plan = step.plan
+        self.flight.step(plan.step, len(plan.slots), sum(plan.num_tokens), time.monotonic() - issued_s, result.compute_s)
 
     def _wait(self, step: ScheduledStep, future: StepFuture) -> StepResult:
         """The result of a step. Raises ExecutorError, also for a step that does not end in time."""
@@ -108,8 +123,67 @@ class EngineCore:
             raise ExecutorError(message, phase=f"step {number}", kind="hung") from error
 
     def has_unfinished(self) -> bool:
-        """Whether `step` has anything to do: a request without its terminal output, or a step in flight."""
-        return self.scheduler.has_unfinished() or bool(self._in_flight)
+        """Whether `step` has anything to do: a request without its terminal output, or a step in flight. Requests of a paused
+        engine are nothing to do."""
+        return bool(self._in_flight) or (self.scheduler.has_outputs() if self.paused else self.scheduler.has_unfinished())
+
+    # --- standing still ---
+
+    def pause(self) -> None:
+        """Plan no more steps; requests keep all they have, and new ones are taken and wait. Steps in flight end as usual."""
+        self.paused = True
+        self.flight.event("paused")
+
+    def resume(self) -> None:
+        """Go on. Raises ValueError while it sleeps."""
+        if self.sleep_level:
+            raise ValueError(f"the engine sleeps (level {self.sleep_level}): wake it up instead.")
+        self.paused = False
+        self.flight.event("resumed")
+
+    def sleep(self, level: int) -> None:
+        """Pause, and give memory back: the KV cache (level 1), and the weights as well (level 2).
+
+        Requests wait, and go on after `wake_up` with the tokens that would have come: what was cached is computed again.
+        Raises ValueError for another level, or when it sleeps at another; the ExecutorError when a rank fails in it.
+        """
+        if level not in (1, 2):
+            raise ValueError(f"level={level} does not exist: 1 gives the KV cache's memory back, 2 the weights' too.")
+        if self.sleep_level not in (0, level):
+            raise ValueError(f"the engine sleeps already (level {self.sleep_level}): wake it up first.")
+        if self.sleep_level == level:
+            return
+        self.paused = True
+        with self._at_work():
+            while self._in_flight:
+                self._take_oldest()
+            self.scheduler.preempt_all()
+            self.scheduler.kv.pool.clear_cache()
+            self.executor.collective_rpc("sleep", (level,))
+        self.sleep_level = level
+        self.flight.event("asleep", level=level)
+
+    def wake_up(self) -> None:
+        """Take the memory again, and go on. Nothing happens when it does not sleep."""
+        if self.sleep_level:
+            with self._at_work():
+                self.executor.collective_rpc("wake_up")
+            self.sleep_level, self.paused = 0, False
+            self.flight.event("awake")
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix. Running requests keep their blocks."""
+        self.scheduler.kv.pool.clear_cache()
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """A rank that fails inside fails the engine, as in a step: no engine is left half asleep."""
+        self._raise_failure()
+        try:
+            yield
+        except ExecutorError as error:
+            self._fail(error)
+            raise
 
     def check_health(self) -> None:
         """Raise the ExecutorError if the engine can no longer run."""
@@ -137,6 +211,7 @@ class EngineCore:
 
     def _fail(self, error: ExecutorError) -> None:
         self.failure = error
+        self.flight.event("failed", kind=error.kind, rank=error.rank, phase=error.phase)
         self._in_flight.clear()
         self.scheduler.fail_all(str(error))
 

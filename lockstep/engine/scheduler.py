@@ -97,6 +97,16 @@ class Scheduler:
         """Whether a request has not ended, or an output has not been taken."""
         return bool(self._requests or self._outputs)
 
+    def has_outputs(self) -> bool:
+        """Whether an output has not been taken."""
+        return bool(self._outputs)
+
+    def preempt_all(self) -> None:
+        """Every running request loses its blocks, and waits to start again. No step may be in flight."""
+        assert not self._in_flight, f"{self._in_flight} steps in flight"
+        for request in reversed(list(self.running.items)):
+            self._preempt(request)
+
     def take_outputs(self) -> list[EngineOutput]:
         """What came for requests since the last call."""
         outputs, self._outputs = self._outputs, []

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from lockstep.observability.timeline import Timeline
 from lockstep.observability.trace import Profile, Track
 from lockstep.protocol import RankMemory, StepPlan, StepResult
+from lockstep.protocol.health import RankHealth
 
 __all__ = ["Executor", "ExecutorError", "RankMemory", "StepFuture"]
 
@@ -29,7 +30,8 @@ class ExecutorError(RuntimeError):
     rank: the culprit, or None where no single rank is to blame. phase: what it was doing (init, load, step 12, ...).
     exitcode: as `subprocess` gives it (negative: killed by that signal), None when the process lives.
     kind: "died", "stopped" (SIGSTOP), "hung", "raised", "lost" (a whole host), "refused" (a host that does not fit) or
-    "shutdown". error_type: the exception's type, for "raised".
+    "shutdown". error_type: the exception's type, for "raised". log_tail: the rank's last lines, and Python stacks.
+    out_of_memory: the kernel's killer did it. ranks: where all of them were. incident: the file that tells the whole story.
     """
 
     def __init__(
@@ -42,10 +44,13 @@ class ExecutorError(RuntimeError):
         kind: str = "died",
         error_type: str = "",
         log_tail: Sequence[str] = (),
+        out_of_memory: bool = False,
+        ranks: Sequence[RankHealth] = (),
     ) -> None:
         super().__init__(message)
         self.rank, self.phase, self.exitcode, self.kind = rank, phase, exitcode, kind
         self.error_type, self.log_tail = error_type, list(log_tail)
+        self.out_of_memory, self.ranks, self.incident = out_of_memory, list(ranks), ""
 
 
 class Executor(ABC):
@@ -81,6 +86,10 @@ class Executor(ABC):
         ExecutorError kind "raised" when any rank raised (the executor lives on: the exception was answered by all),
         TimeoutError after `timeout` seconds (a late reply is dropped, never taken for another call's).
         """
+
+    def health(self) -> list[RankHealth]:
+        """Every rank at this moment, by rank, as far as it is known here. From any thread; waits for nothing."""
+        return []
 
     def start_timelines(self) -> None:
         """Record what this process and every rank do from now on."""

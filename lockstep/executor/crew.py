@@ -6,19 +6,24 @@ from __future__ import annotations
 
 import os
 import selectors
-import signal
 import socket
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lockstep.distributed.message_queue import MessageQueue, QueueHandle
 from lockstep.distributed.progress import ProgressBoard
 from lockstep.executor.link import Link, LinkLost
 from lockstep.executor.node_wire import Message
 from lockstep.executor.spawn import Channels, Plan, WorkerProcess, kill_all, spawn
-from lockstep.utils import procs
+from lockstep.utils import procs, stacks
 from lockstep.utils.cores import RankCores
 from lockstep.utils.net import Listener
+
+if TYPE_CHECKING:
+    from lockstep.executor.gather import RemoteRank
+
+STACKS_S = 0.5  # time to write Python stacks
 
 
 class Crew:
@@ -121,13 +126,28 @@ class Crew:
             return bool(one.select(0))
 
     def _ask_for_stacks(self) -> None:
-        """Have every rank here write its Python stack on its standard error."""
-        for worker, cell in zip(self.local, range(len(self.local)), strict=True):
+        """Have every rank here write its Python stack on its standard error. One that was stopped goes on, to its end."""
+        for cell, worker in enumerate(self.local):
             if self.board.read(cell).phase not in ("", "spawn"):  # its handler is in place
-                try:
-                    os.kill(worker.pid, signal.SIGUSR1)
-                except OSError:
-                    continue
+                stacks.ask(worker.pid)
+
+    def _await_stacks(self, workers: Sequence[WorkerProcess | RemoteRank], pump: Callable[[], None]) -> None:
+        """Have every rank write its Python stack among its last lines. Of one here that does not react, py-spy is asked.
+
+        pump: reads what ranks on other hosts wrote, which were asked before.
+        """
+        before = {w.rank: w.tail.seen for w in workers}
+        self._ask_for_stacks()
+        deadline, quiet_rounds = time.monotonic() + STACKS_S, 0
+        while time.monotonic() < deadline and quiet_rounds < 3:
+            time.sleep(0.05)
+            for worker in self.local:
+                self._drain(worker)
+            pump()
+            quiet_rounds = quiet_rounds + 1 if all(w.tail.seen > before[w.rank] for w in workers) else 0
+        for worker in self.local:
+            if worker.tail.seen == before[worker.rank]:
+                worker.tail.add(stacks.by_py_spy(worker.pid))
 
     def _out_of_memory(self) -> bool:
         """Whether the out-of-memory killer was busy in this process's cgroup since the start."""

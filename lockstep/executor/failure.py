@@ -5,13 +5,16 @@ from __future__ import annotations
 import signal
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 from lockstep.distributed.progress import Progress, rank_list
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.wire import Raised
+from lockstep.protocol.health import RankHealth
 from lockstep.utils import procs
 
-TAIL_LINES = 60
+TAIL_LINES = 120
+MOST_AGE_S = 1e9  # what "never" is as a number
 _LOSS = ("connection", "reset by peer", "gloo", "nccl", "socket", "rendezvous", "store", "of the group", "timed out")
 
 
@@ -21,15 +24,21 @@ class LogTail:
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=TAIL_LINES)
         self._rest = b""
+        self.seen = 0  # lines in all
 
     def feed(self, data: bytes) -> list[str]:
         """Add output; the lines it completed."""
         *whole, self._rest = (self._rest + data).split(b"\n")
         lines = [line.decode("utf-8", "replace").rstrip("\r") for line in whole]
-        self.lines.extend(lines)
+        self.add(lines)
         if len(self._rest) > 1 << 16:  # no newline in sight: do not hoard
             lines += self.feed(b"\n")
         return lines
+
+    def add(self, lines: Sequence[str]) -> None:
+        """Add whole lines."""
+        self.lines.extend(lines)
+        self.seen += len(lines)
 
     def finish(self) -> None:
         """The rank is gone: what it wrote without a newline is a line too."""
@@ -64,7 +73,8 @@ def died(
     cause = procs.exit_cause(exitcode) if exitcode is not None else "it closed its reply channel but still runs"
     cause += hint if exitcode == -signal.SIGKILL else ""
     message = f"rank {rank}{where} died in {place_of(progress, order)}: {cause}.{_others(others)}{_quote(rank, tail)}"
-    return ExecutorError(message, rank=rank, phase=phase_of(progress), exitcode=exitcode, kind="died", log_tail=tail)
+    oom = bool(hint) and exitcode == -signal.SIGKILL
+    return ExecutorError(message, rank=rank, phase=phase_of(progress), exitcode=exitcode, kind="died", log_tail=tail, out_of_memory=oom)
 
 
 def stopped(rank: int, progress: Progress, others: str, tail: Sequence[str], order: str = "", where: str = "") -> ExecutorError:
@@ -108,6 +118,27 @@ def tells_of_a_lost_peer(answer: Raised) -> bool:
     """Whether an exception may be the echo of another rank's death or absence."""
     text = f"{answer.error_type} {answer.message}".lower()
     return any(word in text for word in _LOSS)
+
+
+class Watched(Protocol):
+    """A rank's process, here or on another host."""
+
+    rank: int
+
+    def state(self) -> str: ...
+
+
+def health_of(worker: Watched, progress: Progress, stale_s: float) -> RankHealth:
+    """A rank as it is now. stale_s: without a sign of life for so long, the kernel is asked whether it is stopped."""
+    return RankHealth(
+        rank=worker.rank,
+        pid=getattr(worker, "pid", 0),
+        where=progress.where(),
+        phase=phase_of(progress),
+        age_s=min(progress.age_s, MOST_AGE_S),
+        beat_age_s=min(progress.beat_age_s, MOST_AGE_S),
+        stopped=progress.beat_age_s > stale_s and worker.state() == "T",
+    )
 
 
 def laggards(all_progress: Sequence[Progress]) -> list[int]:

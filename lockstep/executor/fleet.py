@@ -37,6 +37,7 @@ from lockstep.executor.remote import Nodes
 from lockstep.executor.results import Results
 from lockstep.executor.spawn import Plan, WorkerProcess, exit_codes, kill_all
 from lockstep.observability.logging import get_logger
+from lockstep.protocol.health import RankHealth
 from lockstep.utils import env, net, procs
 from lockstep.utils.cores import RankCores
 from lockstep.utils.net import Listener
@@ -49,7 +50,6 @@ LOSS_GRACE_S = 0.5  # and how long one that speaks of a lost peer does: dying ta
 NODE_LOSS_GRACE_S = 2.0  # and word of it takes a while from another host; see also SILENT_S
 ANSWER_GRACE_S = 2.0  # how long ranks that make no progress may owe an answer after another rank raised
 STOP_S, TERM_S = 2.0, 1.0  # shutdown: time to leave by themselves, then after SIGTERM
-STACKS_S = 0.5  # time to write Python stacks when hung
 
 _log = get_logger(__name__)
 
@@ -215,6 +215,8 @@ class Fleet(Crew):
             self._fail(ExecutorError(message, rank=worker.rank, kind="raised", error_type="DecodeError", log_tail=list(worker.tail.lines)))
 
     def _handle(self, worker: WorkerProcess | RemoteRank, answer: wire.Answer) -> None:
+        if self.operations.frozen:
+            return
         if isinstance(answer, wire.StepDone):
             self.operations.answer(worker.rank, answer.id, answer.result)
             self.results.wake()
@@ -293,9 +295,11 @@ class Fleet(Crew):
         everyone = self.board.all()
         for worker, progress in zip(self.workers, everyone, strict=True):
             if progress.beat_age_s > STALE_S and worker.state() == "T":
-                others = [w.rank for w in self.workers if w is not worker]
+                others, order = self.board.describe(w.rank for w in self.workers if w is not worker), self._order()
+                where = self.health()
+                self._collect_stacks()
                 tail = list(worker.tail.lines)
-                self._fail(failure.stopped(worker.rank, progress, self.board.describe(others), tail, self._order(), worker.where))
+                self._fail(failure.stopped(worker.rank, progress, others, tail, order, worker.where), where)
                 return
         if not self.settled.is_set():
             if now - self._started > self._startup_limit_s:
@@ -327,27 +331,28 @@ class Fleet(Crew):
 
     def _fail_hung(self, what: str, quiet_s: float) -> None:
         """Ask every rank for its Python stack, then fail with all of them."""
-        self._forward = False  # the stacks belong to the error, not on the terminal
-        everyone = self.board.all()
+        everyone, where = self.board.all(), self.health()
         states = [w.state() for w in self.workers]
-        before = {w.rank: len(w.tail.lines) for w in self.workers}
-        self._ask_for_stacks()
-        self._nodes.ask_for_stacks()
-        deadline = time.monotonic() + STACKS_S
-        quiet_rounds = 0
-        while time.monotonic() < deadline and quiet_rounds < 3:
-            time.sleep(0.05)
-            for worker in self.local:
-                self._drain(worker)
-            self._nodes.pump()
-            quiet_rounds = quiet_rounds + 1 if all(len(w.tail.lines) > before[w.rank] for w in self.workers) else 0
+        self._collect_stacks()
         tail = [f"[rank {w.rank}] {line}" for w in self.workers for line in w.tail.lines]
-        if not self._over:
-            self._fail(failure.hung(what, quiet_s, everyone, states, tail))
+        self._fail(failure.hung(what, quiet_s, everyone, states, tail), where)
 
-    def _fail(self, error: ExecutorError) -> None:
-        """First failure wins: wake everyone who waits, then end every rank."""
+    def _collect_stacks(self) -> None:
+        self._forward = False  # the stacks belong to the error, not on the terminal
+        self.operations.frozen = True  # what a stopped rank does when it is made to speak is no way back
+        self._nodes.ask_for_stacks()
+        self._await_stacks(self.workers, self._nodes.pump)
+
+    def health(self) -> list[RankHealth]:
+        """Every rank at this moment, from any thread; [] once all is over."""
+        with contextlib.suppress(ValueError, IndexError):  # the board is closed
+            return [failure.health_of(worker, self.board.read(worker.rank), STALE_S) for worker in list(self.workers)]
+        return []
+
+    def _fail(self, error: ExecutorError, where: list[RankHealth] | None = None) -> None:
+        """First failure wins: wake everyone who waits, then end every rank. where: they were; default: are now."""
         self._over = True
+        error.ranks = self.health() if where is None else where
         self.results.take()  # what was computed before counts
         if not self.operations.fail(error):
             return

@@ -25,6 +25,7 @@ from lockstep.executor.spawn import Plan
 from lockstep.observability.timeline import Timeline
 from lockstep.observability.trace import BROADCAST
 from lockstep.protocol import StepPlan
+from lockstep.protocol.health import RankHealth
 
 
 class MultiprocExecutor(Executor):
@@ -73,6 +74,9 @@ class MultiprocExecutor(Executor):
         self._give(operation, wire.Call(operation.id, method, list(args), dict(kwargs or {})), limit if timeout is None else timeout)
         operation.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return [operation.values[rank] for rank in sorted(operation.values)]
+
+    def health(self) -> list[RankHealth]:
+        return self._fleet.health()
 
     def check_health(self) -> None:
         if self._fleet.operations.error is not None:

@@ -79,6 +79,7 @@ class Operations:
         self._open: dict[int, Operation] = {}
         self._last = 0
         self.error: ExecutorError | None = None
+        self.frozen = False  # it is about to fail: answers come too late
         self.places: dict[int, str] = {}  # rank -> the other host it is on, in words
         self.oldest_since = 0.0  # monotonic time since which the oldest has been the oldest
 
@@ -103,7 +104,7 @@ class Operations:
         """A rank's value. An answer that nobody waits for is dropped."""
         with self._lock:
             operation = self._open.get(number)
-            if operation is None or rank not in operation.missing:
+            if operation is None or self.frozen or rank not in operation.missing:
                 return
             operation.values[rank] = value
             self._answered(operation, rank)

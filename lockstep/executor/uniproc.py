@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from lockstep.executor.contract import Executor, ExecutorError, RankMemory, Step
 from lockstep.executor.worker_loop import call_worker, leave, raised_answer, worker_class
 from lockstep.observability.timeline import Timeline
 from lockstep.protocol import StepPlan, StepResult
+from lockstep.protocol.health import RankHealth
 
 
 class _Finished:
@@ -48,6 +51,7 @@ class UniprocExecutor(Executor):
         self._error: ExecutorError | None = None
         self._callbacks: list[Callable[[ExecutorError], None]] = []
         self._worker: Any = None
+        self._place = ("init", time.monotonic())  # what the rank is at, and since when
         self._seat: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         with self._ending("init"):
             cls = worker_class(worker_cls)
@@ -98,6 +102,10 @@ class UniprocExecutor(Executor):
             raise failure.raised(0, answer)
         return [wire.decode_value(answer.value)]
 
+    def health(self) -> list[RankHealth]:
+        phase, since_s = self._place
+        return [RankHealth(rank=0, pid=os.getpid(), where=phase, phase=phase, age_s=time.monotonic() - since_s)]
+
     def check_health(self) -> None:
         if self._error is not None:
             raise self._error
@@ -119,10 +127,13 @@ class UniprocExecutor(Executor):
     @contextlib.contextmanager
     def _ending(self, phase: str) -> Iterator[None]:
         """An exception inside ends the executor, as an ExecutorError that the exception is the cause of."""
+        self._place = (phase, time.monotonic())
         try:
             yield
+            self._place = ("idle", time.monotonic())
         except Exception as e:
             error = failure.raised(0, raised_answer(0, phase, e, fatal=True))
+            error.ranks = self.health()
             self._error = error
             callbacks, self._callbacks = self._callbacks, []
             for callback in callbacks:

@@ -18,6 +18,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from lockstep.cluster.health import EngineHealth
 from lockstep.config.model_spec import ModelSpec
 from lockstep.engine.admission import check_request
 from lockstep.engine.core import limits_of
@@ -31,9 +32,15 @@ from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt
 from lockstep.observability.logging import get_logger
 from lockstep.protocol import EngineOutput, FinishReason, Pooling, SamplingParams
+from lockstep.protocol.health import QUIET_S, SILENT_S
+from lockstep.utils import procs
 
 LONG_TEXT = 20_000  # characters; longer prompts are tokenized beside the event loop
 CALL_S = 60.0
+HELLO_S = 5.0  # how long a greeting may be unanswered before it is said again
+LOOK_S = 0.1  # how often it is looked whether the engine's process lives
+RESTART_GRACE_S = 60.0  # beyond its start: until the former one is gone, and pauses between attempts
+MOST_REPLAYS = 5  # of one request: if every engine that takes it dies, it is the cause
 SEED_STRIDE = 1 << 32  # API processes draw seeds from ranges of their own
 
 _log = get_logger(__name__)
@@ -75,57 +82,119 @@ class AsyncEngine:
         self._endpoint, self._secret, self._index = endpoint, secret, index
         self.spec, self.folder, self.tokenizer = spec, folder, tokenizer
         self.failure: EngineDeadError | None = None
+        self.restarts = 0  # of the engine's process, as seen from here
+        self._health: EngineHealth | None = None
+        self._pulse_s = time.monotonic()  # when the engine last said how it is
         self.started_s = time.monotonic()
         self._context: zmq.asyncio.Context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, f"api-{index}".encode())
-        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_BYTES)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 0)
+        self._linked = False
+        self._socket = self._new_socket()
         self._collector = Collector(tokenizer)
         self._streams: dict[str, Stream] = {}  # job -> its stream, until its end has been put there
         self._jobs: dict[str, Job] = {}
         self._answers: dict[int, asyncio.Future[msgspec.Raw]] = {}
         self._count = 0
         self._compiler = ThreadPoolExecutor(1, "grammars")
-        self._listener: asyncio.Task[None] | None = None
+        self._replays: dict[str, int] = {}  # job -> how many engines have died under it
+        self._tasks: list[asyncio.Task[None]] = []
 
     # --- life ---
 
     async def connect(self, timeout_s: float = 30.0) -> None:
         """Prove the secret, and wait until the engine runs. Raises EngineDeadError when it does not in time."""
-        self._socket.connect(self._endpoint)
-        try:
-            welcome = await asyncio.wait_for(self._greet(), timeout_s)
-        except TimeoutError:
-            raise EngineDeadError(f"the engine did not answer in {timeout_s:g} s.", kind="hung") from None
+        welcome = await self._link(timeout_s)
         self.memory = welcome.memory
         self.config = welcome.config
         self._limits = limits_of(self.config, self.spec, self.memory)
         seeded = replace(self.config.model, seed=self.config.model.seed + self._index * SEED_STRIDE)
         self._inputs = InputProcessor(replace(self.config, model=seeded), self.spec, self.folder, self.tokenizer)
-        self._listener = asyncio.create_task(self._listen(), name="engine-outputs")
+        listener = asyncio.create_task(self._listen(), name="engine-outputs")
+        self._tasks = [listener, asyncio.create_task(self._follow(), name="engine-restarts")]
+
+    def _new_socket(self) -> zmq.asyncio.Socket:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, f"api-{self._index}".encode())
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_BYTES)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(self._endpoint)
+        return socket
+
+    async def _link(self, timeout_s: float) -> wire.Welcome:
+        """Greet until the engine answers. It may still be loading, or be another one by now: said again now and then.
+
+        Raises EngineDeadError when nobody does in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(min(HELLO_S, timeout_s)):
+                            welcome = await self._greet()
+                            self._linked, self._pulse_s = True, time.monotonic()
+                            return welcome
+        except TimeoutError:
+            raise EngineDeadError(f"the engine did not answer in {timeout_s:g} s.", kind="hung") from None
 
     async def _greet(self) -> wire.Welcome:
         mine = wire.nonce()
-        await self._send(wire.Hello(mine))
+        await self._socket.send(wire.encode(wire.Hello(mine)))
         while True:
             reply = wire.decode_reply(await self._socket.recv())
             if isinstance(reply, wire.Challenge):
-                if wire.engine_proof(self._secret, mine, reply.nonce) != reply.proof:
-                    raise EngineDeadError("what listens at the engine's endpoint is not the engine.")
-                await self._send(wire.Proof(wire.api_proof(self._secret, mine, reply.nonce)))
+                if wire.engine_proof(self._secret, mine, reply.nonce) == reply.proof:  # else of an earlier Hello, or not the engine's
+                    await self._socket.send(wire.encode(wire.Proof(wire.api_proof(self._secret, mine, reply.nonce))))
             elif isinstance(reply, wire.Welcome):
                 return reply
+
+    async def _follow(self) -> None:
+        """When the engine's process dies, another one takes its place at the same endpoint: go on with that."""
+        while self.failure is None:
+            await asyncio.sleep(LOOK_S)
+            health = self._health
+            if health is None or procs.alive(health.pid, health.born):
+                continue
+            _log.error("the engine's process (pid %d) died: %d requests wait for the next", health.pid, len(self._jobs))
+            await self._unlink()
+            limit_s = self.config.runtime.startup_timeout_seconds + RESTART_GRACE_S
+            try:
+                await self._link(limit_s)
+            except EngineDeadError as e:
+                self.fail(f"the engine's process died, and no other came: {e}")
+                return
+            await self._replay()
+            self._tasks[0] = asyncio.create_task(self._listen(), name="engine-outputs")
+
+    async def _unlink(self) -> None:
+        self._linked, self._health = False, None
+        self.restarts += 1
+        self._tasks[0].cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._tasks[0]
+        self._socket.close()
+        self._socket = self._new_socket()
+        for waiting in self._answers.values():
+            if not waiting.done():
+                waiting.set_exception(CallRefused("the engine's process died during the call, and is started again: call again."))
+
+    async def _replay(self) -> None:
+        """Give the new engine every request that has not ended, with the tokens that have come: it goes on after them."""
+        for name, job in list(self._jobs.items()):
+            self._replays[name] = self._replays.get(name, 0) + 1
+            if self._replays[name] > MOST_REPLAYS:
+                self._end(name, "error", f"request {name!r} was given up: {self._replays[name]} engines died while they ran it.")
+                continue
+            for request in self._collector.resumed(job):
+                await self._send(wire.Add(request))
 
     async def close(self) -> None:
         """Hang up. Streams that have not ended, end with an error."""
         self.fail("the server is shutting down.")
-        if self._listener is not None:
-            self._listener.cancel()
+        for task in reversed(self._tasks):
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._listener
+                await task
         self._compiler.shutdown(wait=False, cancel_futures=True)
         self._socket.close()
         self._context.term()
@@ -146,6 +215,36 @@ class AsyncEngine:
     def unfinished(self) -> int:
         """Jobs of this process that have not ended."""
         return len(self._streams)
+
+    # --- how it is ---
+
+    @property
+    def health(self) -> EngineHealth | None:
+        """What the engine last said of itself; None between two engine processes."""
+        return self._health
+
+    def problems(self) -> list[dict[str, Any]]:
+        """What is not well, in words and numbers, worst first; empty when every rank answers. Asks nobody: it is known here."""
+        if self.failure is not None:
+            return [{"process": "engine", "state": "dead", "why": str(self.failure).partition("\n")[0]}]
+        health, silent_s = self._health, time.monotonic() - self._pulse_s
+        if health is None:
+            return [
+                {"process": "engine", "state": "starting", "for_s": round(silent_s, 2), "why": "the engine's process died: another starts"}
+            ]
+        stopped = silent_s > QUIET_S and procs.state(health.pid) in ("T", "")
+        if stopped or silent_s > SILENT_S:
+            kind, why = "stopped" if stopped else "silent", f"the engine's process has given no sign of life for {silent_s:.1f} s"
+            return [{"process": "engine", "pid": health.pid, "state": kind, "for_s": round(silent_s, 2), "why": why}]
+        return health.problems()
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether a request would be run now."""
+        health = self._health
+        if self.failure is not None or health is None or not health.takes_requests:
+            return False
+        return not any("process" in problem for problem in self.problems())
 
     # --- requests ---
 
@@ -219,6 +318,7 @@ class AsyncEngine:
     def _end(self, name: str, reason: FinishReason, error: str | None) -> None:
         """End a job from here: its stream gets a last output with what there is of each completion."""
         job, stream = self._jobs.pop(name), self._streams.pop(name)
+        self._replays.pop(name, None)
         ends = [EngineOutput(request_id=r.request_id, new_token_ids=[], finish_reason=reason, error=error) for r in job.requests]
         for output in self._collector.take(ends)[0]:
             stream.put(output)
@@ -228,6 +328,8 @@ class AsyncEngine:
     async def call(self, method: str, *args: Any, type: Any = Any, timeout_s: float = CALL_S) -> Any:
         """Call one of `engine_server.CALLS`. Raises CallRefused, ValueError for wrong arguments, TimeoutError, EngineDeadError."""
         self._raise_failure()
+        if not self._linked:
+            raise CallRefused("the engine's process died, and is started again: call again in a moment.")
         self._count += 1
         number = self._count
         waiting = self._answers[number] = asyncio.get_running_loop().create_future()
@@ -261,6 +363,8 @@ class AsyncEngine:
                 return
             if isinstance(reply, wire.Outputs):
                 await self._take(reply)
+            elif isinstance(reply, wire.Pulse):
+                self._health, self._pulse_s = reply.health, time.monotonic()
             elif isinstance(reply, wire.Answer | wire.Refused):
                 self._answer(reply)
             elif isinstance(reply, wire.Dead):
@@ -268,8 +372,6 @@ class AsyncEngine:
 
     async def _take(self, reply: wire.Outputs) -> None:
         outputs, ended = self._collector.take(reply.outputs)
-        if ended:
-            await self._send(wire.Abort(ended))
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
@@ -277,6 +379,9 @@ class AsyncEngine:
             stream.put(output)
             if output.finished:
                 del self._streams[output.request_id], self._jobs[output.request_id]
+                self._replays.pop(output.request_id, None)
+        if ended:  # last: whoever cancels this here loses no output
+            await self._send(wire.Abort(ended))
 
     def _answer(self, reply: wire.Answer | wire.Refused) -> None:
         waiting = self._answers.get(reply.id)
@@ -288,7 +393,9 @@ class AsyncEngine:
             waiting.set_exception(ValueError(reply.message) if reply.wrong else CallRefused(reply.message))
 
     async def _send(self, order: wire.Order) -> None:
-        await self._socket.send(wire.encode(order))
+        """Nothing is sent between two engines: the next one is told all that there is."""
+        if self._linked:
+            await self._socket.send(wire.encode(order))
 
     def _raise_failure(self) -> None:
         if self.failure is not None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import msgspec
+
 from lockstep.frontend.completion import Completion
 from lockstep.frontend.detokenizer import Detokenizer
 from lockstep.frontend.inputs import Job
 from lockstep.frontend.outputs import RequestOutput, position
 from lockstep.frontend.tokenizer import decoder_of, special_ids
-from lockstep.protocol import EngineOutput, RequestOutputKind
+from lockstep.protocol import EngineOutput, EngineRequest, RequestOutputKind
 
 
 @dataclass
@@ -41,6 +43,14 @@ class Collector:
         result = RequestOutput(job.request_id, job.prompt, job.prompt_token_ids, [])
         running = _Running(job, completions, result)
         self._running.update({request.request_id: (running, i) for i, request in enumerate(job.requests)})
+
+    def resumed(self, job: Job) -> list[EngineRequest]:
+        """The job's requests that have not ended, with what came of each: as another engine has to be given them."""
+        return [
+            msgspec.structs.replace(request, output_token_ids=list(self._running[request.request_id][0].completions[i].output.token_ids))
+            for i, request in enumerate(job.requests)
+            if request.request_id in self._running
+        ]
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop engine requests; what the engine still says of them is ignored."""

@@ -13,6 +13,7 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
+from typing import IO
 
 import lockstep
 from lockstep.config.errors import ConfigError
@@ -20,12 +21,13 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend import engine_wire as wire
-from lockstep.frontend.engine_process import Failed, Ready, decode_word
-from lockstep.utils import env, procs
+from lockstep.frontend.engine_process import Alive, Failed, Ready, decode_word
+from lockstep.utils import env, procs, stacks
 from lockstep.utils.frames import Channel, send_one
 
 CLIENT = "lockstep.cluster.factory:make_supervised"
 LAUNCH_S = 30.0  # to read what it is
+STACK_S = 0.6  # to write its Python stack
 STOP_S = 8.0  # a stopping engine ends its replicas, and they their ranks
 GRACE_S = 30.0  # the engine times its start itself and knows who is late: let it speak first
 
@@ -36,19 +38,29 @@ class EngineHandle:
     `endpoint` and `secret` are what an API process needs to connect. They are in no argument list and no environment.
     """
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, client: str = CLIENT) -> None:
-        """Start it. client: "module:function" that makes its EngineClient from (config, spec, folder)."""
-        self._folder = tempfile.mkdtemp(prefix="lockstep-")  # of mode 0700
-        self.endpoint, self.secret = f"ipc://{self._folder}/engine", secrets.token_hex(32)
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, folder: Path, *, client: str = CLIENT, place: tuple[str, str] | None = None
+    ) -> None:
+        """Start it. client: "module:function" that makes its EngineClient from (config, spec, folder).
+
+        place: the folder of its endpoint, which stays, and the secret; default: new ones.
+        """
+        self._folder = tempfile.mkdtemp(prefix="lockstep-") if place is None else ""  # of mode 0700
+        self.endpoint = f"ipc://{self._folder or (place or ('',))[0]}/engine"
+        self.secret = secrets.token_hex(32) if place is None else place[1]
+        self.ready, self.worked, self.below, self.heard_s = False, False, list[tuple[int, int]](), time.monotonic()
+        self._started_s = self.heard_s
+        self.stack_file = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115 - closed by `close`
         self._limit_s = config.runtime.startup_timeout_seconds + GRACE_S
         self._death_pipe = os.pipe()
         ours, theirs = socket.socketpair()
+        fds = [theirs.fileno(), self._death_pipe[0], self.stack_file.fileno()]
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lockstep.frontend.engine_process", str(theirs.fileno()), str(self._death_pipe[0])],
+                [sys.executable, "-m", "lockstep.frontend.engine_process", *map(str, fds)],
                 stdin=subprocess.DEVNULL,
                 stdout=2,
-                pass_fds=[theirs.fileno(), self._death_pipe[0]],
+                pass_fds=fds,
                 start_new_session=True,
                 env=_environment(),
             )
@@ -71,16 +83,25 @@ class EngineHandle:
         )
         with contextlib.suppress(OSError):  # dead already: the connection's end says so
             send_one(ours, wire.encode(launch), time.monotonic() + LAUNCH_S)
-        self._channel: Channel[Ready | Failed] = Channel(ours, decode_word)
-        self._finalizer = weakref.finalize(self, _end, self.process, self._channel, self._death_pipe, self._folder)
+        self._channel: Channel[Ready | Failed | Alive] = Channel(ours, decode_word)
+        self._finalizer = weakref.finalize(self, _end, self.process, self._channel, self.stack_file, self._death_pipe, self._folder)
 
     def fileno(self) -> int:
         """Readable when the process says how it goes, and when it is gone."""
         return self._channel.fileno()
 
+    @property
+    def late(self) -> bool:
+        """Whether it should serve by now, and does not."""
+        return not self.ready and time.monotonic() - self._started_s > self._limit_s
+
+    def stack(self) -> list[str]:
+        """The Python stack of a process that is stuck, as lines. One that was stopped goes on, to its end."""
+        return stacks.written(self.pid, self.stack_file, STACK_S)
+
     def wait(self) -> None:
         """Until it serves. Raises ConfigError or ExecutorError when it does not."""
-        deadline = time.monotonic() + self._limit_s
+        deadline = self._started_s + self._limit_s
         while not self._channel.wait(max(0.0, min(1.0, deadline - time.monotonic()))):
             if time.monotonic() > deadline:
                 raise ExecutorError(f"the engine was not ready after {self._limit_s:g} s.", phase="start", kind="hung")
@@ -95,7 +116,12 @@ class EngineHandle:
         except ConnectionError:
             return self._unexplained()
         for word in words:
-            if isinstance(word, Failed):
+            self.heard_s = time.monotonic()
+            if isinstance(word, Ready):
+                self.ready = True
+            elif isinstance(word, Alive):
+                self.below, self.worked = word.below, word.worked
+            elif isinstance(word, Failed):
                 return ConfigError(word.message) if word.user else ExecutorError(word.message, log_tail=word.log_tail)
         return None
 
@@ -112,12 +138,21 @@ class EngineHandle:
     def _free(self) -> None:
         for fd in self._death_pipe:
             os.close(fd)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self.stack_file.close()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _end(process: subprocess.Popen[bytes], channel: Channel[Ready | Failed], death_pipe: tuple[int, int], folder: str) -> None:
+def _end(
+    process: subprocess.Popen[bytes],
+    channel: Channel[Ready | Failed | Alive],
+    stack_file: IO[bytes],
+    death_pipe: tuple[int, int],
+    folder: str,
+) -> None:
     """Its end of the death pipe goes first: it, its replicas and their ranks end by that, whatever they are at."""
     channel.close()
+    stack_file.close()
     for fd in death_pipe:
         os.close(fd)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -125,7 +160,8 @@ def _end(process: subprocess.Popen[bytes], channel: Channel[Ready | Failed], dea
     procs.kill_group(process.pid)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(2.0)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _environment() -> dict[str, str]:

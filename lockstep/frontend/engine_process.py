@@ -1,4 +1,4 @@
-"""The engine's process: `python -m lockstep.frontend.engine_process FD DEATH_FD`. It ends when its parent does.
+"""The engine's process: `python -m lockstep.frontend.engine_process FD DEATH_FD STACK_FD`. It ends when its parent does.
 
 What it is comes as the first message over FD; what became of it goes back there: `Ready`, or why there is none.
 """
@@ -19,6 +19,7 @@ import msgspec
 import zmq
 
 from lockstep.cluster.contract import EngineClient
+from lockstep.cluster.health import EngineHealth
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend import engine_wire as wire
 from lockstep.frontend.engine_server import EngineServer, bind
@@ -39,7 +40,14 @@ class Failed(msgspec.Struct, tag="failed", array_like=True):
     log_tail: list[str]
 
 
-decode_word = msgspec.msgpack.Decoder(Ready | Failed).decode
+class Alive(msgspec.Struct, tag="alive", array_like=True):
+    """It serves; said every `PULSE_S` seconds. below: (pid, birth) of the processes below it. worked: it has brought tokens."""
+
+    below: list[tuple[int, int]]
+    worked: bool
+
+
+decode_word = msgspec.msgpack.Decoder(Ready | Failed | Alive).decode
 decode_launch = msgspec.msgpack.Decoder(wire.Launch).decode
 
 
@@ -51,6 +59,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, file=int(sys.argv[3]), all_threads=True)
     sys.path[:] = launch.sys_path
     logging.configure(launch.config.runtime.log_level)
     client: EngineClient | None = None
@@ -61,7 +70,7 @@ def main() -> None:
         module, _, name = launch.client.partition(":")
         client = getattr(import_module(module), name)(launch.config, launch.spec, Path(launch.folder))
         assert client is not None
-        server = EngineServer(client, server_socket, launch.secret)
+        server = EngineServer(client, server_socket, launch.secret, on_beat=lambda health: channel.send(wire.encode(_alive(health))))
         channel.send(wire.encode(Ready()))
         channel.drain()
         server.run()
@@ -86,6 +95,11 @@ def _launch(channel: Channel[wire.Launch]) -> wire.Launch:
         channel.wait(None)
         if found := channel.receive():
             return found[0]
+
+
+def _alive(health: EngineHealth) -> Alive:
+    below = [(pid, procs.birth(pid)) for pid in health.pids() if pid != health.pid]
+    return Alive(below, any(one.stats is not None and one.stats.generated_tokens for one in health.replicas))
 
 
 def _failed(error: Exception) -> Failed:

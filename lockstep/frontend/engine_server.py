@@ -7,6 +7,7 @@ process says Hello again, it is another one under its name: what the former ran 
 from __future__ import annotations
 
 import hmac
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,23 +15,51 @@ import msgspec
 import zmq
 
 from lockstep.cluster.contract import EngineClient
+from lockstep.cluster.health import EngineHealth
 from lockstep.engine.errors import RequestError
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend import engine_wire as wire
 from lockstep.observability.logging import get_logger
 from lockstep.protocol import EngineOutput
+from lockstep.protocol.health import PULSE_S
 
 _log = get_logger(__name__)
 
 # What API processes may call: name -> how it is done.
 CALLS: dict[str, Callable[..., Any]] = {
     "ping": lambda client: True,
+    "pause": lambda client, mode="keep": pause(client, mode),
+    "resume": lambda client: client.resume(),
+    "sleep": lambda client, level=1: client.sleep(level),
+    "wake_up": lambda client: client.wake_up(),
+    "reset_prefix_cache": lambda client: client.reset_prefix_cache(),
+    "requests": lambda client: client.requests(),
+    "abort_requests": lambda client, names=None: abort(client, names),
+    "mode": lambda client: [(health := client.health()).paused, health.sleep_level],
+    "write_profile": lambda client, folder: str(client.stop_profile().write(folder)),
     "stats": lambda client: client.stats(),
     "ranks": lambda client: client.ranks(),
     "collective_rpc": lambda client, *args: client.collective_rpc(*args),
     "start_profile": lambda client: client.start_profile(),
     "stop_profile": lambda client: client.stop_profile(),
 }
+
+
+def pause(client: EngineClient, mode: str) -> None:
+    """Plan no more steps; with mode "abort" end what is unfinished first, with "keep" let it wait. Raises ValueError for another mode."""
+    if mode not in ("abort", "keep"):
+        raise ValueError(f"mode={mode!r} does not exist: abort ends running requests, keep lets them wait.")
+    client.pause()
+    if mode == "abort":
+        abort(client, None)
+
+
+def abort(client: EngineClient, names: list[str] | None) -> list[str]:
+    """End these requests, or all; a name stands for all of its n completions. The engine's names of those that were there."""
+    known = [info.request_id for info in client.requests()]
+    found = known if names is None else [one for one in known if one in names or (one.rpartition(".")[0] or one) in names]
+    client.abort(found)
+    return found
 
 
 def bind(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
@@ -47,12 +76,17 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[b
 class EngineServer:
     """Serves API processes until the engine fails, or whoever runs it stops calling `turn`."""
 
-    def __init__(self, client: EngineClient, socket: zmq.Socket[bytes], secret: str) -> None:
+    def __init__(
+        self, client: EngineClient, socket: zmq.Socket[bytes], secret: str, on_beat: Callable[[EngineHealth], None] = lambda health: None
+    ) -> None:
+        """on_beat: also told how the engine is, as often as API processes are."""
         self.client = client
         self._socket, self._secret = socket, secret
         self._nonces: dict[bytes, tuple[bytes, bytes]] = {}  # of those that said Hello and are not admitted: theirs, ours
         self._owner: dict[str, bytes] = {}  # request -> the API process that it is of
         self._admitted: set[bytes] = set()
+        self._beaten_s, self._on_beat = 0.0, on_beat
+        client.tick = self.beat
         client.watch(int(socket.getsockopt(zmq.FD)))
 
     def run(self) -> None:
@@ -64,10 +98,22 @@ class EngineServer:
         """Hear everything there is, step once, tell what it brought."""
         self._hear()
         self._tell(self.client.step())
+        self.beat()
         if self.client.failure is not None:
             for who in self._admitted:
                 self._send(who, wire.Dead(str(self.client.failure)))
             raise self.client.failure
+
+    def beat(self) -> None:
+        """Tell every API process how the engine is, when it is time. Also called while the engine waits for its replicas."""
+        now_s = time.monotonic()
+        if now_s - self._beaten_s >= PULSE_S:
+            self._beaten_s = now_s
+            health = self.client.health()
+            self._on_beat(health)
+            pulse = wire.Pulse(health)
+            for who in self._admitted:
+                self._send(who, pulse)
 
     def _hear(self) -> None:
         """Every message that has come. Also re-arms the socket's descriptor: it only signals what came after this."""
@@ -97,6 +143,7 @@ class EngineServer:
             return
         self._admitted.add(who)
         self._send(who, wire.Welcome(self.client.config, self.client.memory))
+        self._send(who, wire.Pulse(self.client.health()))
 
     def _forget(self, who: bytes) -> None:
         self._admitted.discard(who)

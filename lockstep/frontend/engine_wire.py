@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from lockstep.cluster.health import EngineHealth
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.engine.sizing import MemoryPlan
@@ -89,6 +90,12 @@ class Refused(msgspec.Struct, tag="refused", array_like=True):
     wrong: bool
 
 
+class Pulse(msgspec.Struct, tag="pulse", array_like=True):
+    """How the engine is, every `PULSE_S` seconds."""
+
+    health: EngineHealth
+
+
 class Dead(msgspec.Struct, tag="dead", array_like=True):
     """The engine can run no more; every request has ended. The process ends."""
 
@@ -96,7 +103,7 @@ class Dead(msgspec.Struct, tag="dead", array_like=True):
 
 
 Order = Hello | Proof | Add | Abort | Call
-Reply = Challenge | Welcome | Outputs | Answer | Refused | Dead
+Reply = Challenge | Welcome | Outputs | Pulse | Answer | Refused | Dead
 
 encode = msgspec.msgpack.Encoder().encode
 decode_order = msgspec.msgpack.Decoder(Order).decode

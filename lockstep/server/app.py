@@ -5,13 +5,14 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from lockstep.server import errors
-from lockstep.server.routes import chat, completions, embeddings, generate, health, info, models, responses, tokenize
+from lockstep.server.routes import admin, chat, completions, embeddings, generate, health, info, models, responses, tokenize
 from lockstep.server.state import ServerState
 from lockstep.version import __version__
 
 ROUTERS = (
     health.router,
     info.router,
+    admin.router,
     models.router,
     completions.router,
     chat.router,

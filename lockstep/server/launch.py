@@ -24,7 +24,8 @@ from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import resolve
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend.async_engine import AsyncEngine
-from lockstep.frontend.engine_handle import CLIENT, EngineHandle
+from lockstep.frontend.engine_handle import CLIENT
+from lockstep.frontend.engine_keeper import EngineKeeper
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer
 from lockstep.observability import logging
 from lockstep.server.app import create_app
@@ -41,7 +42,7 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
     listener = listen(options)
     words = tokenizer_folder(config.model, folder)
     with contextlib.closing(listener):
-        handle = EngineHandle(config, spec, folder, client=client)
+        handle = EngineKeeper(config, spec, folder, client=client)
         try:
             tokenizer = load_in_background(lambda: load_tokenizer(words))
             handle.wait()
@@ -75,7 +76,7 @@ def listen(options: ServeOptions) -> socket.socket:
     return found
 
 
-async def _serve(state: ServerState, handle: EngineHandle, listener: socket.socket) -> int:
+async def _serve(state: ServerState, handle: EngineKeeper, listener: socket.socket) -> int:
     """Run HTTP until a signal comes or the engine is gone."""
     await state.engine.connect()
     server = uvicorn.Server(uvicorn.Config(create_app(state), log_level="warning", lifespan="off", access_log=False))
@@ -95,7 +96,7 @@ async def _serve(state: ServerState, handle: EngineHandle, listener: socket.sock
     return 0
 
 
-async def _watch(state: ServerState, handle: EngineHandle, server: uvicorn.Server) -> None:
+async def _watch(state: ServerState, handle: EngineKeeper, server: uvicorn.Server) -> None:
     """The engine's end is the server's, once every request has been answered."""
     while state.engine.failure is None:
         await asyncio.sleep(POLL_S)

@@ -72,6 +72,14 @@ class ModelRunner:
         """Whether this rank samples and reports."""
         return bool(self.groups.tp.rank_in_group == 0 and self.groups.pp.is_last_rank)
 
+    def rest(self) -> None:
+        """Let go of the model. Slots keep their numbers: plans to come know them."""
+        del self.model
+
+    def rise(self, model: DecoderModel) -> None:
+        """Go on with a model that is the same, loaded again."""
+        self.model = model
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
         """Run one step. Returns its result on the output rank, None on the others."""

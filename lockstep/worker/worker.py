@@ -6,12 +6,14 @@ by name through the executor; all ranks get the same calls in the same order.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from lockstep.config.defaults import default_token_budget, most_num_seqs
@@ -33,7 +35,7 @@ from lockstep.utils import env
 from lockstep.utils.cores import RankCores
 from lockstep.weights.dummy import fill_dummy
 from lockstep.weights.loader import load_weights
-from lockstep.worker import kv, memory, profile, tracing
+from lockstep.worker import kv, memory, profile, sleep, tracing
 from lockstep.worker.agreement import check_kernels
 from lockstep.worker.batch import BatchState
 from lockstep.worker.model_runner import ModelRunner
@@ -75,6 +77,9 @@ class Worker(Recorded):
         self._kv_bytes = 0
         self._threads = self._torch_threads = 0  # this rank's share; torch's own before
         self._watch = ExitStack()
+        self._kv: list[torch.Tensor] = []
+        self._asleep: RankMemory | None = None  # what it has while it sleeps
+        self._sleeping_blocks = 0  # KV blocks that it will have again
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,6 +149,8 @@ class Worker(Recorded):
 
     def memory(self) -> RankMemory:
         """This rank's memory. `free_bytes` is found once, before the KV cache is allocated."""
+        if self._asleep is not None:
+            return self._asleep
         per_block = kv.bytes_per_block(self.model.kv_layers(), self.config.cache.block_size, self.dtype)
         if self._free_bytes is None:
             self._mark("profile")
@@ -165,9 +172,7 @@ class Worker(Recorded):
         assert self._runner is None, "the KV cache is allocated once"
         self._mark("kv cache")
         block_size = self.config.cache.block_size
-        tensors = kv.allocate(self.model.kv_layers(), num_blocks, block_size, dtype=self.dtype, device=self.device)
-        self.model.bind_kv(tensors)
-        self._kv_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        self._bind_kv(num_blocks)
         slots = most_num_seqs(self.config, default_token_budget(self.config, self.spec))
         state = BatchState(slots, self.config.model.max_model_len or self.spec.max_position_embeddings, block_size)
         self._runner = ModelRunner(
@@ -182,6 +187,46 @@ class Worker(Recorded):
         )
         self._mark("warm-up")
         self._runner.rehearse([1], [1])
+        self._mark("ready")
+
+    def _bind_kv(self, num_blocks: int) -> None:
+        block_size = self.config.cache.block_size
+        self._kv = kv.allocate(self.model.kv_layers(), num_blocks, block_size, dtype=self.dtype, device=self.device)
+        self.model.bind_kv(self._kv)
+        self._kv_bytes = sum(t.nbytes for t in self._kv)
+
+    def sleep(self, level: int) -> None:
+        """Give the KV cache's memory back (level 1), and the weights' (level 2). No step until `wake_up`; requests start anew then."""
+        before = self.memory()
+        self._mark("falling asleep")
+        self._watch.close()
+        blocks = self._kv[0].shape[1]
+        if level == 1 and self.device.type == "cpu":
+            sleep.forget_contents(self._kv)
+        elif level == 1:
+            self._bind_kv(1)
+        else:
+            self._kv = []
+            self.runner.rest()
+            self._model = None
+        sleep.collect(self.device)
+        left = before.weight_bytes if level == 1 else 0
+        self._asleep = msgspec.structs.replace(before, weight_bytes=left, kv_bytes=0)
+        self._sleeping_blocks = blocks
+        self._mark("asleep")
+
+    def wake_up(self) -> None:
+        """Take the memory again: weights are read as at the start."""
+        if self._asleep is None:
+            return
+        if self._model is None:
+            self.load_model()
+            self._bind_kv(self._sleeping_blocks)
+            self.runner.rise(self.model)
+        elif self.device.type != "cpu":
+            self._bind_kv(self._sleeping_blocks)
+        self._asleep = None
+        gc.freeze()
         self._mark("ready")
 
     def execute_model(self, plan: StepPlan) -> StepResult | None:

@@ -1,26 +1,64 @@
-"""Whether the server lives, and what it is."""
+"""Whether the server lives, whether it is ready, and how each rank is. Answered from what is known here: nobody is asked.
+
+/livez             503: restart this process. It restarts its engine and replicas itself, so that is when it has given up
+/readyz, /ready    503: send requests elsewhere for now (draining, paused, asleep, or no replica is ready)
+/startupz          200: it has started
+/health            503 unless every rank of every replica gives signs of life; says which do not, since when, and at what
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi.responses import JSONResponse
 
-from lockstep.server.errors import ApiError
-from lockstep.server.state import State
+from lockstep.server.state import ServerState, State
 from lockstep.version import __version__
 
 router = APIRouter(tags=["server"])
 
 
-@router.get("/health")
+def _answer(fine: bool, status: str, state: ServerState) -> JSONResponse:
+    body: dict[str, Any] = {"status": status}
+    if not fine:
+        body["problems"] = state.engine.problems()
+    return JSONResponse(body, 200 if fine else 503)
+
+
 @router.get("/livez")
-async def health(state: State) -> dict[str, Any]:
-    """200 while the engine answers."""
-    if state.engine.failure is not None:
-        raise ApiError(503, str(state.engine.failure), code="engine_dead")
-    await state.engine.call("ping", timeout_s=5.0)
-    return {"status": "ok"}
+async def livez(state: State) -> JSONResponse:
+    """200 as long as this process can serve, or will again by itself."""
+    alive = state.engine.failure is None
+    return _answer(alive, "alive" if alive else "dead", state)
+
+
+@router.get("/startupz")
+async def startupz() -> dict[str, str]:
+    """200: nothing is answered before it has started."""
+    return {"status": "started"}
+
+
+@router.get("/ready")
+@router.get("/readyz")
+async def ready(state: State) -> JSONResponse:
+    """200 when a request would be run now."""
+    health = state.engine.health
+    if state.draining:
+        return _answer(False, "draining", state)
+    if health is not None and health.sleep_level:
+        return _answer(False, "asleep", state)
+    if health is not None and health.paused:
+        return _answer(False, "paused", state)
+    fine = state.engine.takes_requests
+    return _answer(fine, "ready" if fine else "unready", state)
+
+
+@router.get("/health")
+async def health(state: State) -> JSONResponse:
+    """200 when every rank of every replica gave a sign of life lately."""
+    fine = not state.engine.problems()
+    return _answer(fine, "ok" if fine else "unhealthy", state)
 
 
 @router.get("/version")

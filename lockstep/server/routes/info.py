@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter
+from fastapi.responses import JSONResponse
 
 from lockstep.server.routes import health
 from lockstep.server.state import State
@@ -17,7 +18,7 @@ router = APIRouter(tags=["server"])
 
 @router.get("/ping")
 @router.post("/ping")
-async def ping(state: State) -> dict[str, Any]:
+async def ping(state: State) -> JSONResponse:
     """What load balancers of some platforms ask; the same as /health."""
     return await health.health(state)
 

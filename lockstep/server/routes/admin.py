@@ -1,0 +1,134 @@
+"""What operators do with a server that runs: hold it, put it to sleep, look at its requests, record what it does.
+
+All of it is for every replica. There is no route that calls arbitrary methods of ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+
+from lockstep.cluster.health import RequestInfo
+from lockstep.engine.stats import combined
+from lockstep.frontend.async_engine import CallRefused
+from lockstep.observability.flight_recorder import default_folder
+from lockstep.server.errors import ApiError
+from lockstep.server.state import ServerState, State
+
+router = APIRouter(tags=["operators"])
+LONG_S = 600.0  # weights may have to be read again
+
+
+async def _call(state: ServerState, method: str, *args: Any, type: Any = Any) -> Any:
+    """A call of the engine. Raises ApiError 409 when it refuses, 503 when there is no engine for it just now."""
+    try:
+        return await state.engine.call(method, *args, type=type, timeout_s=LONG_S)
+    except ValueError as e:
+        raise ApiError(409, str(e), code="conflict") from None
+    except (CallRefused, TimeoutError) as e:
+        raise ApiError(503, str(e), code="unavailable", headers={"Retry-After": "1"}) from None
+
+
+@router.post("/pause")
+async def pause(state: State, mode: Literal["abort", "keep"] = "keep") -> dict[str, bool]:
+    """Plan no more steps. mode keep: requests keep what they have and wait; abort: they end. New ones wait either way."""
+    await _call(state, "pause", mode)
+    return {"is_paused": True}
+
+
+@router.post("/resume")
+async def resume(state: State) -> dict[str, bool]:
+    """Go on after /pause. 409 while it sleeps."""
+    await _call(state, "resume")
+    return {"is_paused": False}
+
+
+@router.get("/is_paused")
+async def is_paused(state: State) -> dict[str, bool]:
+    return {"is_paused": (await _mode(state))[0]}
+
+
+@router.post("/sleep")
+async def sleep(state: State, level: Annotated[int, Query(ge=1, le=2)] = 1) -> dict[str, Any]:
+    """Pause and give memory back: of the KV cache (level 1), of the weights too (level 2). Requests wait until /wake_up."""
+    await _call(state, "sleep", level)
+    return {"is_sleeping": True, "level": level}
+
+
+@router.post("/wake_up")
+async def wake_up(state: State) -> dict[str, bool]:
+    """Take the memory again and go on; after level 2 the weights are read anew."""
+    await _call(state, "wake_up")
+    return {"is_sleeping": False}
+
+
+@router.get("/is_sleeping")
+async def is_sleeping(state: State) -> dict[str, Any]:
+    level = (await _mode(state))[1]
+    return {"is_sleeping": bool(level), "level": level}
+
+
+async def _mode(state: ServerState) -> tuple[bool, int]:
+    found: tuple[bool, int] = await _call(state, "mode", type=tuple[bool, int])
+    return found
+
+
+@router.post("/reset_prefix_cache")
+async def reset_prefix_cache(state: State) -> dict[str, bool]:
+    """Forget every cached prefix. Running requests keep theirs."""
+    await _call(state, "reset_prefix_cache")
+    return {"success": True}
+
+
+@router.post("/start_profile")
+async def start_profile(state: State) -> dict[str, str]:
+    """Record what the engine and every rank do, until /stop_profile. Costs a few per cent of speed."""
+    await _call(state, "start_profile")
+    return {"status": "recording"}
+
+
+@router.post("/stop_profile")
+async def stop_profile(state: State) -> dict[str, str]:
+    """Write what was recorded as a Chrome trace into --profile-dir; its path, on the server's machine."""
+    folder = state.options.profile_dir or str(default_folder().parent / "profiles")
+    return {"path": await _call(state, "write_profile", str(Path(folder).absolute()))}
+
+
+class AbortRequest(BaseModel):
+    """request_ids: as responses or /v1/requests name them. Without them all are meant."""
+
+    request_ids: list[str] | None = None
+
+
+@router.post("/abort_requests")
+async def abort_requests(body: AbortRequest, state: State) -> dict[str, list[str]]:
+    """End requests, of any client. Their streams end with finish_reason "abort"."""
+    names = None if body.request_ids is None else [one for name in body.request_ids for one in (name, name.partition("-")[2])]
+    return {"aborted": await _call(state, "abort_requests", names)}
+
+
+@router.get("/load")
+async def load(state: State) -> dict[str, Any]:
+    """How much there is to do, as of a moment ago."""
+    health = state.engine.health
+    known = [one.stats for one in health.replicas if one.stats is not None] if health is not None else []
+    if not known:
+        return {"server_load": state.engine.unfinished, "running": 0, "waiting": state.engine.unfinished, "kv_cache_usage": 0.0}
+    stats = combined(known)
+    return {
+        "server_load": stats.running + stats.waiting,
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "kv_cache_usage": round(stats.kv_usage, 4),
+    }
+
+
+@router.get("/v1/requests")
+async def requests(state: State) -> dict[str, Any]:
+    """The requests that have not ended, of all API processes, oldest first."""
+    found = await _call(state, "requests", type=list[RequestInfo])
+    return {"object": "list", "data": [msgspec.to_builtins(info) for info in found]}
