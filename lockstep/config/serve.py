@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from lockstep.config.errors import ConfigError
 
 
 def opt(default: Any, help: str, *alias: str) -> Any:
@@ -26,6 +29,24 @@ class ServeOptions:
     api_key: list[str] = several("Key for clients to send as `Authorization: Bearer KEY`; all routes but /livez and /readyz ask for it.")
     served_model_name: list[str] = several("Name(s) of the model in the API; default: its folder's or hub id.")
     api_server_count: int = opt(1, "Processes that speak HTTP.", "-asc")
+    chat_template: str | None = opt(None, "File with the Jinja chat template to use instead of the model's own.")
+    tool_call_parser: Literal["hermes", "llama3_json", "mistral", "pythonic"] | None = opt(
+        None, "How the model writes tool calls; default: as its family does."
+    )
+    enable_auto_tool_choice: bool = opt(True, "Whether the model may decide to call a tool; if not, only tool_choice can make it.")
+    reasoning_parser: Literal["deepseek_r1", "qwen3"] | None = opt(
+        None, "How the model writes what it thinks before it answers; default: thoughts are not told apart."
+    )
     root_path: str = opt("", "Path under which a proxy serves this, like /llm.")
     log_format: Literal["text", "json"] = opt("text", "Log lines as text or as JSON objects with request ids.")
     shutdown_timeout: float = opt(30.0, "Seconds that running requests have to finish after SIGTERM; a second signal ends them at once.")
+
+
+def read_chat_template(options: ServeOptions) -> str | None:
+    """The text of --chat-template, None without one. Raises ConfigError when it cannot be read."""
+    if options.chat_template is None:
+        return None
+    try:
+        return Path(options.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"chat_template={options.chat_template!r} cannot be read ({e}): give the path of a Jinja file.") from None

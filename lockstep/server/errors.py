@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,7 @@ from lockstep.frontend.errors import PromptError
 from lockstep.observability.logging import get_logger
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+TRIED = {"str", "int", "float", "bool", "none", "literal"}
 _log = get_logger(__name__)
 
 
@@ -51,6 +53,14 @@ def respond(error: ApiError) -> JSONResponse:
     return JSONResponse(body_of(error.status, error.message, error.param, error.code), error.status, headers=error.headers)
 
 
+def field_of(location: Sequence[int | str]) -> str:
+    """Where a field is in the body, like messages.0.role: without the names of the types that were tried for it."""
+    where = (str(part) for part in location if part != "body")
+    return ".".join(
+        part for part in where if re.fullmatch(r"\w{1,64}", part) and part not in TRIED and part[0].islower() | part[0].isdigit()
+    )
+
+
 def install(app: FastAPI) -> None:
     """Have every exception of a route answered in this shape."""
 
@@ -60,9 +70,9 @@ def install(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = first["msg"] if not where else f"{where}: {first['msg']}"
-        return respond(ApiError(400, message, param=where or None))
+        where = "" if first["type"] == "json_invalid" else field_of(first["loc"])
+        message = str(first["msg"]).removeprefix("Value error, ")
+        return respond(ApiError(400, message if not where else f"{where}: {message}", param=where or None))
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

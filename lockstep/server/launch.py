@@ -18,7 +18,7 @@ from pathlib import Path
 import uvicorn
 
 from lockstep.config.errors import ConfigError
-from lockstep.config.serve import ServeOptions
+from lockstep.config.serve import ServeOptions, read_chat_template
 from lockstep.config.source import DEMO_NAME
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import resolve
@@ -36,6 +36,7 @@ POLL_S = 0.2
 def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) -> int:
     """Serve until told to stop; the exit code. Raises ConfigError or ExecutorError when it cannot start, or cannot go on."""
     logging.configure(config.runtime.log_level)
+    read_chat_template(options)  # one that cannot be read is told before anything is loaded
     config, spec, folder = resolve(config)
     listener = listen(options)
     words = tokenizer_folder(config.model, folder)

@@ -8,8 +8,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from lockstep.config.serve import ServeOptions
+from lockstep.config.serve import ServeOptions, read_chat_template
 from lockstep.frontend.async_engine import AsyncEngine
+from lockstep.version import __version__
 
 
 @dataclass
@@ -22,9 +23,22 @@ class ServerState:
     created_s: int = field(default_factory=lambda: int(time.time()))  # Unix time
     draining: bool = False  # no new requests are taken
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a chat template that cannot be read."""
+        self.chat_template = read_chat_template(self.options)  # None: the model's own
+
     @property
     def model(self) -> str:
         return self.model_names[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """What made the answers: the same fingerprint and seed give the same text."""
+        return f"lockstep-{__version__}"
+
+    def name_of(self, asked: str | None) -> str:
+        """The model's name as the client called it."""
+        return asked or self.model
 
 
 def state_of(request: Request) -> ServerState:

@@ -21,7 +21,8 @@ def read(parser: ToolParser, pieces: Sequence[str]) -> Result:
     content, calls = "", list[tuple[str | None, str]]()
     for parsed in [*map(parser.feed, pieces), parser.finish()]:
         content += parsed.content
-        for index, name, arguments in parsed.calls:
+        for call in parsed.calls:
+            index, name, arguments = call.index, call.name, call.arguments
             if name is not None:
                 assert index == len(calls), "calls are numbered as they come, and named once"
                 calls.append((name, ""))
@@ -84,8 +85,8 @@ def test_each_format_whole_and_character_by_character(name: str, text: str, expe
 
 PARTS = [
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|python_start|>", "<|python_end|>", "[ARGS]", "<think>", "</think>",
-    ADD_TEXT, '{"name": "weather", "parameters": {"x": "y"}}', '{"name": ', '"add"', '"arguments": ', "add(a=1)", "weather(", "[", "]", "{", "}",
-    ",", ";", ":", '"', "'", "\\", " ", "\n", "null", "1", "é", "☃", "word",
+    ADD_TEXT, '{"name": "weather", "parameters": {"x": "y"}}', '{"name": ', '"add"', '"arguments": ', "add(a=1)", "weather(", "[", "]", "{",
+    "}", ",", ";", ":", '"', "'", "\\", " ", "\n", "null", "1", "é", "☃", "word",
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=12).map("".join)
 CUTS = st.lists(st.integers(1, 9), min_size=1, max_size=30)

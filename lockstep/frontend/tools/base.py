@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 
-class CallDelta(NamedTuple):
+@dataclass(frozen=True)
+class CallDelta:
     """News of one call. `name` is set in its first delta, and only there; `arguments` is a piece of its JSON text."""
 
     index: int  # of the call in its message

@@ -56,12 +56,14 @@ def list_schema(functions: Sequence[Mapping[str, Any]], *, several: bool) -> dic
     items = []
     for function in functions:
         parameters = dict(function.get("parameters") or NO_PARAMETERS)
-        for name, schema in (parameters.pop("$defs", None) or {}).items():  # a reference counts from the whole schema's root
-            if definitions.setdefault(name, schema) != schema:
+        for name, meaning in (parameters.pop("$defs", None) or {}).items():  # a reference counts from the whole schema's root
+            if definitions.setdefault(name, meaning) != meaning:
                 raise ValueError(f"tools define $defs.{name} in two ways: give one of them another name.")
         properties = {"name": {"type": "string", "enum": [function["name"]]}, "parameters": parameters}
         items.append({"type": "object", "properties": properties, "required": ["name", "parameters"], "additionalProperties": False})
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": items} if len(items) > 1 else items[0]}
     if not several:
         schema["maxItems"] = 1
-    return schema | ({"$defs": definitions} if definitions else {})
+    if definitions:
+        schema["$defs"] = definitions
+    return schema

@@ -1,0 +1,179 @@
+"""The jobs of one HTTP request: made, run together, and ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request
+
+from lockstep.engine.errors import RequestError
+from lockstep.frontend.async_engine import LONG_TEXT, Stream
+from lockstep.frontend.errors import PromptError
+from lockstep.frontend.inputs import Job
+from lockstep.frontend.outputs import RequestOutput
+from lockstep.frontend.prompts import Prompt, named
+from lockstep.frontend.tokenizer import encode
+from lockstep.protocol import SamplingParams
+from lockstep.server.errors import ApiError
+from lockstep.server.schemas.common import SamplingFields
+from lockstep.server.schemas.wire import CachedTokens, Usage
+from lockstep.server.sse import until_gone
+from lockstep.server.state import ServerState
+
+ID_LENGTH = 128
+
+
+def request_id(request: Request, body: SamplingFields) -> str:
+    """What the client calls its request, or a new name."""
+    given = body.request_id or request.headers.get("x-request-id", "")[:ID_LENGTH]
+    return given if given and given.isascii() and given.isprintable() else uuid.uuid4().hex
+
+
+def routing(request: Request, body: SamplingFields) -> dict[str, Any]:
+    """Where the request is to run: options of `AsyncEngine.job`. Headers stand in for fields that are not given."""
+    session = body.session_id or request.headers.get("x-session-id") or None
+    rank = body.data_parallel_rank
+    header = request.headers.get("x-data-parallel-rank")
+    if rank is None and header is not None:
+        if not (header.isascii() and header.isdecimal() and len(header) < 9):
+            raise ApiError(400, f"the header X-data-parallel-rank is {header[:40]!r}: it must be a number.", param="data_parallel_rank")
+        rank = int(header)
+    return {"priority": body.priority or 0, "session_id": session and session[:256], "data_parallel_rank": rank}
+
+
+async def prepared(state: ServerState, prompt: str | list[int], body: SamplingFields, *, max_tokens: int | None) -> Prompt:
+    """A prompt as the engine takes it: tokenized here where the request says how, else left to the engine's frontend."""
+    made: dict[str, Any] = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
+    if body.cache_salt:
+        made["cache_salt"] = body.cache_salt
+    special = body.add_special_tokens is not False
+    if isinstance(prompt, str) and (body.truncate_prompt_tokens is not None or not special):
+        made["prompt_token_ids"] = await tokens_of(state, prompt, special=special)
+    if body.truncate_prompt_tokens is not None:
+        made["prompt_token_ids"] = truncated(state, made["prompt_token_ids"], body.truncate_prompt_tokens, max_tokens)
+        made.pop("prompt", None)  # what is left of it is its tokens' text
+    if isinstance(prompt, str) and "prompt_token_ids" not in made and len(prompt) > LONG_TEXT:
+        made["prompt_token_ids"] = await tokens_of(state, prompt)
+    return made
+
+
+async def tokens_of(state: ServerState, text: str, *, special: bool = True) -> list[int]:
+    """A text's token ids; a long text is read beside the event loop."""
+
+    def read() -> list[int]:
+        return encode(state.engine.tokenizer, text, "prompt", add_special_tokens=special)
+
+    return await asyncio.to_thread(read) if len(text) > LONG_TEXT else read()
+
+
+def truncated(state: ServerState, ids: list[int], keep: int, max_tokens: int | None) -> list[int]:
+    """The last `keep` tokens; -1: as many as leave room for the output."""
+    longest: int = state.engine.config.model.max_model_len  # type: ignore[assignment]
+    if keep == -1:
+        keep = max(1, longest - (max_tokens or 1))
+    if keep == 0:
+        raise ApiError(
+            400, "truncate_prompt_tokens=0 leaves nothing of the prompt: give at least 1, or -1.", param="truncate_prompt_tokens"
+        )
+    return ids[-keep:]
+
+
+class Batch:
+    """The jobs of one request, by prompt."""
+
+    def __init__(self, state: ServerState, jobs: list[Job]) -> None:
+        self._state, self.jobs = state, jobs
+        self._streams: list[Stream] = []
+
+    @classmethod
+    async def make(
+        cls, state: ServerState, prompts: Sequence[Prompt], sampling: SamplingParams, *, param: str = "prompt", **options: Any
+    ) -> Batch:
+        """Check all of them before any runs. Raises ApiError for one that cannot."""
+        if state.draining:
+            raise ApiError(503, "the server is shutting down and takes no new requests.", code="draining", headers={"retry-after": "5"})
+        jobs = []
+        for i, prompt in enumerate(prompts):
+            try:
+                with named(i, len(prompts)):
+                    jobs.append(await state.engine.job(prompt, sampling, **options))
+            except (PromptError, RequestError) as e:
+                long = "max_model_len" in str(e)
+                raise ApiError(400, str(e), param=param, code="context_length_exceeded" if long else None) from None
+        return cls(state, jobs)
+
+    async def start(self) -> None:
+        """Queue them."""
+        for job in self.jobs:
+            self._streams.append(await self._state.engine.submit(job))
+
+    async def abort(self) -> None:
+        """End what has not ended."""
+        await self._state.engine.abort([job.request_id for job in self.jobs])
+
+    async def results(self, request: Request) -> list[RequestOutput]:
+        """Queue them and wait; the last output of each. Ends them when the client hangs up. Raises ApiError when one fails."""
+        async with until_gone(request.receive, self.abort):
+            await self.start()
+            outputs = await asyncio.gather(*(last(stream) for stream in self._streams))
+        for output in outputs:
+            raise_error(output)
+        return outputs
+
+    async def deltas(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(prompt, output) of those that were started, as they come."""
+        if len(self._streams) == 1:
+            async for output in self._streams[0]:
+                yield 0, output
+            return
+        queue: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
+        pumps = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self._streams)]
+        left = len(pumps)
+        try:
+            while left:
+                index, output = await queue.get()
+                left -= output.finished
+                yield index, output
+        finally:
+            for pump in pumps:
+                pump.cancel()
+
+
+async def _pump(index: int, stream: Stream, queue: asyncio.Queue[tuple[int, RequestOutput]]) -> None:
+    async for output in stream:
+        queue.put_nowait((index, output))
+
+
+async def last(stream: Stream) -> RequestOutput:
+    """What the stream ends with."""
+    async for output in stream:
+        found = output
+    return found
+
+
+def raise_error(output: RequestOutput) -> None:
+    """Raises ApiError for an output that failed."""
+    if any(one.finish_reason == "error" for one in output.outputs):
+        raise ApiError(503, output.error or "the request failed in the engine.", code="engine_error")
+
+
+class Meter:
+    """Counts what a request used."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._prompt = sum(len(job.prompt_token_ids) for job in jobs)
+        self._cached: dict[int, int] = {}
+        self._output = 0
+
+    def add(self, prompt: int, output: RequestOutput) -> None:
+        """An output, whole or what is new."""
+        self._cached[prompt] = output.num_cached_tokens
+        self._output += sum(len(one.token_ids) for one in output.outputs)
+
+    @property
+    def usage(self) -> Usage:
+        cached = CachedTokens(sum(self._cached.values()))
+        return Usage(self._prompt, self._output, self._prompt + self._output, cached)

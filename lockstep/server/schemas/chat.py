@@ -1,0 +1,84 @@
+"""The body of `/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lockstep.server.schemas.common import MAX_LOGPROBS, Body, Name, SamplingFields
+
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class Part(Body):
+    """A piece of a message's content. Only text is understood."""
+
+    type: str
+    text: str | None = None
+
+
+class CalledFunction(Body):
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(Body):
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
+class Message(Body):
+    role: Name
+    content: str | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(Body):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class ChosenFunction(Body):
+    name: str
+
+
+class ToolChoice(Body):
+    type: Literal["function"] = "function"
+    function: ChosenFunction
+
+
+class Talk(Body):
+    """A conversation, and how it becomes a prompt."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(max_length=1024)] | None = None
+    add_special_tokens: bool | None = None  # the template writes them already
+
+
+class ChatRequest(Talk, SamplingFields):
+    max_tokens: int | None = Field(None, ge=1, lt=1 << 31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=1 << 31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Name | None = None
+    include_reasoning: bool | None = None

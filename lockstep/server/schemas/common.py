@@ -1,0 +1,91 @@
+"""Fields that several endpoints have. A known field of a wrong type or size is refused; unknown fields are ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_N = 16
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_IDS = 1 << 20  # more than any vocabulary, or any context, has
+MAX_PROMPTS = 256
+MAX_BIASES = 1024
+INT64 = 1 << 63
+
+Ids = Annotated[list[int], Field(max_length=MAX_IDS)]
+Word = Annotated[str, Field(max_length=1024)]
+Name = Annotated[str, Field(max_length=256)]
+
+
+class Body(BaseModel):
+    """A request's JSON. No number is read from text, no text from a number."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None  # a last chunk tells what was used
+    continuous_usage_stats: bool | None = None  # every chunk does
+
+
+class JsonSchema(Body):
+    name: Name | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputsFields(Body):
+    """What the text must be; one of them."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = Field(None, max_length=65536)
+    choice: Annotated[list[str], Field(min_length=1, max_length=4096)] | None = None
+    grammar: str | None = Field(None, max_length=262144)
+    json_object: bool | None = None
+
+
+class SamplingFields(Body):
+    """How tokens are chosen, and what is told of them; null is the default."""
+
+    model: Name | None = None
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=INT64)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    stop: str | Annotated[list[Word], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
+    allowed_token_ids: Annotated[list[int], Field(min_length=1, max_length=MAX_IDS)] | None = None
+    bad_words: Annotated[list[Word], Field(max_length=256)] | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    skip_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsFields | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stream_interval: int | None = Field(None, ge=1, le=1 << 20)  # tokens of a choice in each chunk after its first
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # log-probabilities name tokens "token_id:123"
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_IDS)  # keep the prompt's last ones; -1: as many as fit
+    add_special_tokens: bool | None = None
+    priority: int | None = Field(None, ge=-INT64, lt=INT64)
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
+    session_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    data_parallel_rank: int | None = Field(None, ge=0, lt=1 << 31)
