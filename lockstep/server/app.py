@@ -5,11 +5,11 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from lockstep.server import errors
-from lockstep.server.routes import completions, health, info, models
+from lockstep.server.routes import chat, completions, generate, health, info, models, responses, tokenize
 from lockstep.server.state import ServerState
 from lockstep.version import __version__
 
-ROUTERS = (health.router, info.router, models.router, completions.router)
+ROUTERS = (health.router, info.router, models.router, completions.router, chat.router, responses.router, tokenize.router, generate.router)
 
 
 def create_app(state: ServerState) -> FastAPI:

@@ -118,7 +118,11 @@ class Batch:
         """Queue them and wait; the last output of each. Ends them when the client hangs up. Raises ApiError when one fails."""
         async with until_gone(request.receive, self.abort):
             await self.start()
-            outputs = await asyncio.gather(*(last(stream) for stream in self._streams))
+            return await self.wait()
+
+    async def wait(self) -> list[RequestOutput]:
+        """The last output of each that was started. Raises ApiError when one fails."""
+        outputs = await asyncio.gather(*(last(stream) for stream in self._streams))
         for output in outputs:
             raise_error(output)
         return outputs

@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 
 from lockstep.config.serve import ServeOptions, read_chat_template
 from lockstep.frontend.async_engine import AsyncEngine
+from lockstep.server.response_store import ResponseStore
 from lockstep.version import __version__
 
 
@@ -22,6 +23,7 @@ class ServerState:
     model_names: list[str]  # the first is what responses say
     created_s: int = field(default_factory=lambda: int(time.time()))  # Unix time
     draining: bool = False  # no new requests are taken
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a chat template that cannot be read."""
