@@ -103,7 +103,7 @@ def test_auto_may_be_off() -> None:
 
 def test_imposed_calls_are_read_from_bare_json(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("lockstep.server.sampling._structured", lambda constraint: asked.append(constraint))
+    monkeypatch.setattr("lockstep.server.sampling._structured", asked.append)
     monkeypatch.setattr("lockstep.server.sampling.SamplingParams", lambda structured_outputs, **given: SamplingParams(**given))
     app = Scripted(ROME)
     chosen = {"type": "function", "function": {"name": "weather"}}
