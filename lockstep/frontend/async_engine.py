@@ -24,12 +24,13 @@ from lockstep.engine.admission import check_request
 from lockstep.engine.core import limits_of
 from lockstep.engine.errors import RequestError
 from lockstep.engine.stats import EngineStats
-from lockstep.executor.contract import ExecutorError, RankMemory
+from lockstep.executor.contract import RankMemory
 from lockstep.frontend import engine_wire as wire
 from lockstep.frontend.collector import Collector
 from lockstep.frontend.inputs import InputProcessor, Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt
+from lockstep.frontend.streams import CallRefused, EngineDeadError, Stream
 from lockstep.observability.logging import get_logger
 from lockstep.protocol import EngineOutput, FinishReason, Pooling, SamplingParams
 from lockstep.protocol.health import QUIET_S, SILENT_S
@@ -44,31 +45,6 @@ MOST_REPLAYS = 5  # of one request: if every engine that takes it dies, it is th
 SEED_STRIDE = 1 << 32  # API processes draw seeds from ranges of their own
 
 _log = get_logger(__name__)
-
-
-class EngineDeadError(ExecutorError):
-    """The engine runs no more: no request can be taken."""
-
-
-class CallRefused(RuntimeError):
-    """A call of the engine failed; the engine runs on."""
-
-
-class Stream:
-    """The outputs of one job, as they come. Ends after the one that is `finished`."""
-
-    def __init__(self) -> None:
-        self._queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
-
-    def put(self, output: RequestOutput) -> None:
-        self._queue.put_nowait(output)
-
-    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        while True:
-            output = await self._queue.get()
-            yield output
-            if output.finished:
-                return
 
 
 class AsyncEngine:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from lockstep.protocol import RequestOutputKind, SamplingParams
 
-F32 = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    F32 = npt.NDArray[np.float32]
+
 NO_TEXT = SamplingParams(max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)  # of a request with `pooling`
 
 
@@ -39,6 +42,8 @@ def check_dimensions(dimensions: int | None, hidden_size: int) -> None:
 
 def finish(vector: bytes, *, dimensions: int | None = None, normalize: bool = True) -> F32:
     """The engine's vector, cut to its first `dimensions` and then (`normalize`) scaled to length 1. A zero vector stays zero."""
+    import numpy as np
+
     found = np.frombuffer(vector, "<f4")[:dimensions]
     if not normalize:
         return found

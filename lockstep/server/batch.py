@@ -10,11 +10,12 @@ from typing import Any
 from fastapi import Request
 
 from lockstep.engine.errors import RequestError
-from lockstep.frontend.async_engine import LONG_TEXT, Stream
+from lockstep.frontend.async_engine import LONG_TEXT
 from lockstep.frontend.errors import PromptError
 from lockstep.frontend.inputs import Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt, named
+from lockstep.frontend.streams import Stream
 from lockstep.frontend.tokenizer import encode
 from lockstep.protocol import SamplingParams
 from lockstep.server.errors import ApiError

@@ -15,9 +15,10 @@ from lockstep.config.build import build_config
 from lockstep.config.serve import ServeOptions
 from lockstep.config.validate import resolve
 from lockstep.engine.stats import EngineStats
-from lockstep.frontend.async_engine import AsyncEngine, Stream
+from lockstep.frontend.async_engine import AsyncEngine
 from lockstep.frontend.collector import Collector
 from lockstep.frontend.inputs import InputProcessor, Job
+from lockstep.frontend.streams import Stream
 from lockstep.frontend.tokenizer import load_tokenizer
 from lockstep.protocol import EngineOutput, SamplingParams
 from lockstep.server.app import create_app

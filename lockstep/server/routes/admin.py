@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from lockstep.cluster.health import RequestInfo
 from lockstep.engine.stats import combined
-from lockstep.frontend.async_engine import CallRefused
+from lockstep.frontend.streams import CallRefused
 from lockstep.observability.flight_recorder import default_folder
 from lockstep.server.errors import ApiError
 from lockstep.server.state import ServerState, State

@@ -10,10 +10,10 @@ import msgspec
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from lockstep.frontend.async_engine import Stream
 from lockstep.frontend.embedding import NO_TEXT, check_dimensions, finish
 from lockstep.frontend.inputs import Job
 from lockstep.frontend.outputs import RequestOutput
+from lockstep.frontend.streams import Stream
 from lockstep.server.errors import ApiError
 from lockstep.server.routes.models import check_model
 from lockstep.server.schemas.embeddings import EmbeddingRequest, EmbeddingResponse

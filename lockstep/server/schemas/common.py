@@ -50,6 +50,8 @@ class StructuredOutputsFields(Body):
     choice: Annotated[list[str], Field(min_length=1, max_length=4096)] | None = None
     grammar: str | None = Field(None, max_length=262144)
     json_object: bool | None = None
+    whitespace_pattern: str | None = Field(None, max_length=1024)
+    disable_any_whitespace: bool | None = None
 
 
 class SamplingFields(Body):
