@@ -2,17 +2,24 @@
 
 import { apiKey } from "./store.js";
 
-/** What went wrong. status: HTTP's, 0 when there was no answer. */
+/** What went wrong. status: HTTP's, 0 when there was no answer. key: the one that was sent. */
 export class ApiError extends Error {
-  constructor(status, message) {
+  constructor(status, message, key = "") {
     super(message);
     this.status = status;
+    this.key = key;
+  }
+
+  /** Whether a key is to be asked for: not when another has been given meanwhile. */
+  get wantsKey() {
+    return this.status === 401 && this.key === apiKey();
   }
 }
 
 async function request(path, options = {}) {
   const headers = new Headers(options.headers);
-  if (apiKey()) headers.set("Authorization", `Bearer ${apiKey()}`);
+  const key = apiKey();
+  if (key) headers.set("Authorization", `Bearer ${key}`);
   let response;
   try {
     response = await fetch(new URL(path, document.baseURI), { ...options, headers, cache: "no-store" });
@@ -20,7 +27,7 @@ async function request(path, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, "The server does not answer. Is it still running?");
   }
-  if (!response.ok) throw new ApiError(response.status, await explain(response));
+  if (!response.ok) throw new ApiError(response.status, await explain(response), key);
   return response;
 }
 

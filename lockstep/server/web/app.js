@@ -144,7 +144,7 @@ async function loadModel() {
     say(byId("model"), model);
     document.title = model ? `${model} · lockstep` : "lockstep";
   } catch (error) {
-    if (error.status === 401) askKey(error.message);
+    if (error.wantsKey) askKey(error.message);
   }
 }
 

@@ -6,10 +6,8 @@ import { byId, el, say, svg } from "./dom.js";
 
 const EVERY = 1000; // ms
 const HISTORY = 60; // points of the line
-const SILENT = 10; // seconds without a heartbeat
-const WELL = /^(ready|running|up|ok|serving|healthy|live|idle)$/i;
-const COMING = /start|load|boot|restart|warm|init|recover|join|drain|connect/i;
-const GONE = /dead|died|down|lost|fail|gone|hung|exit|stop|kill/i;
+const SILENT = 5; // seconds without a sign of life, of which a rank gives several a second
+const KINDS = { ready: "good", starting: "busy" }; // of a replica's state; every other state is one in which it does not run
 
 /** Begin to watch; `wake` asks at once, also after giving up. */
 export function watchRanks() {
@@ -45,8 +43,8 @@ class Picture {
   }
 
   show(cluster) {
-    const replicas = cluster.replicas ?? [];
-    const shape = JSON.stringify(replicas.map((r) => [r.replica, (r.ranks ?? []).map((k) => [k.rank, k.pp, k.tp])]));
+    const replicas = (cluster.replicas ?? []).map((replica) => ({ ...replica, ranks: replica.ranks?.length ? replica.ranks : absent(replica, cluster.parallel) }));
+    const shape = JSON.stringify(replicas.map((r) => [r.replica, r.ranks.map((k) => [k.rank, k.pp, k.tp])]));
     if (shape !== this.shape) this.build(replicas);
     this.shape = shape;
     for (const replica of replicas) this.update(replica);
@@ -79,7 +77,7 @@ class Picture {
   }
 
   card(replica) {
-    const ranks = [...(replica.ranks ?? [])].sort((a, b) => a.pp - b.pp || a.tp - b.tp);
+    const ranks = [...(replica.ranks)].sort((a, b) => a.pp - b.pp || a.tp - b.tp);
     const width = Math.max(1, ...ranks.map((rank) => rank.tp + 1));
     const grid = el("div", { className: width > 4 ? "grid dense" : "grid" }, ...ranks.map((rank) => this.cell(replica, rank)));
     grid.style.setProperty("--columns", width);
@@ -125,14 +123,14 @@ class Picture {
     say(nodes.kv, `KV ${(100 * used).toFixed(used > 0 && used < 0.1 ? 1 : 0)} %`);
     nodes.bar.style.width = `${100 * used}%`;
     nodes.bar.classList.toggle("full", used > 0.9);
-    for (const rank of replica.ranks ?? []) this.updateRank(replica, rank, kind);
+    for (const rank of replica.ranks) this.updateRank(replica, rank, kind);
   }
 
   updateRank(replica, rank, replicaKind) {
     const nodes = this.cells.get(`${replica.replica}/${rank.rank}`);
     const kind = rankKind(rank, replicaKind);
     const step = rank.step_ms ?? 0;
-    const wait = Math.min(rank.wait_ms ?? 0, step);
+    const wait = Math.min(waits(rank), step);
     nodes.node.dataset.kind = kind;
     say(nodes.mark, { slow: "slow", bad: "down", busy: "…" }[kind] ?? "");
     say(nodes.step, kind === "bad" ? "–" : step ? `${short(step)} ms` : "idle");
@@ -147,13 +145,19 @@ class Picture {
     this.rates = [...this.rates.slice(1 - HISTORY), rate];
     byId("totals").hidden = false;
     const entry = (value, words) => el("div", {}, el("b", {}, value), el("span", {}, words));
-    byId("totals").replaceChildren(entry(short(rate), "tokens/s"), entry(String(sum("running")), "running"), entry(String(sum("waiting")), "waiting"), line(this.rates));
+    const median = (of) => (totals[of]?.p50 == null ? "–" : `${short(totals[of].p50)} ms`);
+    byId("totals").replaceChildren(
+      entry(short(rate), "tokens/s"),
+      entry(median("ttft_ms"), "first token"),
+      entry(median("itl_ms"), "per token"),
+      line(this.rates),
+    );
   }
 
   head(replicas) {
     this.last = replicas;
-    const ranks = replicas.flatMap((replica) => (replica.ranks ?? []).map((rank) => rankKind(rank, stateKind(replica.state))));
-    const span = (axis) => 1 + Math.max(0, ...replicas.flatMap((replica) => (replica.ranks ?? []).map((rank) => rank[axis] ?? 0)));
+    const ranks = replicas.flatMap((replica) => (replica.ranks).map((rank) => rankKind(rank, stateKind(replica.state))));
+    const span = (axis) => 1 + Math.max(0, ...replicas.flatMap((replica) => (replica.ranks).map((rank) => rank[axis] ?? 0)));
     say(byId("shape"), `DP ${replicas.length} × PP ${span("pp")} × TP ${span("tp")}`);
     const down = ranks.filter((kind) => kind === "bad").length;
     const slow = ranks.filter((kind) => kind === "slow").length;
@@ -167,7 +171,7 @@ class Picture {
 
   /** The facts of the rank that was clicked. */
   describe(replicas) {
-    const found = replicas.flatMap((replica) => (replica.ranks ?? []).map((rank) => [`${replica.replica}/${rank.rank}`, rank])).find(([key]) => key === this.chosen);
+    const found = replicas.flatMap((replica) => (replica.ranks).map((rank) => [`${replica.replica}/${rank.rank}`, rank])).find(([key]) => key === this.chosen);
     for (const [key, nodes] of this.cells) nodes.node.setAttribute("aria-pressed", String(key === this.chosen));
     byId("detail").hidden = !found;
     if (!found) return;
@@ -176,7 +180,7 @@ class Picture {
       ["rank", `${rank.rank} (dp ${rank.dp}, pp ${rank.pp}, tp ${rank.tp})`],
       ["process", rank.pid ? String(rank.pid) : "none"],
       ["phase", rank.phase || "unknown"],
-      ["step", `${short(rank.step_ms ?? 0)} ms, of it ${short(rank.wait_ms ?? 0)} ms waiting`],
+      ["step", `${short(rank.step_ms ?? 0)} ms, of it ${short(waits(rank))} ms waiting`],
       ["memory", bytes(rank.memory_bytes ?? 0)],
       ["last heartbeat", rank.heartbeat_age_s == null ? "none" : `${rank.heartbeat_age_s.toFixed(1)} s ago`],
     ];
@@ -184,14 +188,18 @@ class Picture {
   }
 }
 
-function stateKind(state) {
-  if (WELL.test(state ?? "")) return "good";
-  return COMING.test(state ?? "") ? "busy" : GONE.test(state ?? "") ? "bad" : "busy";
-}
+const stateKind = (state) => KINDS[state] ?? "bad";
+const waits = (rank) => (rank.wait_ms ?? 0) + (rank.stage_wait_ms ?? 0);
 
 function rankKind(rank, replicaKind) {
-  if (GONE.test(rank.phase ?? "") || (rank.heartbeat_age_s ?? 0) > SILENT || replicaKind === "bad") return "bad";
-  return replicaKind === "busy" ? "busy" : rank.slow ? "slow" : "good";
+  if (replicaKind !== "good") return replicaKind;
+  if ((rank.heartbeat_age_s ?? 0) > SILENT) return "bad";
+  return rank.slow ? "slow" : "good";
+}
+
+/** Ranks that a replica which does not run tells nothing of, at their places. */
+function absent(replica, { tp = 0, pp = 1 } = {}) {
+  return Array.from({ length: tp * pp }, (_, rank) => ({ rank, dp: replica.replica, pp: Math.floor(rank / tp), tp: rank % tp }));
 }
 
 /** Tokens a second of the last minute. */

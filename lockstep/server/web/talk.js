@@ -66,7 +66,7 @@ export class Talk {
         return;
       } else {
         answer.fail(error.message || String(error), again);
-        if (error.status === 401) this.shared.needKey(error.message, again);
+        if (error.wantsKey) this.shared.needKey(error.message, again);
       }
     } finally {
       clearInterval(ticker);
