@@ -55,12 +55,13 @@ export class Answer {
     this.onpaint?.();
   }
 
-  /** "1.2 s to the first token, 118 tokens/s, 256 tokens". */
+  /** "first token 84 ms  ·  118 tokens/s  ·  256 tokens", each part kept on one line. */
   describe() {
     if (this.first === null) return `waiting ${seconds(performance.now() - this.started)}`;
     const took = this.last - this.first;
     const rate = this.tokens > 1 && took > 0 ? [`${format((1000 * (this.tokens - 1)) / took)} tokens/s`] : [];
-    return [`first token ${seconds(this.first - this.started)}`, ...rate, `${this.tokens} ${this.tokens === 1 ? "token" : "tokens"}`].join("  ·  ");
+    const parts = [`first token ${seconds(this.first - this.started)}`, ...rate, `${this.tokens} ${this.tokens === 1 ? "token" : "tokens"}`];
+    return parts.map((part) => part.replaceAll(" ", "\u00a0")).join("  ·  ");
   }
 
   /** Nothing more comes. how: a word about its end, where it is no plain one. */
@@ -69,7 +70,7 @@ export class Answer {
     this.node.classList.remove("growing");
     this.node.removeAttribute("aria-busy");
     this.paint();
-    if (this.text || how !== "failed") say(this.figures, how ? `${this.describe()}  ·  ${how}` : this.describe());
+    if (this.text || how !== "failed") say(this.figures, how ? `${this.describe()}  ·  ${how.replaceAll(" ", "\u00a0")}` : this.describe());
     if (this.text) this.tools.append(copyButton(() => this.text));
   }
 

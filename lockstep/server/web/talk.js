@@ -5,7 +5,7 @@ import { ApiError, stream } from "./api.js";
 import { byId, el, say } from "./dom.js";
 
 const NO_TEMPLATE = /chat.?template|chat\/completions/i; // what servers say that cannot chat
-const ENDS = { length: "token limit reached", stop: "", abort: "aborted", tool_calls: "asked for a tool" };
+const ENDS = { length: "at the limit", stop: "", abort: "aborted", tool_calls: "asked for a tool" };
 
 export class Talk {
   /** shared: {model(), mode(), setMode(mode), sampling(), system(), needKey(message), changed()}. */
