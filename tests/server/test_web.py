@@ -9,13 +9,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from lockstep.server.routes import web
-from tests.server.browser.fake_server import fake_server
-from tests.server.browser.setup import NoBrowserError, drive
+from lockstep.testing.server import running_server
+from tests.server.browser.fake_server import KEY, fake_server
+from tests.server.browser.setup import NoBrowserError, browser_folder, drive
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = re.findall(r"^  async (\w+)\(", (Path(__file__).parent / "browser" / "scenarios.mjs").read_text(), re.MULTILINE)
@@ -94,3 +96,16 @@ def results() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", FAKE)
 def test_in_a_browser(results: dict[str, dict[str, Any]], name: str) -> None:
     assert results[name]["ok"], results[name]["error"]
+
+
+def test_in_a_browser_with_a_real_server() -> None:
+    """The demo model over two ranks, from the page to the engine and back. The page itself comes without the key."""
+    try:
+        browser_folder()
+    except NoBrowserError as e:
+        pytest.skip(str(e))
+    with running_server("--api-key", KEY) as server:
+        for path in ("/", *(f"/web/{name}" for name in web.assets()), "/favicon.ico"):
+            assert httpx.get(server.url + path, timeout=10).status_code == 200, path
+        (result,) = drive("scenarios.mjs", [server.url, "real"], timeout_s=90)
+    assert result["ok"], result["error"]

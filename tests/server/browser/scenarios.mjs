@@ -292,7 +292,7 @@ const scenarios = {
   // For a real server: whatever model, through the whole engine.
   async real({ page }) {
     await until("the model's name", async () => (await page.locator("#model").textContent()) !== "");
-    await page.getByText("Complete", { exact: true }).click();
+    await page.check("input[value=complete]");
     await page.fill("#max_tokens", "48");
     await page.fill("#temperature", "0");
     await send(page, "def is_prime(n):\n    if n < 2:");
@@ -345,6 +345,7 @@ async function run(browser, base, name) {
     colorScheme: "light",
     userAgent: name === "asks_for_the_key" ? "needs-key" : "test",
   });
+  if (name === "real") await context.addInitScript(() => sessionStorage.setItem("lockstep.key", "right-key"));
   const page = await context.newPage();
   page.setDefaultTimeout(8000);
   const complaints = [];

@@ -11,7 +11,7 @@ for (const scheme of ["light", "dark"]) {
   const page = await browser.newPage({ viewport: { width: 1280, height: 832 }, colorScheme: scheme, deviceScaleFactor: 1.5 });
   await page.goto(base);
   await page.waitForFunction(() => document.getElementById("model").textContent);
-  await page.getByText("Complete", { exact: true }).click();
+  await page.check("input[value=complete]");
   await page.fill("#temperature", "0.6");
   await page.fill("#seed", "7");
   for (const [i, text] of PROMPTS.entries()) {
