@@ -156,3 +156,8 @@ def communicator() -> str:
 def host_id() -> str:
     """LOCKSTEP_HOST_ID: ranks that give the same one share memory; empty means find out."""
     return _text("LOCKSTEP_HOST_ID")
+
+
+def openai_api_key() -> str:
+    """OPENAI_API_KEY: the key that `lockstep bench serve` sends when none is given; empty means none."""
+    return _text("OPENAI_API_KEY")

@@ -137,7 +137,7 @@ def fake_server() -> Iterator[FakeServer]:
             if server.started or started.wait(0.02):
                 break
         assert server.started, "the fake server did not start in 20 s"
-        fake.url = "http://127.0.0.1:{}".format(server.servers[0].sockets[0].getsockname()[1])
+        fake.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         yield fake
     finally:
         server.should_exit = server.force_exit = True

@@ -69,8 +69,6 @@ def drive(script: str, arguments: Sequence[str], timeout_s: float) -> list[dict[
     """Run one of the scripts beside this file; the JSON lines that it prints. Raises NoBrowserError; AssertionError when it fails."""
     folder = browser_folder()
     command = ["node", str(HERE / script), *arguments]
-    done = subprocess.run(
-        command, env=_environment(folder), capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
-    )
+    done = subprocess.run(command, env=_environment(folder), capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{script} failed with {done.returncode}:\n{done.stderr[-4000:]}"
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
