@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_poisson_arrivals_have_their_rate_and_bursts_more_spread() -> None:
     def gaps(burstiness: float) -> tuple[float, float]:
         due = arrivals(20_000, 50.0, burstiness, 3)
         assert due == sorted(due) and due[0] == 0
-        found = [b - a for a, b in zip(due, due[1:], strict=False)]
+        found = [b - a for a, b in pairwise(due)]
         mean = sum(found) / len(found)
         return mean, math.sqrt(sum((g - mean) ** 2 for g in found) / len(found)) / mean
 
@@ -145,8 +146,10 @@ def test_a_line_that_is_no_request_is_named(tmp_path: Path, line: str) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("num_prompts", 0), ("request_rate", 0.0), ("burstiness", 0.0), ("random_range_ratio", 1.0), ("max_concurrency", 0)]
-    + [("endpoint", "embeddings"), ("prefix_len", 5), ("extra_body", "[1]"), ("num_warmups", -1), ("goodput", ["x"])],
+    [
+        *[("num_prompts", 0), ("request_rate", 0.0), ("burstiness", 0.0), ("random_range_ratio", 1.0), ("max_concurrency", 0)],
+        *[("endpoint", "embeddings"), ("prefix_len", 5), ("extra_body", "[1]"), ("num_warmups", -1), ("goodput", ["x"])],
+    ],
 )
 def test_what_cannot_be_is_refused_by_its_flag(flag: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')}="):
