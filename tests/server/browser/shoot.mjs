@@ -15,12 +15,12 @@ for (const scheme of ["light", "dark"]) {
   await page.fill("#temperature", "0.6");
   await page.fill("#seed", "7");
   for (const [i, text] of PROMPTS.entries()) {
-    await page.fill("#max_tokens", i ? "160" : "64");
+    await page.fill("#max_tokens", i ? "60" : "72");
     await page.fill("#prompt", text);
     await page.press("#prompt", "Enter");
     await page.waitForSelector(".growing");
     await page.waitForSelector("#stop", { state: "hidden" });
-    await page.waitForTimeout(1200); // the picture of the ranks catches up
+    await page.waitForTimeout(800); // the picture of the ranks catches up
   }
   await page.locator("#prompt").blur();
   const path = join(folder, `playground-${scheme}.png`);
