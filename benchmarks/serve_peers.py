@@ -135,7 +135,12 @@ def one_round(server: Server, args: argparse.Namespace, number: int) -> dict[str
         took_s = time.perf_counter() - start
         line = {name: found[name] for name in FIGURES}
         line |= {"pss_mib": round(server.pss_mib(), 1), "server_cores": round((server.cpu_s() - before) / took_s, 2)}
-        return {**line, "client_cores": found["client_cores"], "output_tokens": found["total_output_tokens"], "other_cores": watch.other_cores()}
+        return {
+            **line,
+            "client_cores": found["client_cores"],
+            "output_tokens": found["total_output_tokens"],
+            "other_cores": watch.other_cores(),
+        }
 
 
 class Results:
