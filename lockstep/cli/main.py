@@ -23,7 +23,7 @@ VERBS = {
     "chat": ("lockstep.cli.chat", "talk with the model in the terminal"),
     "demo": ("lockstep.cli.demo", "the embedded model on two ranks, and proof that the split changes nothing"),
     "verify": ("lockstep.cli.verify", "run a model under several splits and compare every bit"),
-    "bench": ("lockstep.cli.bench.main", "measure: latency, throughput"),
+    "bench": ("lockstep.cli.bench.main", "measure: latency, throughput, a server under load, collectives"),
     "doctor": ("lockstep.cli.doctor", "what this machine has, and whether ranks can talk"),
 }
 LATER = ("complete", "plan", "simulate", "top", "trace", "collect-env", "run-batch", "worker")

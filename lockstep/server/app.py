@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from lockstep.server import errors
-from lockstep.server.routes import admin, chat, completions, embeddings, generate, health, info, models, responses, tokenize
+from lockstep.server.routes import admin, chat, completions, embeddings, generate, health, info, models, responses, tokenize, web
 from lockstep.server.state import ServerState
 from lockstep.version import __version__
 
@@ -20,6 +20,7 @@ ROUTERS = (
     embeddings.router,
     tokenize.router,
     generate.router,
+    web.router,
 )
 
 

@@ -55,6 +55,11 @@ def hub_offline() -> bool:
     return _text("HF_HUB_OFFLINE") not in ("", "0")
 
 
+def openai_api_key() -> str:
+    """OPENAI_API_KEY: the key that `lockstep bench serve` sends when none is given; empty means none."""
+    return _text("OPENAI_API_KEY")
+
+
 def torchrun_rank() -> tuple[int, int, int] | None:
     """(RANK, LOCAL_RANK, WORLD_SIZE) as torchrun sets them, None when not started by it."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:

@@ -1,10 +1,11 @@
-"""`lockstep bench latency|throughput|collectives ...`: how fast the engine is here, as a figure others can make again.
+"""`lockstep bench latency|throughput|serve|collectives ...`: how fast the engine is here, as a figure others can make again.
 
   latency      one batch at a time: time to first token, time per token
   throughput   many requests at once: tokens per second; --compare transformers runs the peer in turn
+  serve        load on any OpenAI-compatible server: what its users would feel
   collectives  ranks that talk: time per call by operation, size and communicator
 
-The first two take the engine's flags (`lockstep bench throughput --help`); --json prints one JSON line per result.
+latency and throughput take the engine's flags (`lockstep bench throughput --help`); --json prints one JSON line per result.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lockstep.config.build import nearest
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 
-VERBS = ("latency", "throughput", "collectives")
+VERBS = ("latency", "throughput", "serve", "collectives")
 
 
 def run(argv: list[str]) -> int:
@@ -29,7 +30,13 @@ def run(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] not in VERBS:
         raise UsageError(f"{argv[0]!r} is not a benchmark: there are {', '.join(VERBS)}.{nearest(argv[0], VERBS)}")
-    return {"latency": _latency, "throughput": _throughput, "collectives": _collectives}[argv[0]](argv[1:])
+    return {"latency": _latency, "throughput": _throughput, "serve": _serve, "collectives": _collectives}[argv[0]](argv[1:])
+
+
+def _serve(argv: list[str]) -> int:
+    from lockstep.cli.bench.serve import run as measure
+
+    return measure(argv)
 
 
 def _collectives(argv: list[str]) -> int:
