@@ -72,7 +72,7 @@ class Fleet:
             config = actors.config
         self._config, self._spec, self._folder, self._actors = config, spec, folder, actors
         parallel = config.parallel
-        count = parallel.data_parallel_size
+        count = parallel.replicas_served
         self.supervisor = Supervisor(count, policy, time.monotonic())
         self._doorman = None
         if parallel.local_replicas < count:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ CALL_S = 60.0
 SEED_STRIDE = 1 << 32  # API processes draw seeds from ranges of their own
 
 _log = get_logger(__name__)
+
+# Where it is set, the names of jobs are noted there as they are submitted: for whoever may have to abort what a task started.
+submitted: ContextVar[list[str] | None] = ContextVar("submitted", default=None)
 
 
 class EngineDeadError(ExecutorError):
@@ -168,7 +172,7 @@ class AsyncEngine:
         for request in job.requests:
             request.session_id, request.data_parallel_rank = session_id, data_parallel_rank
         check_request(job.requests[0], self._limits)
-        replicas = self.config.parallel.data_parallel_size
+        replicas = self.config.parallel.replicas_served
         if data_parallel_rank is not None and not 0 <= data_parallel_rank < replicas:
             raise RequestError(f"data_parallel_rank={data_parallel_rank} does not exist: there are {replicas}, from 0 on.")
         return job
@@ -179,6 +183,9 @@ class AsyncEngine:
         stream = self._streams[job.request_id] = Stream()
         self._jobs[job.request_id] = job
         self._collector.start(job)
+        noted = submitted.get()
+        if noted is not None:
+            noted.append(job.request_id)
         for request in job.requests:
             await self._send(wire.Add(request))
         return stream

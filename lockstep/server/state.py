@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Annotated
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
 from lockstep.config.serve import ServeOptions
 from lockstep.frontend.async_engine import AsyncEngine
+from lockstep.server.admission import Admission, Bounds
+
+if TYPE_CHECKING:
+    from lockstep.server.middleware_gate import Running
+
+SEQUENCES = 256  # that an engine runs at once, where it does not say
 
 
 @dataclass
@@ -21,10 +31,39 @@ class ServerState:
     model_names: list[str]  # the first is what responses say
     created_s: int = field(default_factory=lambda: int(time.time()))  # Unix time
     draining: bool = False  # no new requests are taken
+    running: set[Running] = field(default_factory=set)  # requests that generate; the gate's
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
     def model(self) -> str:
         return self.model_names[0]
+
+    @cached_property
+    def admission(self) -> Admission:
+        """This process's share of what is let in. Of a connected engine."""
+        options, config = self.options, self.engine.config
+        replicas, processes = config.parallel.replicas_served, options.api_server_count
+        running = replicas * (config.scheduler.max_num_seqs or SEQUENCES)
+        queued, tokens = options.max_num_queued_reqs, options.max_queued_tokens
+        most = None if tokens is None else -(-tokens // processes)
+        return Admission(Bounds(-(-running // processes), -(-queued // processes), most, options.max_concurrency_per_key))
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and output."""
+        return self.engine.config.model.max_model_len or sys.maxsize
+
+    @cached_property
+    def most_characters(self) -> int:
+        """No text of more can fit: the context times the longest token."""
+        vocabulary: dict[str, int] = getattr(self.engine.tokenizer, "get_vocab", dict)()
+        return self.max_model_len * max((len(token) for token in vocabulary), default=sys.maxsize)
+
+    def background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Have something done, and do not wait for it."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 def state_of(request: Request) -> ServerState:
