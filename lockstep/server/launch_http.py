@@ -150,7 +150,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """What it waits for has not come. While a response is under way, or we do not read ourselves, that is no fault."""
         self._timer = None
         answering = self.cycle is not None and not self.cycle.response_complete
-        if self.flow.read_paused or (self._in_head and answering):
+        if self.flow.read_paused or self.pipeline or (self._in_head and answering):
             self._wait()
         elif answering and self.cycle.response_started:
             self.transport.close()
