@@ -31,6 +31,7 @@ from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt
 from lockstep.observability.logging import get_logger
 from lockstep.protocol import EngineOutput, FinishReason, SamplingParams
+from lockstep.utils.frames import NO_MESSAGE
 
 LONG_TEXT = 20_000  # characters; longer prompts are tokenized beside the event loop
 CALL_S = 60.0
@@ -249,7 +250,7 @@ class AsyncEngine:
         while True:
             try:
                 reply = wire.decode_reply(await self._socket.recv())
-            except msgspec.DecodeError as e:
+            except NO_MESSAGE as e:
                 self.fail(f"the engine said something that is no message: {e}")
                 return
             if isinstance(reply, wire.Outputs):

@@ -169,7 +169,6 @@ class Processes:
         poll = select.poll()
         for api in self.running.values():
             poll.register(api.channel, select.POLLIN)
-        poll.register(self._handle, select.POLLIN)
         poll.poll(POLL_S * 1000)
         self._pass_on_signals()
         failure = self._handle.failure()
@@ -208,7 +207,8 @@ class Processes:
         del self.running[api.index]
         api.end()
         if self._signals:
-            self._codes.append(code if code >= 0 else 128 - code)
+            told = life.state is State.STARTING and code == -signal.SIGTERM  # it had nothing to drain yet
+            self._codes.append(0 if told else code if code >= 0 else 128 - code)
             return
         state = self.supervisor.failed(api.index, now_s)
         _log.error("API process %d (pid %d) died: %s; its connections are lost", api.index, api.process.pid, procs.exit_cause(code))

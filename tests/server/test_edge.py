@@ -47,8 +47,20 @@ def test_without_a_key_every_route_but_the_open_ones_answers_401() -> None:
         closed = [(m, p) for m, p in routes if not (m in ("GET", "HEAD") and (p in OPEN_PATHS or p.startswith(OPEN_FOLDERS)))]
         assert {("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/v1/models"), ("POST", "/v1/completions")} <= set(closed)
         async with client_of(app) as client:
-            for method, path in [*closed, ("POST", "/health"), ("GET", "/nowhere"), ("GET", "/%2Flivez"), ("GET", "/livez/"), ("GET", "/web")]:
-                for headers in ({}, {"Authorization": "Bearer sk-wrong"}, {"Authorization": "sk-right"}, {"Authorization": "Basic sk-right"}):
+            for method, path in [
+                *closed,
+                ("POST", "/health"),
+                ("GET", "/nowhere"),
+                ("GET", "/%2Flivez"),
+                ("GET", "/livez/"),
+                ("GET", "/web"),
+            ]:
+                for headers in (
+                    {},
+                    {"Authorization": "Bearer sk-wrong"},
+                    {"Authorization": "sk-right"},
+                    {"Authorization": "Basic sk-right"},
+                ):
                     answer = await client.request(method, path, headers=headers)
                     assert answer.status_code == 401, (method, path, headers)
                     assert answer.headers["www-authenticate"] == "Bearer"

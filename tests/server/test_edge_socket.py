@@ -159,11 +159,10 @@ def test_what_is_no_http_is_refused_and_nobody_else_notices(whole: bytes) -> Non
 
 def test_a_client_that_sends_too_much_still_reads_why() -> None:
     async def walk() -> None:
-        async with serving(max_body_bytes=1000) as (port, _):
-            async with httpx.AsyncClient() as client:
-                answer = await client.post(f"http://127.0.0.1:{port}/tokenize", content=b" " * 5_000_000)
-                assert answer.status_code == 413
-                assert (await client.post(f"http://127.0.0.1:{port}/v1/completions", json=BUSY.echo)).status_code == 200
+        async with serving(max_body_bytes=1000) as (port, _), httpx.AsyncClient() as client:
+            answer = await client.post(f"http://127.0.0.1:{port}/tokenize", content=b" " * 5_000_000)
+            assert answer.status_code == 413
+            assert (await client.post(f"http://127.0.0.1:{port}/v1/completions", json=BUSY.echo)).status_code == 200
 
     run(walk())
 
