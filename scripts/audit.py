@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     pinned, bad, here = pins(chosen.constraints), denied(chosen.deny), {} if chosen.pins_only else installed()
     found = [*findings(pinned, bad, chosen.constraints.name), *findings(here, bad, "installed")]
     if not chosen.pins_only:
-        done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-m", "pip", "check"], check=False, capture_output=True, text=True, timeout=120)
         found += [f"pip check: {line}" for line in done.stdout.splitlines()] if done.returncode else []
     for line in found:
         print(line)

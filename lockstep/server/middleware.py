@@ -33,9 +33,8 @@ from lockstep.server.middleware_gate import Gate
 if TYPE_CHECKING:
     from lockstep.server.state import ServerState
 
-OPEN_PATHS = frozenset(
-    {"/livez", "/health", "/readyz", "/ready", "/", "/favicon.ico"}
-)  # for GET and HEAD; /health is /livez, /ready is /readyz
+# For GET and HEAD. /health is /livez by another name, and /ready is /readyz.
+OPEN_PATHS = frozenset({"/livez", "/health", "/readyz", "/ready", "/", "/favicon.ico"})
 OPEN_FOLDERS = ("/web/",)  # the page's own files
 _ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")  # of a client: what can be put into a header and a log line as it is
 _access = get_logger("lockstep.access")
