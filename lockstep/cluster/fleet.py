@@ -85,7 +85,7 @@ class Fleet:
         if self._doorman is not None:
             self._selector.register(self._doorman, selectors.EVENT_READ, _DOOR)
         try:
-            for replica in range(parallel.local_replicas):
+            for replica in range(min(parallel.local_replicas, count)):
                 self._start(replica)
             if actors is not None and self._doorman is not None:
                 actors.start(spec, folder, self._doorman.port)
