@@ -7,8 +7,8 @@ from lockstep.cli.errors import UsageError
 _LATER = "is not available yet in this version"
 _DP = f"keeping replicas in step (for expert parallelism) {_LATER}: leave it out"
 _ENDPOINTS = (
-    f"it chooses the endpoints of `lockstep serve`, which {_LATER}: leave it out (one endpoint, the leader's, has all replicas behind it; "
-    "--data-parallel-rank makes this process one replica by itself)"
+    "one server with a port for each replica is not available in this version: start a server for each (--data-parallel-rank), or one for "
+    "all of a host (--data-parallel-hybrid-lb of `lockstep serve`), or one for all there are (none of these)"
 )
 _EP = f"expert parallelism {_LATER}: leave it out"
 _CP = f"context parallelism {_LATER}: leave it out"
@@ -18,10 +18,7 @@ _QUANT = f"this kind of quantization {_LATER}: use --quantization int8 for the w
 
 UNAVAILABLE: dict[str, str] = {
     **dict.fromkeys(
-        (
-            *("--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
-            *("--data-parallel-multi-port-external-lb", "-dpm"),
-        ),
+        ("--data-parallel-multi-port-external-lb", "-dpm"),
         _ENDPOINTS,
     ),
     **dict.fromkeys(("--dp-sync-interval", "--disable-nccl-for-dp-synchronization"), _DP),

@@ -21,7 +21,7 @@ from lockstep.config.nodes import own_address
 from lockstep.config.tree import ParallelConfig
 from lockstep.observability.logging import get_logger
 from lockstep.utils import env, net
-from lockstep.utils.frames import receive_one, send_one
+from lockstep.utils.frames import NO_MESSAGE, receive_one, send_one
 from lockstep.utils.handshake import prove, proven
 
 GREETING_S = 5.0  # how long a greeting may take
@@ -161,7 +161,7 @@ class Doorman:
         try:
             net.prepare_link(connection, greeting.silence_s(self.parallel))
             self._greet(connection, address)
-        except (OSError, ValueError) as e:  # ValueError: it cannot be decoded
+        except (OSError, *NO_MESSAGE) as e:
             self._note(f"{address} connected and did not greet as a keeper of replicas does ({e})")
             connection.close()
         finally:

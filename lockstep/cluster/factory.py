@@ -19,7 +19,7 @@ def make_supervised(config: EngineConfig, spec: ModelSpec, folder: Path) -> Engi
     But for replicas that are more than this host can start again: over several hosts, or placed on a Ray cluster.
     """
     parallel = config.parallel
-    if parallel.nnodes == 1 and default_backend(parallel) in ("uni", "mp") and parallel.data_parallel_rank is None:
+    if parallel.nnodes == 1 and default_backend(parallel) in ("uni", "mp"):
         from lockstep.cluster.router import DataParallelClient
 
         return DataParallelClient(config, spec, folder)

@@ -75,7 +75,7 @@ class Fleet:
             config = actors.config
         self._config, self._spec, self._folder, self._actors = config, spec, folder, actors
         parallel = config.parallel
-        count = parallel.data_parallel_size
+        count = parallel.replicas_served
         self.supervisor = Supervisor(count, policy, time.monotonic())
         self._doorman = None
         try:
@@ -96,7 +96,7 @@ class Fleet:
         if self._doorman is not None:
             self._selector.register(self._doorman, selectors.EVENT_READ, _DOOR)
         try:
-            for replica in range(parallel.local_replicas):
+            for replica in range(min(parallel.local_replicas, count)):
                 self._start(replica)
             if actors is not None and self._doorman is not None:
                 actors.start(spec, folder, self._doorman.host, self._doorman.port)

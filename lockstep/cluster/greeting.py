@@ -26,7 +26,7 @@ import msgspec
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig, ParallelConfig
 from lockstep.kernels.library import choose
-from lockstep.utils.frames import receive_one, send_one
+from lockstep.utils.frames import NO_MESSAGE, receive_one, send_one
 from lockstep.utils.handshake import prove, proven
 from lockstep.version import __version__
 
@@ -157,7 +157,7 @@ def greet(connection: socket.socket, key: str, identity: Identity, deadline_s: f
 def _read(connection: socket.socket, decode: Callable[[bytes], Message], deadline_s: float) -> Message:
     try:
         return decode(receive_one(connection, deadline_s, MOST_BYTES))
-    except ValueError as error:
+    except NO_MESSAGE as error:
         raise ConnectionAbortedError(f"what it says is no greeting of ours ({error})") from None
 
 

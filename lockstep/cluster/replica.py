@@ -163,8 +163,9 @@ def start_process(
         raise
     finally:
         theirs.close()
+    rank = replica if config.parallel.data_parallel_rank is None else config.parallel.data_parallel_rank
     launch = wire.Launch(
-        config=replace(config, parallel=replace(config.parallel, data_parallel_rank=replica)),
+        config=replace(config, parallel=replace(config.parallel, data_parallel_rank=rank)),
         spec=spec,
         folder=str(folder),
         parent_pid=os.getpid(),

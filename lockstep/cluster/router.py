@@ -64,13 +64,13 @@ class _Live:
 
 
 class DataParallelClient(Operated):
-    """See EngineClient. Of `config.parallel.data_parallel_size` replicas, each a process of its own with its ranks, it starts those
+    """See EngineClient. Of `config.parallel.replicas_served` replicas, each a process of its own with its ranks, it starts those
     of this host and waits for the others."""
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, policy: RestartPolicy | None = None) -> None:
         """Raises ConfigError or ExecutorError when a replica does not start, or does not come in startup_timeout_seconds."""
         self._config, self._spec = config, spec
-        count = config.parallel.data_parallel_size
+        count = config.parallel.replicas_served
         self.timeline, self.failure = Timeline(), None
         self.book, self.health_book, self.mode, self.flight = LoadBook(count), HealthBook(count), Mode(), FlightRecorder("engine")
         self.flight.listen()

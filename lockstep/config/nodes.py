@@ -36,7 +36,7 @@ def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
     if rank > 0 and not headless:
         raise ConfigError(
             f"node_rank={rank} serves the leader (node 0) and takes no requests of its own: start it with "
-            "`lockstep generate ... --headless`."
+            "`lockstep serve ... --headless` (or generate)."
         )
     backend = parallel.distributed_executor_backend
     if backend not in (None, "mp"):

@@ -70,8 +70,8 @@ def _check_start(parallel: ParallelConfig, *, headless: bool) -> None:
     if not headless:
         if start is not None:
             raise ConfigError(
-                f"data_parallel_start_rank={start} without headless: an endpoint on each host belongs to `lockstep serve`, which is "
-                "not available yet in this version; add headless to keep replicas for a leader, or leave it out on the leader."
+                f"data_parallel_start_rank={start} without headless: add headless to keep replicas for a leader, or "
+                "--data-parallel-hybrid-lb to `lockstep serve` for an endpoint on this host; leave it out on the leader."
             )
         return
     if size == 1:

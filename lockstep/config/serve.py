@@ -26,7 +26,10 @@ class ServeOptions:
     host: str = opt("127.0.0.1", "Address to listen at; 0.0.0.0 is every interface (then set --api-key).")
     port: int = opt(8000, "Port to listen at; 0: the system chooses, and it is printed.")
     uds: str | None = opt(None, "Path of a Unix socket to listen at instead of host and port.")
-    api_key: list[str] = several("Key for clients to send as `Authorization: Bearer KEY`; all routes but /livez and /readyz ask for it.")
+    api_key: list[str] = several(
+        "Key for clients to send as `Authorization: Bearer KEY`; all routes but /livez, /readyz and the page's shell ask for it. "
+        "LOCKSTEP_API_KEY names more, where other users cannot read them."
+    )
     served_model_name: list[str] = several("Name(s) of the model in the API; default: its folder's or hub id.")
     api_server_count: int = opt(1, "Processes that speak HTTP.", "-asc")
     chat_template: str | None = opt(None, "File with the Jinja chat template to use instead of the model's own.")
@@ -41,6 +44,30 @@ class ServeOptions:
     profile_dir: str | None = opt(None, "Folder for what /stop_profile writes; default: profiles in the cache folder.")
     log_format: Literal["text", "json"] = opt("text", "Log lines as text or as JSON objects with request ids.")
     shutdown_timeout: float = opt(30.0, "Seconds that running requests have to finish after SIGTERM; a second signal ends them at once.")
+    headless: bool = opt(False, "Take no requests: run this host's ranks (--node-rank 1 and up) or replicas (-dpr) for a leader.")
+    data_parallel_external_lb: bool = opt(
+        False, "One server for each replica, this one for --data-parallel-rank (which implies it): a load balancer is in front.", "-dpe"
+    )
+    data_parallel_hybrid_lb: bool = opt(
+        False, "One server for each host, over its own replicas (-dpl of them, from -dpr on): a load balancer is in front.", "-dph"
+    )
+    ssl_keyfile: str | None = opt(None, "File of the TLS certificate's key (PEM); with --ssl-certfile the server speaks HTTPS.")
+    ssl_certfile: str | None = opt(None, "File of the TLS certificate (PEM), followed by those that vouch for it.")
+    ssl_ca_certs: str | None = opt(None, "File of the authorities (PEM) whose client certificates are taken.")
+    ssl_cert_reqs: int = opt(0, "Client certificates: 0 are not asked for, 1 are checked where there is one, 2 are required.")
+    allowed_origins: list[str] = several("Origin whose pages may use this server from a browser (CORS), like https://a.example; * is any.")
+    allowed_methods: list[str] = several("Method that those pages may use; default: GET and POST.")
+    allowed_headers: list[str] = several("Header that those pages may send; default: Authorization, Content-Type and those of request ids.")
+    allow_credentials: bool = opt(False, "Let those pages send cookies along; not with the origin *.")
+    max_header_bytes: int = opt(16384, "Most bytes of a request's head; more is answered 431.")
+    max_body_bytes: int = opt(16 << 20, "Most bytes of a request's body, counted as they come, like 16M; more is answered 413.")
+    request_read_timeout: float = opt(60.0, "Seconds in which a request's head has to come, and its body again; then 408.")
+    keep_alive_timeout: float = opt(30.0, "Seconds after which a connection that asks nothing is closed.")
+    limit_concurrency: int = opt(4096, "Most open connections of each process that speaks HTTP; one more is answered 503.")
+    max_num_queued_reqs: int = opt(1024, "Most sequences (requests times n) waiting beyond those that the engine runs at once; then 429.")
+    max_queued_tokens: int | None = opt(None, "Most tokens (prompt and output, times n) of all accepted requests together; then 429.")
+    max_concurrency_per_key: int | None = opt(None, "Most requests of one API key at once (without keys: of one client address); then 429.")
+    request_timeout: float = opt(3600.0, "Seconds after which a request is given up; a field `timeout` or X-Request-Timeout lowers it.")
 
 
 def read_chat_template(options: ServeOptions) -> str | None:

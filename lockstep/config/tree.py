@@ -52,7 +52,7 @@ class ParallelConfig:
     data_parallel_size_local: int | None = opt(
         None, "Replicas that run on this host; default: all of them. The others are kept by other hosts, with headless.", "-dpl"
     )
-    data_parallel_start_rank: int | None = opt(None, "The first of this host's replicas, on a host that runs headless.", "-dpr")
+    data_parallel_start_rank: int | None = opt(None, "The first of this host's replicas, where it runs headless, or with -dph.", "-dpr")
     data_parallel_address: str = opt(
         "127.0.0.1", "Address of the leader, which takes the requests, as other hosts with replicas reach it.", "-dpa"
     )
@@ -118,6 +118,11 @@ class ParallelConfig:
         """Which of its host's replicas this one is; None where this is none. Hosts have replicas in runs."""
         rank = self.data_parallel_rank
         return None if rank is None else (rank - (self.data_parallel_start_rank or 0)) % self.local_replicas
+
+    @property
+    def replicas_served(self) -> int:
+        """Replicas behind this process: all of them, or the one that data_parallel_rank names."""
+        return self.data_parallel_size if self.data_parallel_rank is None else 1
 
     @property
     def first_device(self) -> int:

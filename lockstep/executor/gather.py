@@ -24,6 +24,7 @@ from lockstep.executor.node_wire import Challenge, Hello, Identity, Refused, Wel
 from lockstep.executor.wire import FrameReader
 from lockstep.observability.logging import get_logger
 from lockstep.utils import env, handshake, net
+from lockstep.utils.frames import NO_MESSAGE
 from lockstep.utils.net import Listener
 from lockstep.utils.shm import Bell
 
@@ -208,7 +209,7 @@ class Gathering:
             return
         try:
             who = msgspec.msgpack.decode(hello.identity, type=Identity)
-        except msgspec.DecodeError as e:
+        except NO_MESSAGE as e:
             guest.link.close(Refused(f"its greeting cannot be read: {e}"))
             self._note(f"a node at {guest.address} was refused: its greeting cannot be read")
             return

@@ -27,6 +27,7 @@ import msgspec
 
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
+from lockstep.utils.frames import NO_MESSAGE
 from lockstep.version import __version__
 
 PROTOCOL = 2
@@ -177,7 +178,7 @@ class Frames:
             del self._buffer[: 4 + size]
             try:
                 message = _decode(body)
-            except msgspec.DecodeError as e:
+            except NO_MESSAGE as e:
                 raise FrameError(f"a message that cannot be decoded: {e}") from None
             yield message
 

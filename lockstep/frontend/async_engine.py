@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from lockstep.observability.logging import get_logger
 from lockstep.protocol import EngineOutput, FinishReason, Pooling, SamplingParams
 from lockstep.protocol.health import QUIET_S, SILENT_S
 from lockstep.utils import procs
+from lockstep.utils.frames import NO_MESSAGE
 
 LONG_TEXT = 20_000  # characters; longer prompts are tokenized beside the event loop
 CALL_S = 60.0
@@ -45,6 +47,9 @@ MOST_REPLAYS = 5  # of one request: if every engine that takes it dies, it is th
 SEED_STRIDE = 1 << 32  # API processes draw seeds from ranges of their own
 
 _log = get_logger(__name__)
+
+# Where it is set, the names of jobs are noted there as they are submitted: for whoever may have to abort what a task started.
+submitted: ContextVar[list[str] | None] = ContextVar("submitted", default=None)
 
 
 class AsyncEngine:
@@ -251,7 +256,7 @@ class AsyncEngine:
         for request in job.requests:
             request.session_id, request.data_parallel_rank = session_id, data_parallel_rank
         check_request(job.requests[0], self._limits)
-        replicas = self.config.parallel.data_parallel_size
+        replicas = self.config.parallel.replicas_served
         if data_parallel_rank is not None and not 0 <= data_parallel_rank < replicas:
             raise RequestError(f"data_parallel_rank={data_parallel_rank} does not exist: there are {replicas}, from 0 on.")
         return job
@@ -268,6 +273,9 @@ class AsyncEngine:
         stream = self._streams[job.request_id] = Stream()
         self._jobs[job.request_id] = job
         self._collector.start(job)
+        noted = submitted.get()
+        if noted is not None:
+            noted.append(job.request_id)
         for request in job.requests:
             await self._send(wire.Add(request))
         return stream
@@ -334,7 +342,7 @@ class AsyncEngine:
         while True:
             try:
                 reply = wire.decode_reply(await self._socket.recv())
-            except msgspec.DecodeError as e:
+            except NO_MESSAGE as e:
                 self.fail(f"the engine said something that is no message: {e}")
                 return
             if isinstance(reply, wire.Outputs):

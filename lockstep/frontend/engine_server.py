@@ -22,6 +22,7 @@ from lockstep.frontend import engine_wire as wire
 from lockstep.observability.logging import get_logger
 from lockstep.protocol import EngineOutput
 from lockstep.protocol.health import PULSE_S
+from lockstep.utils.frames import NO_MESSAGE
 
 _log = get_logger(__name__)
 
@@ -121,7 +122,7 @@ class EngineServer:
             who, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             try:
                 order = wire.decode_order(frames[0] if len(frames) == 1 else b"")
-            except msgspec.DecodeError:
+            except NO_MESSAGE:
                 _log.warning("a message of %d bytes that is none was dropped", sum(map(len, frames)))
                 continue
             if who in self._admitted and not isinstance(order, wire.Hello):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from lockstep.server import errors
+from lockstep.server import errors, middleware
 from lockstep.server.routes import admin, chat, completions, embeddings, generate, health, info, models, responses, tokenize, web
 from lockstep.server.state import ServerState
 from lockstep.version import __version__
@@ -29,6 +29,7 @@ def create_app(state: ServerState) -> FastAPI:
     app = FastAPI(title="lockstep", version=__version__, root_path=state.options.root_path)
     app.state.server = state
     errors.install(app)
+    middleware.install(app, state)
     for router in ROUTERS:
         app.include_router(router)
     return app

@@ -3,104 +3,133 @@
     this process: HTTP  --ZeroMQ-->  the engine's process: router  -->  replica processes  -->  their ranks
 
 The port is bound before anything is loaded, and held: a port that is taken is told at once. While the engine loads, the
-tokenizer does too, here.
+tokenizer does too, here. With --api-server-count the HTTP is spoken by processes of their own (`processes`), on the same socket.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import signal
+import resource
 import socket
+import stat
 import sys
 from pathlib import Path
 
-import uvicorn
-
+from lockstep.config.endpoint import check_options, for_endpoint, is_open
 from lockstep.config.errors import ConfigError
 from lockstep.config.serve import ServeOptions, read_chat_template
 from lockstep.config.source import DEMO_NAME, tokenizer_folder
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import resolve
-from lockstep.executor.contract import ExecutorError
 from lockstep.frontend.async_engine import AsyncEngine
 from lockstep.frontend.engine_handle import CLIENT
 from lockstep.frontend.engine_keeper import EngineKeeper
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer
 from lockstep.observability import logging
-from lockstep.server.app import create_app
+from lockstep.server.launch_serving import run_serving
+from lockstep.server.processes import ApiLaunch, serve_by_processes
 from lockstep.server.state import ServerState
+from lockstep.utils import env
 
-POLL_S = 0.2
+_log = logging.get_logger(__name__)
 
 
 def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) -> int:
     """Serve until told to stop; the exit code. Raises ConfigError or ExecutorError when it cannot start, or cannot go on."""
+    env.choose_log_format(options.log_format)
     logging.configure(config.runtime.log_level)
     read_chat_template(options)  # one that cannot be read is told before anything is loaded
-    config, spec, folder = resolve(config)
+    options = check_options(options)
+    config, spec, folder = resolve(for_endpoint(config, options))
+    raise_descriptor_limit()
     listener = listen(options)
     words = tokenizer_folder(config.model, folder)
+    names = options.served_model_name or [config.model.model or DEMO_NAME]
     with contextlib.closing(listener):
         handle = EngineKeeper(config, spec, folder, client=client)
         try:
+            if options.api_server_count > 1:
+                handle.wait()
+                launch = ApiLaunch(options=options, config=config, spec=spec, folder=str(folder), words=str(words), names=names)
+                return serve_by_processes(launch, handle, listener, lambda: announce(options, names[0], listener))
             tokenizer = load_in_background(lambda: load_tokenizer(words))
             handle.wait()
             engine = AsyncEngine(handle.endpoint, handle.secret, spec, folder, tokenizer.result())
-            names = options.served_model_name or [config.model.model or DEMO_NAME]
-            return asyncio.run(_serve(ServerState(options, engine, names), handle, listener))
+            state = ServerState(options, engine, names)
+            return run_serving(state, handle.failure, listener, lambda: announce(options, names[0], listener))
         finally:
             handle.close()
+            if options.uds:
+                Path(options.uds).unlink(missing_ok=True)
+
+
+def announce(options: ServeOptions, model: str, listener: socket.socket) -> None:
+    """Say where the server is, and whom that lets in."""
+    scheme, (host, port) = "https" if options.ssl_certfile else "http", listener.getsockname()[:2] if not options.uds else ("", 0)
+    where = options.uds or f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"lockstep serves {model} at {where}", file=sys.stderr, flush=True)
+    if is_open(options):
+        _log.warning(
+            "ANYBODY who reaches %s can use this server: host=%s is not this machine alone, and no --api-key is set. Set one (or "
+            "LOCKSTEP_API_KEY), or listen at 127.0.0.1.",
+            *(where, options.host),
+        )
+    elif not options.uds and not options.api_key:
+        print("  only this machine can reach it (--host and --api-key open it to others)", file=sys.stderr, flush=True)
 
 
 def listen(options: ServeOptions) -> socket.socket:
     """The bound socket. Raises ConfigError when it cannot be had."""
     if options.uds:
-        path = Path(options.uds)
-        found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            found.bind(str(path))
-        except OSError as e:
-            raise ConfigError(
-                f"uds={options.uds!r} cannot be listened at: {e.strerror}: give another path, or remove what is there."
-            ) from None
-        return found
+        return _listen_at_path(options.uds)
     try:
         family, kind, proto, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, proto)
+    except OSError as e:
+        raise _no_port(options, e) from None
+    try:
+        # Over sockets in TIME_WAIT only. Never SO_REUSEPORT: two servers would share a port, and requests go to either.
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
         found.listen(1024)
     except OSError as e:
-        raise ConfigError(f"host={options.host} port={options.port} cannot be listened at: {e.strerror}: give another --port.") from None
+        found.close()
+        raise _no_port(options, e) from None
     return found
 
 
-async def _serve(state: ServerState, handle: EngineKeeper, listener: socket.socket) -> int:
-    """Run HTTP until a signal comes or the engine is gone."""
-    await state.engine.connect()
-    server = uvicorn.Server(uvicorn.Config(create_app(state), log_level="warning", lifespan="off", access_log=False))
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, setattr, server, "should_exit", True)
-    watch = asyncio.create_task(_watch(state, handle, server))
-    where = state.options.uds or "http://{}:{}".format(*listener.getsockname()[:2])
-    print(f"lockstep serves {state.model} at {where}", file=sys.stderr, flush=True)
-    await server.serve(sockets=[listener])
-    watch.cancel()
-    failure = state.engine.failure
-    await state.engine.close()
-    if failure is not None:
-        raise ExecutorError(str(failure))
-    return 0
+def _no_port(options: ServeOptions, error: OSError) -> ConfigError:
+    return ConfigError(f"host={options.host} port={options.port} cannot be listened at: {error.strerror}: give another --port.")
 
 
-async def _watch(state: ServerState, handle: EngineKeeper, server: uvicorn.Server) -> None:
-    """The engine's end is the server's, once every request has been answered."""
-    while state.engine.failure is None:
-        await asyncio.sleep(POLL_S)
-        failure = handle.failure()
-        if failure is not None:
-            state.engine.fail(str(failure))
-    server.should_exit = True
+def _listen_at_path(path: str) -> socket.socket:
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if _is_stale(path):
+            Path(path).unlink()
+        found.bind(path)
+        found.listen(1024)
+    except OSError as e:
+        found.close()
+        raise ConfigError(f"uds={path!r} cannot be listened at: {e.strerror or e}: give another path, or remove what is there.") from None
+    return found
+
+
+def _is_stale(path: str) -> bool:
+    """Whether there is a socket that nobody listens at any more: a former server's."""
+    if not Path(path).exists() or not stat.S_ISSOCK(Path(path).stat().st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+    return False
+
+
+def raise_descriptor_limit() -> None:
+    """As many open sockets as the system allows: each stream is one, and the usual limit of 1024 is for programs with few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 20) if hard > 0 else 1 << 20, hard))

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Annotated
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
 from lockstep.config.serve import ServeOptions, read_chat_template
 from lockstep.frontend.async_engine import AsyncEngine
+from lockstep.server.admission import Admission, Bounds
 from lockstep.server.response_store import ResponseStore
 from lockstep.version import __version__
+
+if TYPE_CHECKING:
+    from lockstep.server.middleware_gate import Running
+
+SEQUENCES = 256  # that an engine runs at once, where it does not say
 
 
 @dataclass
@@ -24,6 +34,8 @@ class ServerState:
     created_s: int = field(default_factory=lambda: int(time.time()))  # Unix time
     draining: bool = False  # no new requests are taken
     responses: ResponseStore = field(default_factory=ResponseStore)
+    running: set[Running] = field(default_factory=set)  # requests that generate; the gate's
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a chat template that cannot be read."""
@@ -41,6 +53,33 @@ class ServerState:
     def name_of(self, asked: str | None) -> str:
         """The model's name as the client called it."""
         return asked or self.model
+
+    @cached_property
+    def admission(self) -> Admission:
+        """This process's share of what is let in. Of a connected engine."""
+        options, config = self.options, self.engine.config
+        replicas, processes = config.parallel.replicas_served, options.api_server_count
+        running = replicas * (config.scheduler.max_num_seqs or SEQUENCES)
+        queued, tokens = options.max_num_queued_reqs, options.max_queued_tokens
+        most = None if tokens is None else -(-tokens // processes)
+        return Admission(Bounds(-(-running // processes), -(-queued // processes), most, options.max_concurrency_per_key))
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and output."""
+        return self.engine.config.model.max_model_len or sys.maxsize
+
+    @cached_property
+    def most_characters(self) -> int:
+        """No text of more can fit: the context times the longest token."""
+        vocabulary: dict[str, int] = getattr(self.engine.tokenizer, "get_vocab", dict)()
+        return self.max_model_len * max((len(token) for token in vocabulary), default=sys.maxsize)
+
+    def background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Have something done, and do not wait for it."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 def state_of(request: Request) -> ServerState:

@@ -20,7 +20,12 @@ def cluster_key() -> str:
     return _text("LOCKSTEP_CLUSTER_KEY")
 
 
-_OWN_TO_HOST = ("HOST_IP", "HOST_ID", "INTERFACE", "PORT", "CACHE", "CLUSTER_KEY")
+def api_keys() -> list[str]:
+    """LOCKSTEP_API_KEY: key(s) that the server asks its clients for, with spaces between; unlike a flag, other users cannot read it."""
+    return _text("LOCKSTEP_API_KEY").split()
+
+
+_OWN_TO_HOST = ("HOST_IP", "HOST_ID", "INTERFACE", "PORT", "CACHE", "CLUSTER_KEY", "API_KEY")
 
 
 def for_other_hosts() -> dict[str, str]:
@@ -84,8 +89,8 @@ def debug_fault() -> str:
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """This process's environment for a child, with `changes`."""
-    return {**os.environ, **changes}
+    """This process's environment for a child, with `changes`. The server's keys are not for those who run the model."""
+    return {name: text for name, text in os.environ.items() if name != "LOCKSTEP_API_KEY"} | changes
 
 
 def master_address() -> tuple[str, int] | None:
@@ -123,6 +128,16 @@ def unbind_collectives(names: list[str]) -> None:
     """Undo `bind_collectives`."""
     for name in names:
         os.environ.pop(name, None)
+
+
+def log_format() -> str:
+    """LOCKSTEP_LOG_FORMAT: text (the default) or json; `--log-format` sets it for this process and those it starts."""
+    return _text("LOCKSTEP_LOG_FORMAT", "text").lower()
+
+
+def choose_log_format(name: str) -> None:
+    """Set LOCKSTEP_LOG_FORMAT."""
+    os.environ["LOCKSTEP_LOG_FORMAT"] = name
 
 
 def no_color() -> bool:

@@ -9,7 +9,11 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import msgspec
+
 Message = TypeVar("Message")
+# What decoding raises for bytes that are no message: also for text that is no UTF-8, and for arrays in arrays without end.
+NO_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 MAX_BYTES = 1 << 30  # of one message; a longer one is not ours
 _HEAD = struct.Struct("<I")
 _CHUNK = 1 << 18

@@ -94,12 +94,5 @@ def test_a_host_is_shared_by_its_own_replicas_only(
 
 
 def test_what_belongs_to_the_server_is_refused_by_name() -> None:
-    for flag in (
-        "-dph",
-        "--data-parallel-hybrid-lb",
-        "-dpe",
-        "--data-parallel-external-lb",
-        "-dpm",
-        "--data-parallel-multi-port-external-lb",
-    ):
+    for flag in ("-dpm", "--data-parallel-multi-port-external-lb"):
         assert "lockstep serve" in UNAVAILABLE[flag]

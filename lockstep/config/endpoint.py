@@ -1,0 +1,133 @@
+"""The rules of the endpoint: the server's own settings, and which replicas one server has behind it.
+
+    internal   one server, the leader's, for all replicas of all hosts (no flag)
+    hybrid     one server on each host, for the replicas there: -dph -dpl REPLICAS_HERE -dpr FIRST_OF_THEM
+    external   one server for each replica: -dpn REPLICA
+
+Replicas of a model that is not split by experts have nothing to tell each other, so a host's replicas are an engine of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import ssl
+from dataclasses import replace
+from pathlib import Path
+
+from lockstep.config.errors import ConfigError
+from lockstep.config.serve import ServeOptions
+from lockstep.config.tree import EngineConfig
+from lockstep.utils import env
+from lockstep.utils.net import is_loopback
+from lockstep.utils.sizes import parse_size
+
+_POSITIVE = (
+    *("api_server_count", "max_header_bytes", "max_body_bytes", "request_read_timeout", "keep_alive_timeout", "limit_concurrency"),
+    *("max_queued_tokens", "max_concurrency_per_key", "request_timeout"),
+)
+_NOT_NEGATIVE = ("shutdown_timeout", "max_num_queued_reqs", "port")
+_FILES = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
+MOST_API_SERVERS = 64
+
+
+def check_options(options: ServeOptions) -> ServeOptions:
+    """The options with sizes as numbers and the environment's keys among the others. Raises ConfigError for what cannot be."""
+    options = replace(
+        options,
+        max_header_bytes=_bytes("max_header_bytes", options.max_header_bytes),
+        max_body_bytes=_bytes("max_body_bytes", options.max_body_bytes),
+    )
+    for name in (*_POSITIVE, *_NOT_NEGATIVE):
+        value = getattr(options, name)
+        least = "at least 0" if name in _NOT_NEGATIVE else "greater than 0"
+        if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in _NOT_NEGATIVE))):
+            raise ConfigError(f"{name}={value} is impossible: it must be {least}.")
+    if options.port > 65535:
+        raise ConfigError(f"port={options.port} is no port: it must be from 0 (the system chooses) to 65535.")
+    if options.api_server_count > MOST_API_SERVERS:
+        raise ConfigError(f"api_server_count={options.api_server_count} is more than {MOST_API_SERVERS}: use one for each core to spare.")
+    if options.root_path and (not options.root_path.startswith("/") or options.root_path.endswith("/")):
+        raise ConfigError(f"root_path={options.root_path!r} must begin with / and not end with it, like /llm.")
+    _check_tls(options)
+    _check_origins(options)
+    return replace(options, api_key=_keys(options))
+
+
+def is_open(options: ServeOptions) -> bool:
+    """Whether others than this machine's users could reach the server and no key keeps them out."""
+    return not options.api_key and options.uds is None and not is_loopback(options.host)
+
+
+def for_endpoint(config: EngineConfig, options: ServeOptions) -> EngineConfig:
+    """The configuration of the replicas that this server has behind it. Raises ConfigError for flags that exclude each other."""
+    parallel = config.parallel
+    rank, start, local = parallel.data_parallel_rank, parallel.data_parallel_start_rank, parallel.data_parallel_size_local
+    if options.data_parallel_external_lb and options.data_parallel_hybrid_lb:
+        raise ConfigError("data_parallel_external_lb with data_parallel_hybrid_lb: a server is one replica's, or a host's; leave one out.")
+    if options.data_parallel_external_lb and rank is None:
+        raise ConfigError("data_parallel_external_lb needs data_parallel_rank: say which replica this server is for.")
+    if not options.data_parallel_hybrid_lb:
+        return config
+    size = parallel.data_parallel_size
+    if rank is not None:
+        raise ConfigError(
+            f"data_parallel_hybrid_lb with data_parallel_rank={rank}: that is a server for each replica; leave one of them out."
+        )
+    if local is None or start is None:
+        missing = "data_parallel_size_local" if local is None else "data_parallel_start_rank"
+        raise ConfigError(
+            f"data_parallel_hybrid_lb needs {missing}: say how many replicas this host runs (-dpl), and the first of them (-dpr)."
+        )
+    if parallel.data_parallel_backend != "mp":
+        raise ConfigError(f"data_parallel_hybrid_lb with data_parallel_backend={parallel.data_parallel_backend!r}: use mp.")
+    if local < 1 or start < 0 or start + local > size:
+        raise ConfigError(
+            f"data_parallel_start_rank={start} and data_parallel_size_local={local} make replicas {start} to {start + local - 1}, but "
+            f"data_parallel_size={size} has 0 to {size - 1}: choose both so that they fit."
+        )
+    here = replace(parallel, data_parallel_size=local, data_parallel_size_local=None, data_parallel_start_rank=None)
+    return replace(config, parallel=here)
+
+
+def _bytes(name: str, value: int | str) -> int:
+    found = parse_size(value) if isinstance(value, str) else value
+    if found is None:
+        raise ConfigError(f"{name}={value!r} is no amount of memory: write bytes, or a number with K, M or G (1K is 1024), like 16M.")
+    return found
+
+
+def _keys(options: ServeOptions) -> list[str]:
+    """The keys of the flag and of the environment. What no client could send in a header is no key."""
+    keys = [*options.api_key, *env.api_keys()]
+    for number, key in enumerate(keys, 1):
+        if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+            raise ConfigError(f"api_key number {number} is empty, or has characters that no client could send: use plain ASCII.")
+    return keys
+
+
+def _check_tls(options: ServeOptions) -> None:
+    given = {name: getattr(options, name) for name in _FILES if getattr(options, name) is not None}
+    for name, path in given.items():
+        if not Path(path).is_file():
+            raise ConfigError(f"{name}={path!r} is no file: name a PEM file that this user can read.")
+    if options.ssl_cert_reqs not in (0, 1, 2):
+        raise ConfigError(f"ssl_cert_reqs={options.ssl_cert_reqs} is not one of 0 (not asked for), 1 (checked) and 2 (required).")
+    if given and options.ssl_certfile is None:
+        raise ConfigError(f"{next(iter(given))} without ssl_certfile: name the server's own certificate too, or leave it out.")
+    if options.ssl_cert_reqs and options.ssl_ca_certs is None:
+        raise ConfigError(f"ssl_cert_reqs={options.ssl_cert_reqs} needs ssl_ca_certs: say whose certificates are taken.")
+    if options.ssl_certfile is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
+        except (ssl.SSLError, OSError) as e:
+            raise ConfigError(
+                f"ssl_certfile={options.ssl_certfile!r} and its key cannot be used: {e}: give PEM files that belong together."
+            ) from None
+
+
+def _check_origins(options: ServeOptions) -> None:
+    if options.allow_credentials and "*" in options.allowed_origins:
+        raise ConfigError("allow_credentials with allowed_origins '*': any page could act for whoever visits it; name the origins.")
+    given = [name for name in ("allowed_methods", "allowed_headers", "allow_credentials") if getattr(options, name)]
+    if given and not options.allowed_origins:
+        raise ConfigError(f"{given[0]} without allowed_origins: no page of another origin is let in; name the origins, or leave it out.")

@@ -1,0 +1,68 @@
+"""What a request asks for, from its JSON and before anything is tokenized: an estimate, for admission only.
+
+What is of the wrong type costs nothing here: the route refuses it by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lockstep.server.admission import Cost
+
+CHARS_PER_TOKEN = 4  # of ordinary text, roughly
+SHORT = 16  # tokens of a completion whose request names no limit, as OpenAI has it
+
+
+def cost_of(body: Any, max_model_len: int) -> Cost:
+    """The cost of a request to any of the routes that generate."""
+    if not isinstance(body, dict):
+        return Cost()
+    lengths = [length for name in ("prompt", "messages", "input") for length in _lengths(body.get(name), name)] or [1]
+    n = max(_count(body.get("n"), 1), _count(body.get("best_of"), 1))
+    limits = [_count(body.get(name), 0) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
+    asked = max(limits) or (SHORT if "prompt" in body else max_model_len)
+    each = [min(length + min(asked, max_model_len), max(length, max_model_len)) for length in lengths]
+    return Cost(sequences=n * len(lengths), tokens=n * sum(each))
+
+
+def characters_of(body: Any) -> int:
+    """Characters of the longest prompt, where prompts are text."""
+    if not isinstance(body, dict):
+        return 0
+    prompt, messages, single = body.get("prompt"), body.get("messages"), body.get("input")
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    texts = [*texts, *(single if isinstance(single, list) else [single])]
+    longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+    return max(longest, _characters(messages))
+
+
+def _lengths(value: Any, name: str) -> list[int]:
+    """Tokens of each prompt, about."""
+    if isinstance(value, str):
+        return [_tokens(len(value))]
+    if name == "messages":
+        return [_tokens(_characters(value))] if isinstance(value, list) else []
+    if not isinstance(value, list) or not value:
+        return []
+    if isinstance(value[0], int):
+        return [len(value)]
+    if isinstance(value[0], str | list):
+        return [_tokens(len(v)) if isinstance(v, str) else len(v) if isinstance(v, list) else 1 for v in value]
+    return [_tokens(_characters(value))]
+
+
+def _characters(messages: Any) -> int:
+    if isinstance(messages, str):
+        return len(messages)
+    if isinstance(messages, dict):
+        return sum(_characters(messages.get(name)) for name in ("content", "text", "parts"))
+    return sum(_characters(one) for one in messages) if isinstance(messages, list) else 0
+
+
+def _tokens(characters: int) -> int:
+    return max(1, characters // CHARS_PER_TOKEN)
+
+
+def _count(value: Any, default: int) -> int:
+    """A whole number above 0, as it is or the default; a giant one is bounded, for the route refuses it."""
+    return min(value, 1 << 20) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else default

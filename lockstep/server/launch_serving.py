@@ -1,0 +1,117 @@
+"""HTTP in one process, from the engine's first word to the last response: serving, the drain, the two ways to end early.
+
+first SIGTERM or SIGINT   readiness says 503, new requests that generate are refused, those under way finish, up to
+                          shutdown_timeout; what is left then ends with an error or "abort"; exit code 0
+second                    the end, now; exit code 128 + its number
+the engine is gone        every request ends with its error, then ExecutorError
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable
+
+import uvloop
+
+from lockstep.executor.contract import ExecutorError
+from lockstep.observability.logging import get_logger
+from lockstep.server.app import create_app
+from lockstep.server.errors import ApiError
+from lockstep.server.launch_http import Server, make_server
+from lockstep.server.middleware_gate import AGAIN_S, GRACE_S
+from lockstep.server.state import ServerState
+
+POLL_S = 0.05
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_log = get_logger(__name__)
+
+
+def run_serving(state: ServerState, failure: Callable[[], Exception | None], listener: socket.socket, ready: Callable[[], None]) -> int:
+    """Serve until a signal comes or the engine is gone; the exit code. Raises ExecutorError for the latter.
+
+    failure: why the engine's process runs no more, None while it does. ready: called once the engine is connected.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Serving(state, failure, listener).run(ready))
+
+
+class Serving:
+    """One process's HTTP and its end."""
+
+    def __init__(self, state: ServerState, failure: Callable[[], Exception | None], listener: socket.socket) -> None:
+        self._state, self._failure, self._listener = state, failure, listener
+        self._server: Server = make_server(create_app(state), state.options)
+        self._signals: list[int] = []
+        self._first, self._second = asyncio.Event(), asyncio.Event()
+
+    async def run(self, ready: Callable[[], None]) -> int:
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._signal, number)
+        await self._state.engine.connect()
+        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http")
+        ready()
+        helpers = [asyncio.create_task(self._watch()), asyncio.create_task(self._drain()), asyncio.create_task(self._at_once(serving))]
+        try:
+            await asyncio.wait([serving])
+            if not serving.cancelled():
+                serving.result()
+        finally:
+            for helper in helpers:
+                helper.cancel()
+        failure = self._state.engine.failure
+        await self._state.engine.close()
+        if failure is not None:
+            raise ExecutorError(str(failure))
+        return 128 + self._signals[1] if len(self._signals) > 1 else 0
+
+    def _signal(self, number: int) -> None:
+        self._signals.append(number)
+        (self._first if len(self._signals) == 1 else self._second).set()
+
+    async def _watch(self) -> None:
+        """The engine's end is the server's, once every request has been answered."""
+        engine = self._state.engine
+        while engine.failure is None:
+            await asyncio.sleep(POLL_S)
+            failure = self._failure()
+            if failure is not None:
+                engine.fail(str(failure))
+        _log.error("the engine is gone, and so is this server: %s", engine.failure)
+        self._state.draining = True
+        await self._empty(GRACE_S)
+        self._server.should_exit = True
+
+    async def _drain(self) -> None:
+        await self._first.wait()
+        state = self._state
+        state.draining = True
+        limit_s = state.options.shutdown_timeout
+        _log.warning("shutting down: %d requests have %g s to finish; a second signal ends them at once", len(state.running), limit_s)
+        if not await self._empty(limit_s):
+            late = ApiError(
+                503,
+                f"the server is shutting down, and the request was not done in {limit_s:g} s (shutdown_timeout): send it to another one.",
+                code="draining",
+                headers={"retry-after": str(AGAIN_S), "connection": "close"},
+            )
+            for running in list(state.running):
+                running.stop(late)
+            await self._empty(GRACE_S)
+        self._server.should_exit = True
+
+    async def _empty(self, limit_s: float) -> bool:
+        """Wait until nothing runs; whether that was in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while self._state.running:
+                    await asyncio.sleep(POLL_S)
+        return not self._state.running
+
+    async def _at_once(self, serving: asyncio.Task[None]) -> None:
+        await self._second.wait()
+        self._server.force_exit = True
+        serving.cancel()

@@ -1,0 +1,231 @@
+"""Several processes that speak HTTP, on one listening socket, before one engine: started, watched, restarted, ended.
+
+    this process:   the socket (bound once, handed down), the engine's process, this loop
+    API process i:  HTTP, tokenizing, an AsyncEngine of its own that is number i to the engine
+
+The system hands each new connection to whichever of them is free first. When one dies, its connections are lost and nobody
+else's; the engine aborts what it ran once its successor says Hello under the same number. When this process dies, so do all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from lockstep.cluster.supervisor import RestartPolicy, State, Supervisor
+from lockstep.config.errors import ConfigError
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.serve import ServeOptions
+from lockstep.config.tree import EngineConfig
+from lockstep.executor.contract import ExecutorError
+from lockstep.frontend.engine_keeper import EngineKeeper
+from lockstep.frontend.engine_process import Failed, Ready, decode_word
+from lockstep.observability.logging import get_logger
+from lockstep.utils import env, procs
+from lockstep.utils.frames import Channel, send_one
+
+POLL_S = 0.05
+START_S = 120.0
+LAUNCH_S = 30.0
+LAST_WORDS_S = 20.0  # beyond shutdown_timeout: for what is left to end, and to be said
+POLICY = RestartPolicy(first_s=0.1, most_failures=6)
+_log = get_logger(__name__)
+
+
+class ApiLaunch(msgspec.Struct, tag="launch", array_like=True, kw_only=True):
+    """All that an API process is told. words: folder of the tokenizer. names: of the model. The last four are filled in for each."""
+
+    options: ServeOptions
+    config: EngineConfig
+    spec: ModelSpec
+    folder: str
+    words: str
+    names: list[str]
+    sys_path: list[str] = []
+    endpoint: str = ""
+    secret: str = ""
+    index: int = 0
+
+
+class EngineLost(msgspec.Struct, tag="lost", array_like=True):
+    """The engine's process is gone: answer every request with this, then end."""
+
+    message: str
+
+
+Order = ApiLaunch | EngineLost
+encode = msgspec.msgpack.Encoder().encode
+decode_order = msgspec.msgpack.Decoder(Order).decode
+
+
+class ApiProcess:
+    """One start of one API process."""
+
+    def __init__(self, launch: ApiLaunch, listener: socket.socket, death_fd: int) -> None:
+        ours, theirs = socket.socketpair()
+        fds = [theirs.fileno(), death_fd, listener.fileno()]
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lockstep.server.processes_child", *map(str, fds), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                pass_fds=fds,
+                start_new_session=True,
+                env=env.child_environment(PYTHONUNBUFFERED="1"),
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.index = launch.index
+        with contextlib.suppress(OSError):  # dead already: its end says so
+            send_one(ours, encode(launch), time.monotonic() + LAUNCH_S)
+        self.channel: Channel[Ready | Failed] = Channel(ours, decode_word)
+
+    def heard(self) -> list[Any]:
+        """What it has said since."""
+        with contextlib.suppress(ConnectionError, msgspec.DecodeError):
+            return self.channel.receive()
+        return []
+
+    def tell(self, order: EngineLost) -> None:
+        with contextlib.suppress(OSError):
+            self.channel.send(encode(order))
+
+    def signal(self, number: int) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def end(self) -> None:
+        """Be done with it. May be called twice."""
+        procs.kill_group(self.process.pid)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2.0)
+        self.channel.close()
+
+
+class Processes:
+    """All API processes of one server. One thread."""
+
+    def __init__(self, launch: ApiLaunch, handle: EngineKeeper, listener: socket.socket) -> None:
+        self._launch, self._handle, self._listener = launch, handle, listener
+        self._death_pipe = os.pipe()
+        self._signals: list[int] = []
+        self._forwarded = 0
+        self._kill_s: float | None = None  # when patience with a drain ends
+        count = launch.options.api_server_count
+        self.supervisor = Supervisor(count, POLICY, time.monotonic())
+        self.running: dict[int, ApiProcess] = {}
+        self._codes: list[int] = []  # of those that ended in a drain
+
+    def run(self, ready: Callable[[], None]) -> int:
+        """Until a signal has drained them all, or the engine is gone; the exit code. Raises ConfigError or ExecutorError."""
+        before = {number: signal.signal(number, lambda n, _: self._signals.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for index in range(len(self.supervisor.lives)):
+                self._start(index)
+            announced = False
+            while True:
+                if not announced and all(life.state is State.READY for life in self.supervisor.lives):
+                    announced = True
+                    ready()
+                self._turn()
+                if self._signals and not self.running:
+                    return max(self._codes, default=0)
+        finally:
+            self.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def close(self) -> None:
+        """End them all. May be called twice."""
+        for api in self.running.values():
+            api.end()
+        self.running.clear()
+        for fd in self._death_pipe if self._death_pipe[0] >= 0 else ():
+            os.close(fd)
+        self._death_pipe = (-1, -1)
+
+    def _start(self, index: int) -> None:
+        sys_path = [path or os.getcwd() for path in sys.path]
+        launch = msgspec.structs.replace(
+            self._launch, endpoint=self._handle.endpoint, secret=self._handle.secret, index=index, sys_path=sys_path
+        )
+        self.running[index] = ApiProcess(launch, self._listener, self._death_pipe[0])
+
+    def _turn(self) -> None:
+        """Wait a moment, then see to everything that has happened."""
+        poll = select.poll()
+        for api in self.running.values():
+            poll.register(api.channel, select.POLLIN)
+        poll.poll(POLL_S * 1000)
+        self._pass_on_signals()
+        failure = self._handle.failure()
+        if failure is not None:
+            self._lose_engine(failure)
+        for api in list(self.running.values()):
+            self._hear(api)
+        if not self._signals:
+            for index in self.supervisor.due(time.monotonic()):
+                self._start(index)
+
+    def _pass_on_signals(self) -> None:
+        for number in self._signals[self._forwarded :]:
+            for api in self.running.values():
+                api.signal(number)
+            self._forwarded += 1
+            self._kill_s = time.monotonic() + (self._launch.options.shutdown_timeout + LAST_WORDS_S if self._forwarded == 1 else 2.0)
+        if self._kill_s is not None and time.monotonic() > self._kill_s:
+            for api in self.running.values():
+                api.signal(signal.SIGKILL)
+
+    def _hear(self, api: ApiProcess) -> None:
+        now_s, life = time.monotonic(), self.supervisor.lives[api.index]
+        ended = api.process.poll() is not None  # looked at first: what it said before it ended is there to be read
+        for word in api.heard():
+            if isinstance(word, Failed) and life.starts == 1 and life.state is State.STARTING:
+                raise ConfigError(word.message) if word.user else ExecutorError(word.message, log_tail=word.log_tail)
+            if isinstance(word, Ready) and life.state is State.STARTING:
+                self.supervisor.ready(api.index, now_s)
+                self.supervisor.worked(api.index) if life.starts == 1 else None
+        if not ended:
+            if life.state is State.STARTING and now_s - life.since_s > START_S:
+                raise ExecutorError(f"API process {api.index} was not ready after {START_S:g} s.", phase="start", kind="hung")
+            return
+        code = api.process.returncode
+        del self.running[api.index]
+        api.end()
+        if self._signals:
+            told = life.state is State.STARTING and code == -signal.SIGTERM  # it had nothing to drain yet
+            self._codes.append(0 if told else code if code >= 0 else 128 - code)
+            return
+        state = self.supervisor.failed(api.index, now_s)
+        _log.error("API process %d (pid %d) died: %s; its connections are lost", api.index, api.process.pid, procs.exit_cause(code))
+        if state is State.GIVEN_UP:
+            raise ExecutorError(f"API process {api.index} died {life.failures} times in a row, the last time by {procs.exit_cause(code)}.")
+
+    def _lose_engine(self, failure: Exception) -> None:
+        """Every request is answered with the reason, then all is over. Raises it."""
+        for api in self.running.values():
+            api.tell(EngineLost(str(failure)))
+        deadline = time.monotonic() + LAST_WORDS_S
+        for api in self.running.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                api.process.wait(max(0.0, deadline - time.monotonic()))
+        raise failure
+
+
+def serve_by_processes(launch: ApiLaunch, handle: EngineKeeper, listener: socket.socket, ready: Callable[[], None]) -> int:
+    """Run `launch.options.api_server_count` API processes until the end; the exit code. Raises ConfigError or ExecutorError."""
+    return Processes(launch, handle, listener).run(ready)

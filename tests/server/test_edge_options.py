@@ -1,0 +1,92 @@
+"""Impossible settings of the server are refused before anything starts, by name and with what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lockstep.config.build import build_config
+from lockstep.config.endpoint import check_options, for_endpoint, is_open
+from lockstep.config.errors import ConfigError
+from lockstep.config.serve import ServeOptions
+from lockstep.config.tree import EngineConfig
+from lockstep.utils import env
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"api_server_count": 0}, "api_server_count=0"),
+        ({"api_server_count": 65}, "api_server_count=65"),
+        ({"port": 65536}, "port=65536"),
+        ({"port": -1}, "port=-1"),
+        ({"max_body_bytes": "much"}, "max_body_bytes='much'"),
+        ({"max_body_bytes": 0}, "max_body_bytes=0"),
+        ({"request_timeout": float("nan")}, "request_timeout=nan"),
+        ({"shutdown_timeout": -1.0}, "shutdown_timeout=-1"),
+        ({"max_num_queued_reqs": -1}, "max_num_queued_reqs=-1"),
+        ({"root_path": "llm"}, "root_path='llm'"),
+        ({"root_path": "/llm/"}, "root_path='/llm/'"),
+        ({"api_key": [""]}, "api_key number 1"),
+        ({"api_key": ["good", "b\nad"]}, "api_key number 2"),
+        ({"api_key": ["schlüssel"]}, "api_key number 1"),
+        ({"ssl_keyfile": "/no/such"}, "ssl_keyfile='/no/such'"),
+        ({"ssl_cert_reqs": 3}, "ssl_cert_reqs=3"),
+        ({"ssl_cert_reqs": 2}, "ssl_ca_certs"),
+        ({"allowed_origins": ["*"], "allow_credentials": True}, "allow_credentials"),
+        ({"allowed_methods": ["GET"]}, "allowed_methods without allowed_origins"),
+    ],
+)
+def test_refused(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_options(ServeOptions(**settings))
+    assert word in str(error.value) and "schl" not in str(error.value) and "ad'" not in str(error.value)
+
+
+def test_sizes_and_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCKSTEP_API_KEY", "from-env other")
+    options = check_options(ServeOptions(api_key=["flag"], max_body_bytes="2M"))  # type: ignore[arg-type]
+    assert options.max_body_bytes == 2 << 20 and options.api_key == ["flag", "from-env", "other"]
+    assert "LOCKSTEP_API_KEY" not in env.child_environment() and "LOCKSTEP_API_KEY" not in env.for_other_hosts()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, False),
+        ({"host": "::1"}, False),
+        ({"host": "0.0.0.0"}, True),
+        ({"host": "0.0.0.0", "api_key": ["k"]}, False),
+        ({"host": "0.0.0.0", "uds": "/x"}, False),
+    ],
+)
+def test_open_to_others_without_a_key_is_noticed(settings: dict[str, Any], expected: bool) -> None:
+    assert is_open(ServeOptions(**settings)) is expected
+
+
+def test_a_hosts_own_endpoint_has_its_own_replicas() -> None:
+    config = build_config(data_parallel_size=4, data_parallel_size_local=2, data_parallel_start_rank=2)
+    parallel = for_endpoint(config, ServeOptions(data_parallel_hybrid_lb=True)).parallel
+    assert (parallel.data_parallel_size, parallel.local_replicas, parallel.data_parallel_start_rank) == (2, 2, None)
+    assert for_endpoint(EngineConfig(), ServeOptions()) == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "word"),
+    [
+        ({}, {"data_parallel_external_lb": True}, "data_parallel_external_lb needs data_parallel_rank"),
+        ({}, {"data_parallel_external_lb": True, "data_parallel_hybrid_lb": True}, "leave one out"),
+        ({"data_parallel_size": 2, "data_parallel_rank": 1}, {"data_parallel_hybrid_lb": True}, "data_parallel_rank=1"),
+        ({"data_parallel_size": 2, "data_parallel_start_rank": 1}, {"data_parallel_hybrid_lb": True}, "data_parallel_size_local"),
+        ({"data_parallel_size": 2, "data_parallel_size_local": 1}, {"data_parallel_hybrid_lb": True}, "data_parallel_start_rank"),
+        (
+            {"data_parallel_size": 2, "data_parallel_size_local": 2, "data_parallel_start_rank": 1},
+            {"data_parallel_hybrid_lb": True},
+            "0 to 1",
+        ),
+    ],
+)
+def test_endpoints_that_cannot_be(settings: dict[str, Any], flags: dict[str, bool], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        for_endpoint(build_config(**settings), ServeOptions(**flags))

@@ -1,0 +1,113 @@
+"""Thousands of requests that are wrong in every way, and good ones beside them: no crash, no 500, and every good one exactly right."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import random
+
+import httpx
+import psutil
+import pytest
+
+from lockstep.testing.server import RunningServer, running_server
+from tests.server import malformed
+
+READ_S = 2.0  # what the server waits for the rest of a request here
+AT_ONCE = 8
+HUGE_EVERY, RAW_EVERY = 60, 5  # of all requests
+
+
+class Storm:
+    """Sends wrong requests and, beside them, good ones."""
+
+    def __init__(self, server: RunningServer, count: int, seed: int) -> None:
+        self._url, self._port, self._count, self._seed = server.url, server.port, count, seed
+        self.statuses: collections.Counter[int] = collections.Counter()
+        self.faults: list[str] = []
+        self.good = 0
+
+    async def run(self, right: str) -> None:
+        limits = httpx.Limits(max_connections=AT_ONCE + 2)
+        async with httpx.AsyncClient(base_url=self._url, timeout=100, limits=limits) as client:
+            places, beside = asyncio.Semaphore(AT_ONCE), asyncio.create_task(self._beside(client, right))
+            await asyncio.gather(*(self._one(number, client, places) for number in range(self._count)))
+            beside.cancel()
+            self.faults += [
+                f"the good requests beside: {e!r}" for e in await asyncio.gather(beside, return_exceptions=True) if isinstance(e, Exception)
+            ]
+
+    async def _one(self, number: int, client: httpx.AsyncClient, places: asyncio.Semaphore) -> None:
+        rng = random.Random(self._seed * 1_000_003 + number)
+        async with places:
+            if number % RAW_EVERY == 0:
+                status = await self._raw(malformed.raw(rng))
+                what = "raw"
+            else:
+                path = rng.choice(malformed.PATHS)
+                body = malformed.huge(rng) if number % HUGE_EVERY == 1 else malformed.bytes_of(rng)
+                what = f"{path} {body[:300]!r}"
+                status = await self._post(client, path, body, rng)
+        self.statuses[status] += 1
+        if status >= 500:
+            self.faults.append(f"request {number} of seed {self._seed}: {status} for {what}")
+
+    async def _post(self, client: httpx.AsyncClient, path: str, body: bytes, rng: random.Random) -> int:
+        kind = rng.choice(("application/json", "application/json", "application/json", "text/plain", ""))
+        headers = {"X-Request-Timeout": "20"} | ({"Content-Type": kind} if kind else {})
+        try:
+            return (await client.post(path, content=body, headers=headers)).status_code
+        except httpx.TimeoutException:
+            return 599  # nothing may take so long
+        except httpx.TransportError:
+            return 0  # hung up on
+
+    async def _raw(self, data: bytes) -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            writer.write(data)
+            await writer.drain()
+            answer = await asyncio.wait_for(reader.read(1 << 16), READ_S + 20)
+        except ConnectionError:
+            return 0
+        except TimeoutError:
+            return 598  # it keeps who says nothing more
+        finally:
+            writer.close()
+        parts = answer.split(b" ", 2)
+        return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
+
+    async def _beside(self, client: httpx.AsyncClient, right: str) -> None:
+        while True:
+            answer = await client.post("/v1/completions", json=malformed.GOOD)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["choices"][0]["text"] == right, "a good request got other tokens"
+            self.good += 1
+
+
+def ask(server: RunningServer) -> str:
+    text: str = httpx.post(f"{server.url}/v1/completions", json=malformed.GOOD, timeout=60).json()["choices"][0]["text"]
+    return text
+
+
+def storm(count: int, seed: int) -> None:
+    with running_server("--request-read-timeout", str(READ_S), tp=1) as server:
+        right, before = ask(server), [p.pid for p in psutil.Process(server.pid).children(recursive=True)]
+        found = Storm(server, count, seed)
+        asyncio.run(found.run(right))
+        assert not found.faults, "\n".join(found.faults[:10]) + f"\n{found.statuses}\n{server.said()[-3000:]}"
+        assert found.good >= count // 100 and found.statuses[400] > count // 10, found.statuses
+        assert server.process.poll() is None and ask(server) == right
+        assert [p.pid for p in psutil.Process(server.pid).children(recursive=True)] == before, "something was restarted"
+        assert server.stop() == 0
+
+
+def test_300_wrong_requests() -> None:
+    storm(300, seed=1)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3000)
+def test_10_000_wrong_requests() -> None:
+    for seed in range(4):
+        storm(2500, seed=10 + seed)
