@@ -70,7 +70,7 @@ CASES: dict[str, tuple[StructuredOutputs, Callable[[str], Any]]] = {
 
 
 def params(name: str, **sampling: Any) -> SamplingParams:
-    return SamplingParams(**({"max_tokens": 100} | sampling), structured_outputs=CASES[name][0])
+    return SamplingParams(**({"max_tokens": 72} | sampling), structured_outputs=CASES[name][0])
 
 
 def check(name: str, output: RequestOutput) -> bool:
