@@ -31,7 +31,8 @@ from lockstep.utils import procs
 from lockstep.utils.frames import Channel
 
 LOST_ROUTER = 3  # exit code: the router is gone, or cannot be reached
-REPORT_S = 0.02  # at most so often the router is told what this replica carries
+REPORT_S = 0.02  # at most so often the router is told what this replica carries,
+LIVE_S = 0.5  # and so often, idle or not, how it does
 
 # What the router may call: name -> how it is done.
 CALLS: dict[str, Callable[..., Any]] = {
@@ -53,7 +54,7 @@ class Replica:
     def __init__(self, core: EngineCore, channel: Channel[wire.Order]) -> None:
         self.core, self.channel = core, channel
         self.ticket = 0
-        self._reported_s = 0.0
+        self._reported_s = self._live_s = 0.0
 
     def run(self, orders: Sequence[wire.Order] = ()) -> None:
         """Until told to stop (Ended), the router is gone (ConnectionError), or the engine fails (ExecutorError)."""
@@ -61,9 +62,11 @@ class Replica:
             self._take(order)
         while True:
             busy = self.core.has_unfinished()
-            if self.channel.wait(0.0 if busy else None):
+            if self.channel.wait(0.0 if busy else LIVE_S):
                 for order in self.channel.receive():
                     self._take(order)
+            elif not busy:
+                self._send([], report=False)
             if self.core.has_unfinished():
                 self._step()
 
@@ -80,7 +83,10 @@ class Replica:
 
     def _send(self, outputs: list[EngineOutput], report: bool) -> None:
         load = self.core.scheduler.load() if report else None
-        self.channel.send(wire.encode(wire.News(outputs, load, self.ticket)))
+        live, now_s = None, time.monotonic()
+        if now_s - self._live_s >= LIVE_S:
+            live, self._live_s = self.core.report(), now_s
+        self.channel.send(wire.encode(wire.News(outputs, load, self.ticket, live)))
         self.channel.drain()
 
     def _take(self, order: wire.Order) -> None:

@@ -21,6 +21,7 @@ import msgspec
 from lockstep.cluster import wire
 from lockstep.cluster.contract import EngineClient
 from lockstep.cluster.fleet import Fleet, Lost
+from lockstep.cluster.live import LiveBook, Recoveries, ReplicaNow
 from lockstep.cluster.load_book import LoadBook
 from lockstep.cluster.placement import Placement
 from lockstep.cluster.supervisor import RestartPolicy, State
@@ -68,8 +69,9 @@ class DataParallelClient(EngineClient):
         self._config, self._spec = config, spec
         count = config.parallel.data_parallel_size
         self.timeline, self.failure = Timeline(), None
-        self.book = LoadBook(count)
+        self.book, self._reports = LoadBook(count), LiveBook(config.parallel, count)
         self.recoveries_s: list[float] = []  # of each request that went on elsewhere: from the loss to its next token
+        self._returns_s: list[float] = []  # of each replica that came back
         self._placement = Placement(config)
         self._live: dict[str, _Live] = {}
         self._aliases: dict[str, str] = {}  # alias -> request id
@@ -155,7 +157,7 @@ class DataParallelClient(EngineClient):
         if name is None:
             return  # aborted here while it was on its way
         live = self._live[name]
-        output.request_id = name
+        output.request_id, output.replica = name, live.replica
         if output.new_token_ids:
             live.tokens += output.new_token_ids
             if live.lost_s:
@@ -208,6 +210,8 @@ class DataParallelClient(EngineClient):
             if reply.load is not None:
                 load = reply.load
                 self.book.reconcile(replica, load.waiting_tokens, load.running_tokens, load.requests, reply.ticket)
+            if reply.report is not None:
+                self._reports.heard(replica, reply.report)
         elif isinstance(reply, wire.Ready):
             self._ready(replica, reply)
         elif isinstance(reply, wire.Answer | wire.Refused):
@@ -221,6 +225,7 @@ class DataParallelClient(EngineClient):
             self._limits = limits_of(self.config, self._spec, self.memory)
         lost_s = self._lost_since.pop(replica, None)
         if lost_s is not None:
+            self._returns_s.append(now_s - lost_s)
             _log.warning("replica %d is back, %.2f s after it was lost", replica, now_s - lost_s)
         self.book.set_routable(replica, True)
         homeless, self._homeless = self._homeless, []
@@ -234,6 +239,7 @@ class DataParallelClient(EngineClient):
         self.book.set_routable(replica, False)
         self.book.forget(replica)
         self._placement.forget(replica)
+        self._reports.lost(replica)
         mine = [name for name, live in self._live.items() if live.replica == replica]
         _log.warning("%s %d requests go on elsewhere; %s", event.error, len(mine), event.then)
         if self.supervisor.hopeless:
@@ -300,6 +306,13 @@ class DataParallelClient(EngineClient):
 
     def stats(self) -> EngineStats:
         return combined([msgspec.msgpack.decode(v, type=EngineStats) for _, v in self._call("stats", skip_lost=True)])
+
+    def live(self) -> list[ReplicaNow]:
+        lives = enumerate(self.supervisor.lives)
+        return [self._reports.now(replica, life.state.value, life.starts - 1) for replica, life in lives]
+
+    def recoveries(self) -> Recoveries:
+        return Recoveries(self.recoveries_s, self._returns_s)
 
     def ranks(self) -> list[RankMemory]:
         return [rank for _, v in self._call("ranks", skip_lost=True) for rank in msgspec.msgpack.decode(v, type=list[RankMemory])]

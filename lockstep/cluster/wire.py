@@ -9,7 +9,7 @@ import msgspec
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.engine.sizing import MemoryPlan
-from lockstep.engine.stats import EngineLoad
+from lockstep.engine.stats import EngineLoad, EngineReport
 from lockstep.protocol import EngineOutput, EngineRequest
 
 
@@ -63,6 +63,7 @@ class News(msgspec.Struct, tag="news", array_like=True):
     outputs: list[EngineOutput]
     load: EngineLoad | None
     ticket: int
+    report: EngineReport | None = None  # twice a second
 
 
 class Answer(msgspec.Struct, tag="answer", array_like=True):

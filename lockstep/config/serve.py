@@ -28,4 +28,5 @@ class ServeOptions:
     api_server_count: int = opt(1, "Processes that speak HTTP.", "-asc")
     root_path: str = opt("", "Path under which a proxy serves this, like /llm.")
     log_format: Literal["text", "json"] = opt("text", "Log lines as text or as JSON objects with request ids.")
+    otlp_traces_endpoint: str = opt("", "URL of an OpenTelemetry collector (OTLP over HTTP) that gets a span for each request.")
     shutdown_timeout: float = opt(30.0, "Seconds that running requests have to finish after SIGTERM; a second signal ends them at once.")

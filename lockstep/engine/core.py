@@ -14,7 +14,8 @@ from lockstep.engine.admission import Limits, check_request
 from lockstep.engine.plan_builder import ScheduledStep
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.sizing import MemoryPlan, plan_memory
-from lockstep.engine.stats import EngineStats
+from lockstep.engine.stats import EngineReport, EngineStats
+from lockstep.engine.step_meter import StepMeter
 from lockstep.executor.contract import Executor, ExecutorError, StepFuture
 from lockstep.protocol import EngineOutput, EngineRequest, StepResult
 
@@ -48,7 +49,8 @@ class EngineCore:
         ahead = config.scheduler.async_scheduling or config.parallel.pipeline_parallel_size > 1
         self.depth = executor.max_concurrent_batches if ahead else 1
         self._timeout_s = config.parallel.execute_model_timeout_seconds + RESULT_GRACE_S
-        self._in_flight: deque[tuple[ScheduledStep, StepFuture]] = deque()  # oldest first
+        self._meter = StepMeter(clock)
+        self._in_flight: deque[tuple[ScheduledStep, StepFuture, float]] = deque()  # oldest first, with when it was issued
 
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request. It will end in exactly one output with a finish_reason.
@@ -89,11 +91,13 @@ class EngineCore:
                 planned = self.scheduler.schedule()
             if not planned:
                 break
-            self._in_flight.append((planned, self.executor.execute_model(planned.plan)))
+            issued_s = self._meter.now()
+            self._in_flight.append((planned, self.executor.execute_model(planned.plan), issued_s))
         if self._in_flight:
-            step, future = self._in_flight.popleft()
+            step, future, issued_s = self._in_flight.popleft()
             with timeline.span("wait for the ranks", "idle", step.plan.step):
                 result = self._wait(step, future)
+            self._meter.done(step.plan, issued_s)
             with timeline.span("update", "engine", step.plan.step):
                 self.scheduler.update(step, result)
 
@@ -119,6 +123,10 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """The numbers of this moment."""
         return self.scheduler.stats()
+
+    def report(self) -> EngineReport:
+        """The numbers of this moment, the steps' and the ranks' too. No rank is asked."""
+        return EngineReport(self.stats(), self._meter.totals.copy(), self.executor.live())
 
     def shutdown(self) -> None:
         """Abort what is unfinished, and stop the executor. Never raises, may be called twice.

@@ -24,7 +24,7 @@ from lockstep.executor.operations import Operation, StepOperation
 from lockstep.executor.spawn import Plan
 from lockstep.observability.timeline import Timeline
 from lockstep.observability.trace import BROADCAST
-from lockstep.protocol import StepPlan
+from lockstep.protocol import RankLive, StepPlan
 
 
 class MultiprocExecutor(Executor):
@@ -73,6 +73,12 @@ class MultiprocExecutor(Executor):
         self._give(operation, wire.Call(operation.id, method, list(args), dict(kwargs or {})), limit if timeout is None else timeout)
         operation.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return [operation.values[rank] for rank in sorted(operation.values)]
+
+    def live(self) -> list[RankLive]:
+        try:
+            return [self._fleet.board.live(rank) for rank in range(self._fleet.plan.world_size)]
+        except (ValueError, IndexError):  # the board was closed: the ranks have ended
+            return []
 
     def check_health(self) -> None:
         if self._fleet.operations.error is not None:

@@ -29,6 +29,7 @@ from lockstep.frontend.inputs import InputProcessor, Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt
 from lockstep.observability.logging import get_logger
+from lockstep.observability.otel import RequestSpans
 from lockstep.protocol import EngineOutput, FinishReason, SamplingParams
 
 LONG_TEXT = 20_000  # characters; longer prompts are tokenized beside the event loop
@@ -72,7 +73,9 @@ class AsyncEngine:
     def __init__(self, endpoint: str, secret: str, spec: ModelSpec, folder: Path, tokenizer: Any, *, index: int = 0) -> None:
         """index: of this API process among all. `connect` before anything else."""
         self._endpoint, self._secret, self._index = endpoint, secret, index
+        self.index = index
         self.spec, self.folder, self.tokenizer = spec, folder, tokenizer
+        self.observer: RequestSpans | None = None
         self.failure: EngineDeadError | None = None
         self.started_s = time.monotonic()
         self._context: zmq.asyncio.Context = zmq.asyncio.Context()
@@ -124,6 +127,8 @@ class AsyncEngine:
             self._listener.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._listener
+        if self.observer is not None:
+            await asyncio.to_thread(self.observer.close)
         self._socket.close()
         self._context.term()
 
@@ -179,6 +184,8 @@ class AsyncEngine:
         stream = self._streams[job.request_id] = Stream()
         self._jobs[job.request_id] = job
         self._collector.start(job)
+        if self.observer is not None:
+            self.observer.started(job.request_id, job.requests)
         for request in job.requests:
             await self._send(wire.Add(request))
         return stream
@@ -208,6 +215,11 @@ class AsyncEngine:
         ends = [EngineOutput(request_id=r.request_id, new_token_ids=[], finish_reason=reason, error=error) for r in job.requests]
         for output in self._collector.take(ends)[0]:
             stream.put(output)
+            self._observe_end(output)
+
+    def _observe_end(self, output: RequestOutput) -> None:
+        if self.observer is not None and output.finished:
+            self.observer.ended(output.request_id, [one.finish_reason for one in output.outputs], output.error)
 
     # --- calls ---
 
@@ -253,6 +265,8 @@ class AsyncEngine:
                 self.fail(reply.message)
 
     async def _take(self, reply: wire.Outputs) -> None:
+        if self.observer is not None:
+            self.observer.took(reply.outputs)
         outputs, ended = self._collector.take(reply.outputs)
         if ended:
             await self._send(wire.Abort(ended))
@@ -261,6 +275,7 @@ class AsyncEngine:
             if stream is None:
                 continue
             stream.put(output)
+            self._observe_end(output)
             if output.finished:
                 del self._streams[output.request_id], self._jobs[output.request_id]
 

@@ -29,7 +29,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     session_id: str | None = None  # requests of one session go to one replica, as far as loads allow
 
 
-class EngineOutput(msgspec.Struct, kw_only=True):
+class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What one step brought for one request. `finish_reason` is set on the last, and only there."""
 
     request_id: str
@@ -40,3 +40,6 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     stop_reason: int | str | None = None  # the stop token or string that ended it
     num_cached_tokens: int = 0
     error: str | None = None
+    queued_s: float = 0.0  # on the first output of a request: how long it waited before it first ran
+    preemptions: int = 0  # on the last: how often it lost its blocks and began again
+    replica: int = 0  # that brought it; written by the router

@@ -27,6 +27,7 @@ from lockstep.frontend.async_engine import AsyncEngine
 from lockstep.frontend.engine_handle import CLIENT, EngineHandle
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer, tokenizer_folder
 from lockstep.observability import logging
+from lockstep.observability.otel import check_endpoint
 from lockstep.server.app import create_app
 from lockstep.server.state import ServerState
 
@@ -37,6 +38,7 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
     """Serve until told to stop; the exit code. Raises ConfigError or ExecutorError when it cannot start, or cannot go on."""
     logging.configure(config.runtime.log_level)
     config, spec, folder = resolve(config)
+    check_endpoint(options.otlp_traces_endpoint)
     listener = listen(options)
     words = tokenizer_folder(config.model, folder)
     with contextlib.closing(listener):

@@ -10,6 +10,7 @@ nobody waits for the last stage: tokens come with a later plan.
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,9 +33,11 @@ from lockstep.worker.tracing import add_operations
 
 if TYPE_CHECKING:
     from lockstep.distributed.progress import ProgressCell
+    from lockstep.worker.meter import Meter
 
 RECEIVE, SEND = "wait for the stage before", "wait for the next stage"  # spans in which a stage idles
 PromptLogprobs = list[tuple[int, list[TokenLogprobs]]]
+_NOTHING = nullcontext()
 
 
 class ModelRunner:
@@ -50,10 +53,11 @@ class ModelRunner:
         device: torch.device,
         progress: ProgressCell | None = None,
         timeline: Timeline | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.model, self.spec, self.groups = model, spec, groups
         self.state, self.device, self.progress = state, device, progress
-        self.timeline = timeline or Timeline()
+        self.timeline, self.meter = timeline or Timeline(), meter
         self.sampler = Sampler()
         self.sending: list[Handle] = []  # what the next stage has not taken yet
         self.recorder: Recorder | None = None
@@ -117,16 +121,23 @@ class ModelRunner:
         Their keys and values are in the cache afterwards.
         """
         batch = AttentionBatch.build(inputs.query_lens, inputs.seq_lens, inputs.block_tables, self.state.block_size, self.device)
-        with self.timeline.span(RECEIVE, "idle"):
+        with self.timeline.span(RECEIVE, "idle"), self._stage():
             given = hop.receive(self.groups)
-        result = self.model(self._to_device(inputs.input_ids), batch.positions, batch, given)
+        with self._layers():
+            result = self.model(self._to_device(inputs.input_ids), batch.positions, batch, given)
         if isinstance(result, torch.Tensor):
             return result
-        with self.timeline.span(SEND, "idle"):
+        with self.timeline.span(SEND, "idle"), self._stage():
             for handle in self.sending:  # of the step before
                 handle.wait()
         self.sending = hop.send(self.groups, result)
         return None
+
+    def _stage(self) -> AbstractContextManager[None]:
+        return self.meter.stage() if self.meter is not None and self.groups.pp.world_size > 1 else _NOTHING
+
+    def _layers(self) -> AbstractContextManager[None]:
+        return self.meter.layers() if self.meter is not None and self.model.native is not None else _NOTHING
 
     def _sample(self, hidden: torch.Tensor | None, inputs: StepInputs) -> Sampled:
         """One token for each sampled row, the same on every rank; log-probabilities on the output rank only.

@@ -34,6 +34,7 @@ from lockstep.weights.loader import load_weights
 from lockstep.worker import kv, memory, profile, tracing
 from lockstep.worker.agreement import check_kernels
 from lockstep.worker.batch import BatchState
+from lockstep.worker.meter import Meter
 from lockstep.worker.model_runner import ModelRunner
 from lockstep.worker.recorder import Recorder
 
@@ -71,6 +72,7 @@ class Worker(Recorded):
         self._kv_bytes = 0
         self._threads = self._torch_threads = 0  # this rank's share; torch's own before
         self._watch = ExitStack()
+        self._meter = Meter(groups, progress) if progress is not None and groups.world.world_size > 1 else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,7 +169,14 @@ class Worker(Recorded):
         slots = most_num_seqs(self.config, default_token_budget(self.config, self.spec))
         state = BatchState(slots, self.config.model.max_model_len or self.spec.max_position_embeddings, block_size)
         self._runner = ModelRunner(
-            self.model, self.spec, self.groups, state=state, device=self.device, progress=self.progress, timeline=self.timeline
+            self.model,
+            self.spec,
+            self.groups,
+            state=state,
+            device=self.device,
+            progress=self.progress,
+            timeline=self.timeline,
+            meter=self._meter,
         )
         self._mark("warm-up")
         self._runner.rehearse([1], [1])
@@ -175,7 +184,12 @@ class Worker(Recorded):
 
     def execute_model(self, plan: StepPlan) -> StepResult | None:
         """Run one step. Its result on the rank that samples, None on the others."""
-        return self.runner.execute(plan)
+        result = self.runner.execute(plan)
+        if self._meter is not None:
+            self._meter.stepped()
+        if self.progress is not None and self.device.type == "cuda":
+            self.progress.times.memory(device_bytes=torch.cuda.memory_reserved(self.device))
+        return result
 
     def record(self, path: str) -> None:
         """Record what the next steps compute; `path` ends it and saves there, a file for each rank. "": begin anew."""
@@ -200,6 +214,8 @@ class Worker(Recorded):
 
     def shutdown(self) -> None:
         """Leave torch's threads as they were: the process may be the user's."""
+        if self._meter is not None:
+            self._meter.close()
         if self._torch_threads:
             torch.set_num_threads(self._torch_threads)
 
