@@ -24,9 +24,11 @@ VERBS = {
     "demo": ("lockstep.cli.demo", "the embedded model on two ranks, and proof that the split changes nothing"),
     "verify": ("lockstep.cli.verify", "run a model under several splits and compare every bit"),
     "bench": ("lockstep.cli.bench.main", "measure: latency, throughput, a server under load, collectives"),
+    "top": ("lockstep.cli.top", "the ranks of a running server, live"),
+    "collect-env": ("lockstep.cli.collect_env", "versions, processor and variables, for a bug report"),
     "doctor": ("lockstep.cli.doctor", "what this machine has, and whether ranks can talk"),
 }
-LATER = ("complete", "plan", "simulate", "top", "trace", "collect-env", "run-batch", "worker")
+LATER = ("complete", "plan", "simulate", "trace", "run-batch", "worker")
 
 USER_ERRORS = ("ConfigError", "WeightError")  # that ranks raise
 
@@ -35,8 +37,8 @@ USAGE = f"""lockstep {__version__}: one model, many devices, the same answer.
 usage: lockstep <command> [MODEL] [options]
 
 commands:
-{chr(10).join(f"  {verb:<10} {words}" for verb, (_, words) in VERBS.items())}
-  version    print the version
+{chr(10).join(f"  {verb:<11} {words}" for verb, (_, words) in VERBS.items())}
+  version     print the version
 
 `lockstep <command> --help` lists a command's options. Without MODEL, the embedded demo model is used:
   lockstep generate --prompt "def add(a, b):" --tensor-parallel-size 2

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lockstep.cluster.health import EngineHealth, RequestInfo
+from lockstep.cluster.live import Recoveries, ReplicaNow
 from lockstep.config.tree import EngineConfig
 from lockstep.engine.sizing import MemoryPlan
 from lockstep.engine.stats import EngineStats
@@ -56,6 +57,14 @@ class EngineClient(ABC):
     @abstractmethod
     def stats(self) -> EngineStats:
         """The numbers of this moment, of all replicas together."""
+
+    def live(self) -> list[ReplicaNow]:
+        """Every replica and its ranks, as last reported: nobody is asked, no step waits. [] where that is not known."""
+        return []
+
+    def recoveries(self) -> Recoveries:
+        """What became of losses so far."""
+        return Recoveries()
 
     @abstractmethod
     def ranks(self) -> list[RankMemory]:

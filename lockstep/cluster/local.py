@@ -9,6 +9,7 @@ from typing import Any
 
 from lockstep.cluster.contract import EngineClient
 from lockstep.cluster.health import EngineHealth, ReplicaHealth, RequestInfo, own_process
+from lockstep.cluster.live import LiveBook, ReplicaNow
 from lockstep.engine.core import EngineCore
 from lockstep.engine.errors import RequestError
 from lockstep.engine.stats import EngineStats
@@ -17,6 +18,7 @@ from lockstep.observability.timeline import Timeline
 from lockstep.observability.trace import Profile
 from lockstep.protocol import EngineOutput, EngineRequest
 
+LIVE_S = 0.5  # between two reports that are compared, at least
 NAP_S = 1.0  # longest wait of a `step` with nothing to do
 
 
@@ -26,6 +28,7 @@ class LocalClient(EngineClient):
     def __init__(self, core: EngineCore) -> None:
         self.core, self.config, self.memory = core, core.config, core.memory
         self._watched: int | None = None
+        self._live, self._reported_s = LiveBook(core.config.parallel, 1), 0.0
 
     @property
     def failure(self) -> ExecutorError | None:  # type: ignore[override]
@@ -57,6 +60,13 @@ class LocalClient(EngineClient):
 
     def stats(self) -> EngineStats:
         return self.core.stats()
+
+    def live(self) -> list[ReplicaNow]:
+        now_s = time.monotonic()
+        if now_s - self._reported_s >= LIVE_S:
+            self._reported_s = now_s
+            self._live.heard(0, self.core.report(), now_s)
+        return [self._live.now(0, "ready" if self.failure is None else "stopped", 0, now_s)]
 
     def ranks(self) -> list[RankMemory]:
         return self.core.executor.memory()

@@ -22,6 +22,7 @@ from lockstep.cluster import wire
 from lockstep.cluster.fleet import Fleet, Lost
 from lockstep.cluster.health import HealthBook
 from lockstep.cluster.incident import facts
+from lockstep.cluster.live import LiveBook, Recoveries, ReplicaNow
 from lockstep.cluster.load_book import LoadBook
 from lockstep.cluster.operate import Mode, Operated
 from lockstep.cluster.placement import Placement
@@ -73,8 +74,10 @@ class DataParallelClient(Operated):
         count = config.parallel.replicas_served
         self.timeline, self.failure = Timeline(), None
         self.book, self.health_book, self.mode, self.flight = LoadBook(count), HealthBook(count), Mode(), FlightRecorder("engine")
+        self._reports = LiveBook(config.parallel, count)
         self.flight.listen()
         self.recoveries_s: list[float] = []  # of each request that went on elsewhere: from the loss to its next token
+        self._returns_s: list[float] = []  # of each replica that came back
         self._placement = Placement(config)
         self._live: dict[str, _Live] = {}
         self._aliases: dict[str, str] = {}  # alias -> request id
@@ -160,7 +163,7 @@ class DataParallelClient(Operated):
         if name is None:
             return  # aborted here while it was on its way
         live = self._live[name]
-        output.request_id = name
+        output.request_id, output.replica = name, live.replica
         if output.new_token_ids:
             live.tokens += output.new_token_ids
             if live.lost_s:
@@ -214,6 +217,8 @@ class DataParallelClient(Operated):
             if reply.load is not None:
                 load = reply.load
                 self.book.reconcile(replica, load.waiting_tokens, load.running_tokens, load.requests, reply.ticket)
+            if reply.report is not None:
+                self._reports.heard(replica, reply.report)
         elif isinstance(reply, wire.Pulse):
             self.health_book.heard(replica, reply)
         elif isinstance(reply, wire.Ready):
@@ -229,6 +234,7 @@ class DataParallelClient(Operated):
             self._limits = limits_of(self.config, self._spec, self.memory)
         lost_s = self._lost_since.pop(replica, None)
         if lost_s is not None:
+            self._returns_s.append(now_s - lost_s)
             _log.warning("replica %d is back, %.2f s after it was lost", replica, now_s - lost_s)
         self.health_book.ready(replica)
         self.flight.event("replica ready", replica=replica)
@@ -254,6 +260,7 @@ class DataParallelClient(Operated):
             self.book.give_up(replica)
         self.book.forget(replica)
         self._placement.forget(replica)
+        self._reports.lost(replica)
         mine = [name for name, live in self._live.items() if live.replica == replica]
         _log.warning("%s %d requests go on elsewhere; %s", event.error, len(mine), event.then)
         if self.supervisor.hopeless:
@@ -346,6 +353,13 @@ class DataParallelClient(Operated):
 
     def stats(self) -> EngineStats:
         return combined([msgspec.msgpack.decode(v, type=EngineStats) for _, v in self._call("stats", skip_lost=True)])
+
+    def live(self) -> list[ReplicaNow]:
+        lives = enumerate(self.supervisor.lives)
+        return [self._reports.now(replica, life.state.value, life.starts - 1) for replica, life in lives]
+
+    def recoveries(self) -> Recoveries:
+        return Recoveries(self.recoveries_s, self._returns_s)
 
     def ranks(self) -> list[RankMemory]:
         return [rank for _, v in self._call("ranks", skip_lost=True) for rank in msgspec.msgpack.decode(v, type=list[RankMemory])]

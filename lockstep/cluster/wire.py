@@ -9,7 +9,7 @@ import msgspec
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.engine.sizing import MemoryPlan
-from lockstep.engine.stats import EngineLoad, EngineStats
+from lockstep.engine.stats import EngineLoad, EngineReport, EngineStats
 from lockstep.protocol import EngineOutput, EngineRequest
 from lockstep.protocol.health import RankHealth
 
@@ -64,6 +64,7 @@ class News(msgspec.Struct, tag="news", array_like=True):
     outputs: list[EngineOutput]
     load: EngineLoad | None
     ticket: int
+    report: EngineReport | None = None  # twice a second
 
 
 class Pulse(msgspec.Struct, tag="pulse", array_like=True):

@@ -43,6 +43,7 @@ class ServeOptions:
     root_path: str = opt("", "Path under which a proxy serves this, like /llm.")
     profile_dir: str | None = opt(None, "Folder for what /stop_profile writes; default: profiles in the cache folder.")
     log_format: Literal["text", "json"] = opt("text", "Log lines as text or as JSON objects with request ids.")
+    otlp_traces_endpoint: str = opt("", "URL of an OpenTelemetry collector (OTLP over HTTP) that gets a span for each request.")
     shutdown_timeout: float = opt(30.0, "Seconds that running requests have to finish after SIGTERM; a second signal ends them at once.")
     headless: bool = opt(False, "Take no requests: run this host's ranks (--node-rank 1 and up) or replicas (-dpr) for a leader.")
     data_parallel_external_lb: bool = opt(

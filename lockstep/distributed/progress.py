@@ -3,7 +3,7 @@
 One cell per rank in shared memory. A rank writes only its own cell, anyone reads, nobody locks. A rank that is killed,
 stopped or stuck leaves its last words behind. No torch.
 
-Cell (512 bytes), every number an aligned 8-byte integer (see `utils.shm` for why that is enough):
+Cell (1152 bytes), every number an aligned 8-byte integer (see `utils.shm` for why that is enough):
 
     0 version   odd while phase, step or note are being changed; a reader that sees it odd or changed reads again
     1 step      of the plan being executed, -1 when none
@@ -14,7 +14,8 @@ Cell (512 bytes), every number an aligned 8-byte integer (see `utils.shm` for wh
     6-7         free
     64..96      phase, UTF-8, zero-padded
     96..256     note
-    256..512    eight names of collectives, written once each, so that naming one costs a single store
+    256..768    16 names of collectives, written once each, so that naming one costs a single store
+    768..1152   what its time went into, see `rank_times`
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from collections.abc import Iterable
 
 import msgspec
 
+from lockstep.distributed import rank_times
+from lockstep.distributed.rank_times import RankTimes
+from lockstep.protocol.live import RankLive
 from lockstep.utils.shm import SharedBytes, fence
 
-_CELL = 512
+_CELL = 1152
 _PHASE = slice(64, 96)
 _NOTE = slice(96, 256)
-_NAMES, _NAME_BYTES = 256, 32
+_NAMES, _NAME_BYTES, _TIMES = 256, 32, 768
 _VERSION, _STEP, _COLLECTIVE, _CHANGED, _BEAT, _WHAT = range(6)
 
 
@@ -73,6 +77,7 @@ class ProgressCell:
         """`view`: the cell's bytes."""
         self._bytes = view
         self._numbers = view[:64].cast("q")
+        self.times = RankTimes(view[_TIMES:])
         self._names: dict[str, int] = {}
 
     def set(self, phase: str | None = None, step: int | None = None, collective: int | None = None, note: str | None = "") -> None:
@@ -97,14 +102,17 @@ class ProgressCell:
     def enter_collective(self, what: str = "") -> None:
         """Count one more collective of this phase and say which. Cheap (three stores): it is called for each."""
         numbers = self._numbers
-        numbers[_WHAT] = self._names.get(what) or self._name(what)
+        numbers[_WHAT] = self.number_of(what)
         numbers[_COLLECTIVE] += 1
         numbers[_CHANGED] = time.monotonic_ns()
 
+    def number_of(self, what: str) -> int:
+        """A collective's number in this cell, from 1 on; 0 when there is no room for its name."""
+        return self._names.get(what) or self._name(what)
+
     def _name(self, what: str) -> int:
-        """Write a name that was not seen before; 0 when there is no room."""
         number = len(self._names) + 1
-        if not what or number > (_CELL - _NAMES) // _NAME_BYTES:
+        if not what or number > rank_times.NAMES:
             return 0
         start = _NAMES + (number - 1) * _NAME_BYTES
         self._text(slice(start, start + _NAME_BYTES), what)
@@ -116,6 +124,11 @@ class ProgressCell:
         """Give a sign of life."""
         self._numbers[_BEAT] = time.monotonic_ns()
 
+    def name_at(self, number: int) -> str:
+        """The collective of that number; "" when there is none."""
+        start = _NAMES + (number - 1) * _NAME_BYTES
+        return _string(bytes(self._bytes[start : start + _NAME_BYTES])) if number > 0 else ""
+
     def _text(self, where: slice, text: str) -> None:
         width = where.stop - where.start
         raw = text.encode("utf-8", "replace")[:width]
@@ -124,6 +137,7 @@ class ProgressCell:
     def release(self) -> None:
         """Let go of the memory; the cell is dead afterwards."""
         self._numbers.release()
+        self.times.release()
         self._bytes.release()
 
 
@@ -169,9 +183,18 @@ class ProgressBoard:
                 break
         now = time.monotonic_ns()
         age, beat_age = ((now - t) * 1e-9 if t else float("inf") for t in (numbers[_CHANGED], numbers[_BEAT]))
-        start = _NAMES + (numbers[_WHAT] - 1) * _NAME_BYTES
-        what = _string(bytes(cell._bytes[start : start + _NAME_BYTES])) if numbers[_WHAT] else ""
+        what = cell.name_at(numbers[_WHAT])
         return Progress(_string(phase), numbers[_STEP], numbers[_COLLECTIVE], max(age, 0.0), max(beat_age, 0.0), _string(note), what)
+
+    def live(self, rank: int) -> RankLive:
+        """What the rank is doing, and what its time went into so far. No message, no lock: the rank is not disturbed."""
+        progress, cell = self.read(rank), self._cells[rank]
+        return cell.times.live(
+            rank,
+            phase=progress.where(),
+            beat_age_s=None if progress.beat_age_s == float("inf") else progress.beat_age_s,
+            names=[cell.name_at(number) for number in range(1, rank_times.NAMES + 1)],
+        )
 
     def copy_out(self, rank: int) -> bytes:
         """The rank's cell as it is now, for `copy_in` on another host."""

@@ -15,7 +15,8 @@ from lockstep.engine.admission import Limits, check_request
 from lockstep.engine.plan_builder import ScheduledStep
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.sizing import MemoryPlan, plan_memory
-from lockstep.engine.stats import EngineStats
+from lockstep.engine.stats import EngineReport, EngineStats
+from lockstep.engine.step_meter import StepMeter
 from lockstep.executor.contract import Executor, ExecutorError, StepFuture
 from lockstep.observability.flight_recorder import FlightRecorder
 from lockstep.protocol import EngineOutput, EngineRequest, StepResult
@@ -50,7 +51,8 @@ class EngineCore:
         ahead = config.scheduler.async_scheduling or config.parallel.pipeline_parallel_size > 1
         self.depth = executor.max_concurrent_batches if ahead else 1
         self._timeout_s = config.parallel.execute_model_timeout_seconds + RESULT_GRACE_S
-        self._in_flight: deque[tuple[ScheduledStep, StepFuture, float]] = deque()  # oldest first, with when they were issued
+        self._meter = StepMeter(clock)
+        self._in_flight: deque[tuple[ScheduledStep, StepFuture, float]] = deque()  # oldest first, with when it was issued
         self.flight = FlightRecorder("engine")
         self.busy_since_s: float | None = None  # monotonic time at which the `step` (or pause, sleep, ...) under way began
         self.paused, self.sleep_level = False, 0
@@ -97,7 +99,8 @@ class EngineCore:
                 planned = self.scheduler.schedule()
             if not planned:
                 break
-            self._in_flight.append((planned, self.executor.execute_model(planned.plan), time.monotonic()))
+            issued_s = self._meter.now()
+            self._in_flight.append((planned, self.executor.execute_model(planned.plan), issued_s))
         if self._in_flight:
             self._take_oldest()
 
@@ -107,10 +110,11 @@ class EngineCore:
         step, future, issued_s = self._in_flight.popleft()
         with timeline.span("wait for the ranks", "idle", step.plan.step):
             result = self._wait(step, future)
+        self._meter.done(step.plan, issued_s)
         with timeline.span("update", "engine", step.plan.step):
             self.scheduler.update(step, result)
         plan = step.plan
-        self.flight.step(plan.step, len(plan.slots), sum(plan.num_tokens), time.monotonic() - issued_s, result.compute_s)
+        self.flight.step(plan.step, len(plan.slots), sum(plan.num_tokens), self._meter.now() - issued_s, result.compute_s)
 
     def _wait(self, step: ScheduledStep, future: StepFuture) -> StepResult:
         """The result of a step. Raises ExecutorError, also for a step that does not end in time."""
@@ -193,6 +197,10 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """The numbers of this moment."""
         return self.scheduler.stats()
+
+    def report(self) -> EngineReport:
+        """The numbers of this moment, the steps' and the ranks' too. No rank is asked."""
+        return EngineReport(self.stats(), self._meter.totals.copy(), self.executor.live())
 
     def shutdown(self) -> None:
         """Abort what is unfinished, and stop the executor. Never raises, may be called twice.

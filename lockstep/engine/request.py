@@ -30,6 +30,7 @@ class Request:
     """
 
     __slots__ = (
+        "added_s",
         "block_hashes",
         "block_ids",
         "eos",
@@ -44,6 +45,7 @@ class Request:
         "pooling",
         "preemptions",
         "prompt_logprobs",
+        "queued_s",
         "request_id",
         "sent",
         "slot",
@@ -75,6 +77,7 @@ class Request:
         self.next_publish = NEVER  # number of computed tokens that completes the next block to publish
         self.num_cached = -1  # prompt tokens found in the cache when it first ran
         self.preemptions = 0
+        self.added_s = self.queued_s = 0.0  # when it came, and how long it waited to run
         # A request that goes on after its first token has given its prompt's away already.
         owed = sampling.prompt_logprobs is not None and not source.output_token_ids and source.pooling is None
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if owed else None

@@ -68,6 +68,7 @@ class Scheduler:
             raise RequestError(f"request {source.request_id!r}: {e}") from None
         priority = source.priority if self.limits.by_priority else 0
         request = Request(source, (priority, source.arrival_s or self._clock(), self._accepted), max_total)
+        request.added_s = self._clock()
         self._accepted += 1
         self._requests[source.request_id] = request
         self.waiting.add(request)
@@ -212,6 +213,8 @@ class Scheduler:
         if request.num_cached < 0:
             request.num_cached = min(request.num_computed, request.num_prompt)  # one that goes on has cached outputs too
         request.slot = self._free_slots.pop()
+        if not request.preemptions:
+            request.queued_s = self._clock() - request.added_s
         request.status = Status.RUNNING
         request.sent = len(request.token_ids)
         self.running.add(request)
@@ -309,6 +312,8 @@ class Scheduler:
                 num_cached_tokens=max(request.num_cached, 0),
                 error=error,
                 embedding=embedding,
+                queued_s=request.queued_s if first else 0.0,
+                preemptions=request.preemptions if reason is not None else 0,
             )
         )
 

@@ -6,6 +6,12 @@ from collections.abc import Sequence
 
 import msgspec
 
+from lockstep.observability.histogram import Histogram
+from lockstep.protocol import RankLive
+
+TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+STEP_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
 
 class EngineLoad(msgspec.Struct, array_like=True, frozen=True):
     """What an engine carries at a moment: what a router balances."""
@@ -45,3 +51,31 @@ class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
 def combined(stats: Sequence[EngineStats]) -> EngineStats:
     """The numbers of several engines, added up."""
     return EngineStats(**{name: sum(getattr(one, name) for one in stats) for name in EngineStats.__struct_fields__})
+
+
+class StepTotals(msgspec.Struct, array_like=True):
+    """What an engine's steps came to. All of it only grows."""
+
+    tokens: Histogram  # computed in a step
+    seconds: Histogram  # that a step added
+    busy_s: float = 0.0  # all steps' seconds
+    predicted: int = 0  # steps for which there was a prediction,
+    predicted_s: float = 0.0  # the sum of these,
+    measured_s: float = 0.0  # how long the same steps took,
+    error_s: float = 0.0  # and the sum of what each was off by, either way
+
+    @classmethod
+    def empty(cls) -> StepTotals:
+        return cls(Histogram.of(TOKEN_BOUNDS), Histogram.of(STEP_BOUNDS))
+
+    def copy(self) -> StepTotals:
+        """These, as they are now."""
+        return msgspec.structs.replace(self, tokens=self.tokens.copy(), seconds=self.seconds.copy())
+
+
+class EngineReport(msgspec.Struct, array_like=True):
+    """What an engine tells of itself twice a second, so that nobody has to ask."""
+
+    stats: EngineStats
+    steps: StepTotals
+    ranks: list[RankLive]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from lockstep.observability.timeline import Timeline
 from lockstep.observability.trace import Profile, Track
-from lockstep.protocol import RankMemory, StepPlan, StepResult
+from lockstep.protocol import RankLive, RankMemory, StepPlan, StepResult
 from lockstep.protocol.health import RankHealth
 
 __all__ = ["Executor", "ExecutorError", "RankMemory", "StepFuture"]
@@ -101,6 +101,10 @@ class Executor(ABC):
         engine = Track("engine", self.timeline.take(), self.timeline.left_out)
         answers = enumerate(self.collective_rpc("take_timeline"))
         return Profile([engine, *(Track(f"rank {rank}", rows, left_out) for rank, (rows, left_out) in answers)])
+
+    def live(self) -> list[RankLive]:
+        """What each rank is doing and what its time went into, by rank, without asking any; [] where that is not known."""
+        return []
 
     @abstractmethod
     def check_health(self) -> None:

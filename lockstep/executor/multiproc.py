@@ -24,7 +24,7 @@ from lockstep.executor.operations import Operation, StepOperation
 from lockstep.executor.spawn import Plan
 from lockstep.observability.timeline import Timeline
 from lockstep.observability.trace import BROADCAST
-from lockstep.protocol import StepPlan
+from lockstep.protocol import RankLive, StepPlan
 from lockstep.protocol.health import RankHealth
 
 
@@ -77,6 +77,12 @@ class MultiprocExecutor(Executor):
 
     def health(self) -> list[RankHealth]:
         return self._fleet.health()
+
+    def live(self) -> list[RankLive]:
+        try:
+            return [self._fleet.board.live(rank) for rank in range(self._fleet.plan.world_size)]
+        except (ValueError, IndexError):  # the board was closed: the ranks have ended
+            return []
 
     def check_health(self) -> None:
         if self._fleet.operations.error is not None:

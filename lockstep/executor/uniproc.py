@@ -13,13 +13,15 @@ import msgspec
 
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
+from lockstep.distributed.rank_times import RankTimes
 from lockstep.executor import failure, wire
 from lockstep.executor.affinity import plan_here
 from lockstep.executor.contract import Executor, ExecutorError, RankMemory, StepFuture
 from lockstep.executor.worker_loop import call_worker, leave, raised_answer, worker_class
 from lockstep.observability.timeline import Timeline
-from lockstep.protocol import StepPlan, StepResult
+from lockstep.protocol import RankLive, StepPlan, StepResult
 from lockstep.protocol.health import RankHealth
+from lockstep.utils.host_memory import resident_bytes
 
 
 class _Finished:
@@ -49,6 +51,8 @@ class UniprocExecutor(Executor):
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str) -> None:
         self.timeline = Timeline()
         self._error: ExecutorError | None = None
+        self._times = RankTimes()
+        self._times.is_process(os.getpid())
         self._callbacks: list[Callable[[ExecutorError], None]] = []
         self._worker: Any = None
         self._place = ("init", time.monotonic())  # what the rank is at, and since when
@@ -81,7 +85,9 @@ class UniprocExecutor(Executor):
             with self._ending(f"step {plan.step}"), self._seat, self.timeline.span("run step", "engine", plan.step):
                 timeline: Timeline = self._worker.timeline
                 timeline.enter(plan.step)
+                began_ns = time.monotonic_ns()
                 result = self._worker.execute_model(plan)
+                self._times.stepped(time.monotonic_ns() - began_ns)
                 leave(timeline, plan, "result")
                 return _Finished(result, None)
         except ExecutorError as e:
@@ -105,6 +111,10 @@ class UniprocExecutor(Executor):
     def health(self) -> list[RankHealth]:
         phase, since_s = self._place
         return [RankHealth(rank=0, pid=os.getpid(), where=phase, phase=phase, age_s=time.monotonic() - since_s)]
+
+    def live(self) -> list[RankLive]:
+        self._times.memory(resident_bytes())
+        return [self._times.live(0, phase="idle", beat_age_s=0.0)]  # who asks is the rank's own thread
 
     def check_health(self) -> None:
         if self._error is not None:

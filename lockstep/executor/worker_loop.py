@@ -99,6 +99,7 @@ class WorkerLoop:
             if self._reports:
                 assert result is not None, "the output rank's execute_model returned nothing"
                 self._report(wire.StepDone(order.id, result))
+            self._cell.times.stepped(int(1e9 * (now_s() - received_s)))
             leave(timeline, plan, "reply")
         except Exception as e:
             self._reply(raised_answer(order.id, f"step {plan.step}", e, fatal=True))

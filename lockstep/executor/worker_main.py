@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import itertools
 import os
 import signal
 import socket
@@ -28,8 +29,10 @@ from lockstep.executor.worker_loop import WorkerLoop, raised_answer, worker_clas
 from lockstep.observability import logging
 from lockstep.utils import procs
 from lockstep.utils.cores import keep_on
+from lockstep.utils.host_memory import resident_bytes
 
 BEAT_S = 0.2
+MEMORY_BEATS = 5  # so often resident memory is told
 LAST_WORDS_S = 10.0  # after an exception: how long to wait for the driver to end this process
 
 
@@ -106,8 +109,11 @@ def _read_launch(fd: int) -> wire.Launch:
 
 
 def _beat(cell: ProgressCell) -> None:
-    while True:
+    cell.times.is_process(os.getpid())
+    for beat in itertools.count():
         cell.beat()
+        if beat % MEMORY_BEATS == 0:
+            cell.times.memory(resident_bytes())
         time.sleep(BEAT_S)
 
 

@@ -10,7 +10,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ from lockstep.frontend.collector import Collector
 from lockstep.frontend.inputs import InputProcessor, Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt
-from lockstep.frontend.streams import CallRefused, EngineDeadError, Stream
+from lockstep.frontend.streams import CallRefused, EngineDeadError, Stream, submitted
 from lockstep.observability.logging import get_logger
+from lockstep.observability.otel import RequestSpans
 from lockstep.protocol import EngineOutput, FinishReason, Pooling, SamplingParams
 from lockstep.protocol.health import QUIET_S, SILENT_S
 from lockstep.utils import procs
@@ -48,9 +48,6 @@ SEED_STRIDE = 1 << 32  # API processes draw seeds from ranges of their own
 
 _log = get_logger(__name__)
 
-# Where it is set, the names of jobs are noted there as they are submitted: for whoever may have to abort what a task started.
-submitted: ContextVar[list[str] | None] = ContextVar("submitted", default=None)
-
 
 class AsyncEngine:
     """One API process's connection to the engine. Everything is called on one event loop.
@@ -61,7 +58,9 @@ class AsyncEngine:
     def __init__(self, endpoint: str, secret: str, spec: ModelSpec, folder: Path, tokenizer: Any, *, index: int = 0) -> None:
         """index: of this API process among all. `connect` before anything else."""
         self._endpoint, self._secret, self._index = endpoint, secret, index
+        self.index = index
         self.spec, self.folder, self.tokenizer = spec, folder, tokenizer
+        self.observer: RequestSpans | None = None
         self.failure: EngineDeadError | None = None
         self.restarts = 0  # of the engine's process, as seen from here
         self._health: EngineHealth | None = None
@@ -177,6 +176,8 @@ class AsyncEngine:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         self._compiler.shutdown(wait=False, cancel_futures=True)
+        if self.observer is not None:
+            await asyncio.to_thread(self.observer.close)
         self._socket.close()
         self._context.term()
 
@@ -276,6 +277,8 @@ class AsyncEngine:
         noted = submitted.get()
         if noted is not None:
             noted.append(job.request_id)
+        if self.observer is not None:
+            self.observer.started(job.request_id, job.requests)
         for request in job.requests:
             await self._send(wire.Add(request))
         return stream
@@ -306,6 +309,11 @@ class AsyncEngine:
         ends = [EngineOutput(request_id=r.request_id, new_token_ids=[], finish_reason=reason, error=error) for r in job.requests]
         for output in self._collector.take(ends)[0]:
             stream.put(output)
+            self._observe_end(output)
+
+    def _observe_end(self, output: RequestOutput) -> None:
+        if self.observer is not None and output.finished:
+            self.observer.ended(output.request_id, [one.finish_reason for one in output.outputs], output.error)
 
     # --- calls ---
 
@@ -355,12 +363,15 @@ class AsyncEngine:
                 self.fail(reply.message)
 
     async def _take(self, reply: wire.Outputs) -> None:
+        if self.observer is not None:
+            self.observer.took(reply.outputs)
         outputs, ended = self._collector.take(reply.outputs)
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue
             stream.put(output)
+            self._observe_end(output)
             if output.finished:
                 del self._streams[output.request_id], self._jobs[output.request_id]
                 self._replays.pop(output.request_id, None)

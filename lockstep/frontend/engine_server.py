@@ -19,6 +19,7 @@ from lockstep.cluster.health import EngineHealth
 from lockstep.engine.errors import RequestError
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend import engine_wire as wire
+from lockstep.frontend.request_metrics import RequestMetrics
 from lockstep.observability.logging import get_logger
 from lockstep.protocol import EngineOutput
 from lockstep.protocol.health import PULSE_S
@@ -87,6 +88,8 @@ class EngineServer:
         self._owner: dict[str, bytes] = {}  # request -> the API process that it is of
         self._admitted: set[bytes] = set()
         self._beaten_s, self._on_beat = 0.0, on_beat
+        self.metrics = RequestMetrics(client)
+        self._calls = CALLS | {"metrics": lambda _: self.metrics.snapshot(), "cluster": lambda _: self.metrics.cluster()}
         client.tick = self.beat
         client.watch(int(socket.getsockopt(zmq.FD)))
 
@@ -98,7 +101,9 @@ class EngineServer:
     def turn(self) -> None:
         """Hear everything there is, step once, tell what it brought."""
         self._hear()
-        self._tell(self.client.step())
+        outputs = self.client.step()
+        self.metrics.took(outputs)
+        self._tell(outputs)
         self.beat()
         if self.client.failure is not None:
             for who in self._admitted:
@@ -112,6 +117,7 @@ class EngineServer:
             self._beaten_s = now_s
             health = self.client.health()
             self._on_beat(health)
+            self.metrics.sleep_level = health.sleep_level
             pulse = wire.Pulse(health)
             for who in self._admitted:
                 self._send(who, pulse)
@@ -172,6 +178,7 @@ class EngineServer:
             self._send(who, wire.Outputs([refused]))
             return
         self._owner[name] = who
+        self.metrics.added(order.request)
 
     def _tell(self, outputs: list[EngineOutput]) -> None:
         """To each API process what is of its requests."""
@@ -187,10 +194,10 @@ class EngineServer:
             self._send(who, wire.Outputs(theirs))
 
     def _call(self, order: wire.Call) -> wire.Answer | wire.Refused:
-        if order.method not in CALLS:
+        if order.method not in self._calls:
             return wire.Refused(order.id, f"the engine has no call {order.method!r}.", True)
         try:
-            return wire.Answer(order.id, msgspec.Raw(wire.encode(CALLS[order.method](self.client, *order.args))))
+            return wire.Answer(order.id, msgspec.Raw(wire.encode(self._calls[order.method](self.client, *order.args))))
         except Exception as e:
             expected = isinstance(e, RequestError | ExecutorError | ValueError)
             message = str(e) if expected else f"{type(e).__name__}: {e}"

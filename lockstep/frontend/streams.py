@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextvars import ContextVar
 
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend.outputs import RequestOutput
+
+# Where it is set, the names of jobs are noted there as they are submitted: for whoever may have to abort what a task started.
+submitted: ContextVar[list[str] | None] = ContextVar("submitted", default=None)
 
 
 class EngineDeadError(ExecutorError):

@@ -1,5 +1,6 @@
 """Everything that crosses a process border, as msgspec structs. No torch, no behaviour."""
 
+from lockstep.protocol.live import RankLive
 from lockstep.protocol.memory import RankMemory
 from lockstep.protocol.request import EngineOutput, EngineRequest, FinishReason
 from lockstep.protocol.sampling import RequestOutputKind, SamplingParams, StructuredOutputs
@@ -11,6 +12,7 @@ __all__ = [
     "FinishReason",
     "NewRequest",
     "Pooling",
+    "RankLive",
     "RankMemory",
     "RequestOutputKind",
     "SamplingParams",

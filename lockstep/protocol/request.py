@@ -30,7 +30,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     pooling: Pooling | None = None  # no tokens are generated, but the prompt's vector is made; `sampling` does not matter then
 
 
-class EngineOutput(msgspec.Struct, kw_only=True):
+class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What one step brought for one request. `finish_reason` is set on the last, and only there.
 
     A request whose grammar is complete ends with an output of its own, without tokens: its last token belongs to its text.
@@ -45,3 +45,6 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     num_cached_tokens: int = 0
     error: str | None = None
     embedding: bytes | None = None  # on the last output of a request with `pooling`: float32, little-endian, not normalised
+    queued_s: float = 0.0  # on the first output of a request: how long it waited before it first ran
+    preemptions: int = 0  # on the last: how often it lost its blocks and began again
+    replica: int = 0  # that brought it; written by the router

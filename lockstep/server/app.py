@@ -5,13 +5,15 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from lockstep.server import errors, middleware
-from lockstep.server.routes import admin, chat, completions, embeddings, generate, health, info, models, responses, tokenize, web
+from lockstep.server.observe import observe
+from lockstep.server.routes import admin, chat, completions, embeddings, generate, health, info, metrics, models, responses, tokenize, web
 from lockstep.server.state import ServerState
 from lockstep.version import __version__
 
 ROUTERS = (
     health.router,
     info.router,
+    metrics.router,
     admin.router,
     models.router,
     completions.router,
@@ -28,6 +30,7 @@ def create_app(state: ServerState) -> FastAPI:
     """All routes over `state`, whose engine is connected."""
     app = FastAPI(title="lockstep", version=__version__, root_path=state.options.root_path)
     app.state.server = state
+    observe(app, state)
     errors.install(app)
     middleware.install(app, state)
     for router in ROUTERS:

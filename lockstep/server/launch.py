@@ -26,6 +26,7 @@ from lockstep.frontend.engine_handle import CLIENT
 from lockstep.frontend.engine_keeper import EngineKeeper
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer
 from lockstep.observability import logging
+from lockstep.observability.otel import check_endpoint
 from lockstep.server.launch_serving import run_serving
 from lockstep.server.processes import ApiLaunch, serve_by_processes
 from lockstep.server.state import ServerState
@@ -40,6 +41,7 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
     logging.configure(config.runtime.log_level)
     read_chat_template(options)  # one that cannot be read is told before anything is loaded
     options = check_options(options)
+    check_endpoint(options.otlp_traces_endpoint)
     config, spec, folder = resolve(for_endpoint(config, options))
     raise_descriptor_limit()
     listener = listen(options)

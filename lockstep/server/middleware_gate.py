@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lockstep.frontend.async_engine import submitted
+from lockstep.frontend.streams import submitted
 from lockstep.server.admission import Busy, NeverFits
 from lockstep.server.admission_cost import characters_of, cost_of
 from lockstep.server.errors import ApiError, respond

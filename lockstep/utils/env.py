@@ -176,3 +176,13 @@ def communicator() -> str:
 def host_id() -> str:
     """LOCKSTEP_HOST_ID: ranks that give the same one share memory; empty means find out."""
     return _text("LOCKSTEP_HOST_ID")
+
+
+_MATTER = ("LOCKSTEP_", "NCCL_", "GLOO_", "TORCH", "OMP_", "MKL_", "CUDA_", "HF_", "RAY_", "MASTER_", "OTEL_", "PYTORCH_", "VLLM_")
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "HEADERS")
+
+
+def that_matter() -> dict[str, str]:
+    """The variables that change what lockstep or its libraries do; what may be secret is not told."""
+    names = sorted(n for n in os.environ if n.startswith(_MATTER) or n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LD_PRELOAD", "CXX"))
+    return {n: "(set)" if any(word in n for word in _SECRET) else os.environ[n] for n in names}

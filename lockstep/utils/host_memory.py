@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,14 @@ _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
 def host_available_bytes() -> int:
     """What this process could still allocate: the host's available memory, or what its control groups leave."""
     return max(0, min([int(psutil.virtual_memory().available), *_cgroup_room()]))
+
+
+def resident_bytes() -> int:
+    """Memory that this process has resident now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except (OSError, ValueError, IndexError):  # not Linux
+        return int(psutil.Process().memory_info().rss)
 
 
 def _cgroup_room() -> list[int]:

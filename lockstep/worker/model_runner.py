@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
     from lockstep.distributed.progress import ProgressCell
+    from lockstep.worker.meter import Meter
 
 RECEIVE, SEND = "wait for the stage before", "wait for the next stage"  # spans in which a stage idles
 PromptLogprobs = list[tuple[int, list[TokenLogprobs]]]
+_NOTHING = nullcontext()
 
 
 class ModelRunner:
@@ -56,11 +59,12 @@ class ModelRunner:
         progress: ProgressCell | None = None,
         timeline: Timeline | None = None,
         vocabulary: Callable[[], LLTokenizer] = no_vocabulary,
+        meter: Meter | None = None,
     ) -> None:
         """vocabulary: loads what structured outputs need, when the first is asked for."""
         self.model, self.spec, self.groups = model, spec, groups
         self.state, self.device, self.progress = state, device, progress
-        self.timeline = timeline or Timeline()
+        self.timeline, self.meter = timeline or Timeline(), meter
         self.grammars = Grammars(vocabulary) if self.is_output_rank else None
         self.pooler = Pooler()
         self.sampler = Sampler(self.grammars)
@@ -140,16 +144,23 @@ class ModelRunner:
         Their keys and values are in the cache afterwards.
         """
         batch = AttentionBatch.build(inputs.query_lens, inputs.seq_lens, inputs.block_tables, self.state.block_size, self.device)
-        with self.timeline.span(RECEIVE, "idle"):
+        with self.timeline.span(RECEIVE, "idle"), self._stage():
             given = hop.receive(self.groups)
-        result = self.model(self._to_device(inputs.input_ids), batch.positions, batch, given)
+        with self._layers():
+            result = self.model(self._to_device(inputs.input_ids), batch.positions, batch, given)
         if isinstance(result, torch.Tensor):
             return result
-        with self.timeline.span(SEND, "idle"):
+        with self.timeline.span(SEND, "idle"), self._stage():
             for handle in self.sending:  # of the step before
                 handle.wait()
         self.sending = hop.send(self.groups, result)
         return None
+
+    def _stage(self) -> AbstractContextManager[None]:
+        return self.meter.stage() if self.meter is not None and self.groups.pp.world_size > 1 else _NOTHING
+
+    def _layers(self) -> AbstractContextManager[None]:
+        return self.meter.layers() if self.meter is not None and self.model.native is not None else _NOTHING
 
     def _sample(self, hidden: torch.Tensor | None, inputs: StepInputs) -> Sampled:
         """One token for each sampled row, the same on every rank; log-probabilities on the output rank only.

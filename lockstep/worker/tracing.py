@@ -13,13 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lockstep.distributed.communicators.base import Communicator
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.models.decoder import DecoderModel
 from lockstep.observability.timeline import Timeline, now_s
+from lockstep.worker.meter import COLLECTIVES
 
 _PARTS = re.compile(r"embed_tokens|norm|layers\.\d+(\.(self_attn|mlp))?")
-_COLLECTIVES = sorted((Communicator.__abstractmethods__ | {"combine", "send", "recv_"}) & set(vars(Communicator)))
 
 
 def watch(model: DecoderModel, groups: ParallelGroups, timeline: Timeline) -> ExitStack:
@@ -38,7 +37,7 @@ def watch(model: DecoderModel, groups: ParallelGroups, timeline: Timeline) -> Ex
     for group in dict.fromkeys((groups.tp, groups.pp, groups.dp, groups.pcp, groups.dcp, groups.ep, groups.world)):
         if group is not None and group.world_size > 1:
             for communicator in dict.fromkeys((group.communicator, group.cpu_communicator)):
-                for method in _COLLECTIVES:
+                for method in COLLECTIVES:
                     _watch_method(communicator, method, f"{group.name}.{method.rstrip('_')}", "collective", timeline, undo)
     return undo
 
@@ -65,6 +64,7 @@ def _watch_module(module: nn.Module, name: str, timeline: Timeline, undo: ExitSt
 def _watch_method(owner: Any, method: str, name: str, category: str, timeline: Timeline, undo: ExitStack) -> None:
     """Shadow `owner.method` by one that records itself. Calls inside calls of the same owner are recorded too."""
     plain: Callable[..., Any] = getattr(owner, method)
+    shadow = vars(owner).get(method)  # the meter's
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         began_s = now_s()
@@ -76,4 +76,7 @@ def _watch_method(owner: Any, method: str, name: str, category: str, timeline: T
             timeline.add_span(name, began_s, now_s(), category, **known)
 
     setattr(owner, method, recorded)
-    undo.callback(delattr, owner, method)
+    if shadow is None:
+        undo.callback(delattr, owner, method)
+    else:
+        undo.callback(setattr, owner, method, shadow)

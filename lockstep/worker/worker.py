@@ -38,6 +38,7 @@ from lockstep.weights.loader import load_weights
 from lockstep.worker import kv, memory, profile, sleep, tracing
 from lockstep.worker.agreement import check_kernels
 from lockstep.worker.batch import BatchState
+from lockstep.worker.meter import Meter
 from lockstep.worker.model_runner import ModelRunner
 from lockstep.worker.recorder import Recorder
 
@@ -80,6 +81,7 @@ class Worker(Recorded):
         self._kv: list[torch.Tensor] = []
         self._asleep: RankMemory | None = None  # what it has while it sleeps
         self._sleeping_blocks = 0  # KV blocks that it will have again
+        self._meter = Meter(groups, progress) if progress is not None and groups.world.world_size > 1 else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,6 +186,7 @@ class Worker(Recorded):
             progress=self.progress,
             timeline=self.timeline,
             vocabulary=self._vocabulary,
+            meter=self._meter,
         )
         self._mark("warm-up")
         self._runner.rehearse([1], [1])
@@ -231,7 +234,12 @@ class Worker(Recorded):
 
     def execute_model(self, plan: StepPlan) -> StepResult | None:
         """Run one step. Its result on the rank that samples, None on the others."""
-        return self.runner.execute(plan)
+        result = self.runner.execute(plan)
+        if self._meter is not None:
+            self._meter.stepped()
+        if self.progress is not None and self.device.type == "cuda":
+            self.progress.times.memory(device_bytes=torch.cuda.memory_reserved(self.device))
+        return result
 
     def record(self, path: str) -> None:
         """Record what the next steps compute; `path` ends it and saves there, a file for each rank. "": begin anew."""
@@ -256,6 +264,8 @@ class Worker(Recorded):
 
     def shutdown(self) -> None:
         """Leave torch's threads as they were: the process may be the user's."""
+        if self._meter is not None:
+            self._meter.close()
         if self._torch_threads:
             torch.set_num_threads(self._torch_threads)
 

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from lockstep.config.serve import ServeOptions
 from lockstep.config.tree import EngineConfig, ModelConfig, SchedulerConfig
-from lockstep.frontend.async_engine import submitted
+from lockstep.frontend.streams import submitted
 from lockstep.server import errors, middleware
 from lockstep.server.state import ServerState
 from lockstep.testing.fakes import ByteTokenizer

@@ -69,11 +69,11 @@ def test_long_texts_are_cut_and_names_beyond_the_room_are_unknown() -> None:
     cell = board.cell(0)
     cell.set(phase="é" * 100, note="n" * 1000)
     assert board.read(0).phase == "é" * 16 and board.read(0).note == "n" * 160
-    for i in range(10):
-        cell.enter_collective(f"{i}" + "x" * 50)
-        assert board.read(0).what == (f"{i}" + "x" * 31 if i < 8 else "")
-    cell.enter_collective("0" + "x" * 50)
-    assert board.read(0).what == "0" + "x" * 31
+    for i in range(18):
+        cell.enter_collective(f"{i:02}" + "x" * 50)
+        assert board.read(0).what == (f"{i:02}" + "x" * 30 if i < 16 else "")
+    cell.enter_collective("00" + "x" * 50)
+    assert board.read(0).what == "00" + "x" * 30
     assert board.read(0).phase == "é" * 16
     board.close()
 

@@ -131,6 +131,10 @@ class ShmCommunicator(Communicator):
     def barrier(self) -> None:
         self._lib.shm_barrier(self._group)
 
+    def waited_s(self) -> float:
+        """Seconds that this rank has waited here for ranks that came later, in whatever language it met them."""
+        return float(self._lib.shm_waited_s(self.native_handle)) if self.native_handle else 0.0
+
     def fail(self, reason: str) -> None:
         """Keep the group failed and tell the other ranks why. Raises RuntimeError."""
         self._lib.shm_fail(self._group, reason)

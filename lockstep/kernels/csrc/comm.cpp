@@ -27,6 +27,7 @@ ShmGroup* shm_new(int64_t fd, int64_t rank, int64_t world, int64_t slot_bytes, i
 }
 void shm_fail(ShmGroup* g, const char* reason) { g->fail(reason); }
 void shm_free(ShmGroup* g) { delete g; }
+double shm_waited_s(ShmGroup* g) { return g->waited_s(); }
 void shm_barrier(ShmGroup* g) { g->sync(make_tag(Call::Barrier, 255, 0)); }
 void shm_all_reduce(ShmGroup* g, void* x, int64_t n, int64_t dtype) { all_reduce(*g, x, n, dtype); }
 void shm_combine(ShmGroup* g, const float* in, float* out, const int64_t* counts, const int64_t* code, int64_t n_code, int64_t n) {
@@ -61,7 +62,7 @@ bool shm_signed(ShmGroup* g, const char* token) { return strncmp(g->token(), tok
 extern const std::vector<PyMethodDef> comm_methods;
 const std::vector<PyMethodDef> comm_methods = {
     BIND(shm_bytes),   BIND(shm_new),     BIND(shm_free),           BIND(shm_sign),       BIND(shm_signed),
-    BIND(shm_barrier), BIND(shm_combine), BIND(shm_reduce_scatter), BIND(shm_all_reduce), BIND(shm_all_gather), BIND(shm_gather),
+    BIND(shm_waited_s), BIND(shm_barrier), BIND(shm_combine), BIND(shm_reduce_scatter), BIND(shm_all_reduce), BIND(shm_all_gather), BIND(shm_gather),
     BIND(shm_broadcast), BIND(shm_all_to_all), BIND(shm_send), BIND(shm_receive), BIND(shm_test), BIND(shm_wait), BIND(shm_drop), BIND(shm_fail),
 };
 

@@ -179,8 +179,13 @@ void ShmGroup::sync(uint64_t tag) {
     header_->bell.fetch_add(1);
     futex_wake_all(&header_->bell, true);
   }
+  double since = 0;
   for (int r = 0; r < world; r++)
-    if (int32_t(lines_[r].arrived.load(std::memory_order_acquire) - epoch) < 0) wait_for(r, epoch, tag);
+    if (int32_t(lines_[r].arrived.load(std::memory_order_acquire) - epoch) < 0) {
+      if (since == 0) since = now_s();
+      wait_for(r, epoch, tag);
+    }
+  if (since != 0) waited_s_ += now_s() - since;
   check_tags(epoch, tag);
   epoch_ = epoch;
 }

@@ -58,6 +58,7 @@ class ShmGroup : public Group {
   char* slot_after(int r) override { return slots_ + (size_t(r) * 2 + (~epoch_ & 1)) * slot_bytes; }
   void sync(uint64_t tag) override;
   bool may_spin() const { return may_spin_; }
+  double waited_s() const { return waited_s_; }
   char* token() { return header_->token; }
 
   std::string number(int r) const { return std::to_string(ranks_[size_t(r)]); }  // what messages call rank r
@@ -92,6 +93,7 @@ class ShmGroup : public Group {
   double timeout_s_;
   bool may_spin_;
   uint32_t epoch_ = 0;
+  double waited_s_ = 0;  // in syncs so far, for ranks that came later: who waits least is who the others wait for
   size_t mapped_ = 0, ring_bytes_;
   char *base_ = nullptr, *ring_data_ = nullptr, *slots_ = nullptr;
   Header* header_ = nullptr;

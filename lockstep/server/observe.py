@@ -1,0 +1,34 @@
+"""What watches an API process's requests: counts for `/metrics`, and spans where they are asked for."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lockstep.observability import otel
+from lockstep.server.http_metrics import HttpMetrics, HttpMetricsMiddleware
+from lockstep.server.state import ServerState
+
+
+def observe(app: FastAPI, state: ServerState) -> None:
+    """Count the requests of `app`, and trace those of its engine when --otlp-traces-endpoint is set."""
+    app.state.http_metrics = HttpMetrics(state.engine.index)
+    app.add_middleware(HttpMetricsMiddleware, metrics=app.state.http_metrics)
+    endpoint = state.options.otlp_traces_endpoint
+    if endpoint:
+        state.engine.observer = otel.spans_to(endpoint, state.model)
+        app.add_middleware(TraceHeaders)
+
+
+class TraceHeaders:
+    """Keeps the trace headers of the request at hand where spans find them."""
+
+    NAMES = (b"traceparent", b"tracestate")
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            otel.incoming.set({k.decode(): v.decode("latin-1") for k, v in scope["headers"] if k in self.NAMES})
+        await self.app(scope, receive, send)
