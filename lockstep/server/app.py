@@ -5,11 +5,11 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from lockstep.server import errors
-from lockstep.server.routes import completions, health, models
+from lockstep.server.routes import completions, embeddings, health, models
 from lockstep.server.state import ServerState
 from lockstep.version import __version__
 
-ROUTERS = (health.router, models.router, completions.router)
+ROUTERS = (health.router, models.router, completions.router, embeddings.router)
 
 
 def create_app(state: ServerState) -> FastAPI:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from lockstep.executor.contract import Executor, ExecutorError, RankMemory
-from lockstep.protocol import EngineRequest, FinishReason, NewRequest, StepPlan, StepResult, TokenLogprobs
+from lockstep.protocol import EngineRequest, FinishReason, NewRequest, Pooling, SamplingParams, StepPlan, StepResult, TokenLogprobs
 
 GIB = 1 << 30
 
@@ -69,6 +69,20 @@ def next_token(state: int, seed: int, choice: int, vocab_size: int, forbidden: C
     return token
 
 
+def fake_grammar(params: SamplingParams, num_output: int) -> tuple[bool, str | None]:
+    """(whether the grammar ends a request at its `num_output`-th token, why if it fails): "7" allows 7 tokens, "!7" fails at the 7th."""
+    if params.structured_outputs is None:
+        return False, None
+    limit = str(params.structured_outputs.regex)
+    return num_output >= int(limit.lstrip("!")), f"fails at {limit}" if limit.startswith("!") else None
+
+
+def embedding(tokens: Sequence[int], pooling: Pooling) -> bytes:
+    """The vector of a prompt: 8 bytes."""
+    values = chain(tokens)
+    return struct.pack("<Q", values[-1] if pooling == "last" else sum(values) % 2**64)
+
+
 def generate(request: EngineRequest, vocab_size: int, max_model_len: int) -> tuple[list[int], FinishReason, int | None]:
     """(output tokens, finish reason, stop reason) that any correct engine gives for a request: no batching, no cache, no steps."""
     p, eos = request.sampling, set() if request.sampling.ignore_eos else set(request.eos_token_ids)
@@ -77,9 +91,14 @@ def generate(request: EngineRequest, vocab_size: int, max_model_len: int) -> tup
     state, output = chain(request.prompt_token_ids)[-1], list[int]()
     while True:
         token = next_token(state, request.seed, request.choice, vocab_size, stops if len(output) < p.min_tokens else ())
+        complete, error = fake_grammar(p, len(output) + 1)
+        if complete and error:
+            return output, "error", None
         output.append(token)
         if token in stops:
             return output, "stop", None if token in eos else token
+        if complete:
+            return output, "stop", None
         if len(output) == most:
             return output, "length", None
         state = chain([token], state)[-1]
@@ -94,6 +113,7 @@ class _Slot:
         self.blocks = list(new.block_ids)
         self.owed: list[int] = []  # sampled, and not brought by a plan yet
         self.num_computed: int | None = None  # unknown until its first row: some of it may be cached
+        self.first: int | None = None  # position that was computed first
         self.stops = set(new.eos_token_ids) | set(new.sampling.stop_token_ids or ())
 
 
@@ -237,9 +257,19 @@ class FakeExecutor(Executor):
                 last = min(at + count, row.new.num_prompt_tokens - 1)
                 entries = [TokenLogprobs([row.tokens[i + 1]], [-float(i + 1)], i + 1) for i in range(at, last)]
                 result.prompt_logprobs.append((slot, entries))
-            assert samples == (at + count == len(row.tokens)), f"slot {slot}: samples={samples} at {at + count} of {len(row.tokens)} tokens"
+            done = at + count == len(row.tokens)
+            if row.new.pooling is not None:
+                assert not samples and not row.owed, f"slot {slot} wants a vector, and samples"
+                assert row.new.pooling == "last" or row.first == 0, f"slot {slot} wants the mean of positions from {row.first} on"
+                if done:
+                    result.embeddings.append((slot, embedding(row.tokens, row.new.pooling)))
+                continue
+            assert samples == done, f"slot {slot}: samples={samples} at {at + count} of {len(row.tokens)} tokens"
             if samples:
                 result.tokens.append(self._sample(row, values[-1]))
+                over, error = fake_grammar(row.new.sampling, len(row.tokens) + len(row.owed) - row.new.num_prompt_tokens)
+                if over:
+                    result.ended.append((len(result.tokens) - 1, error))
                 asked = row.new.sampling.logprobs is not None
                 logprobs.append(TokenLogprobs([result.tokens[-1]], [-float(len(row.tokens) + len(row.owed))], 1) if asked else None)
         access.check()
@@ -279,6 +309,7 @@ class FakeExecutor(Executor):
             block = row.blocks[i // size]
             access.write(block, slot)
             self.kv[block][i % size] = values[i]
+        row.first = at if row.first is None else row.first
         row.num_computed = at + count
         return values
 

@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from lockstep.engine.core import EngineCore
-from lockstep.protocol import EngineOutput, EngineRequest, SamplingParams
-from lockstep.testing.fakes import FakeClock, FakeExecutor, generate
+from lockstep.protocol import EngineOutput, EngineRequest, SamplingParams, StructuredOutputs
+from lockstep.testing.fakes import FakeClock, FakeExecutor, embedding, generate
 
 VOCAB = 7  # small, so that stop tokens and equal prefixes come often
 MAX_LEN = 28
@@ -56,6 +56,8 @@ requests = st.fixed_dictionaries(
         "salt": st.sampled_from([None, None, "a"]),
         "prompt_logprobs": st.sampled_from([None, None, None, 0]),
         "logprobs": st.sampled_from([None, None, 1]),
+        "grammar": st.sampled_from([None, None, None, "1", "5", "!3"]),  # ends after so many tokens, or fails there
+        "pooling": st.sampled_from([None, None, None, "last", "mean"]),
     }
 )
 
@@ -92,6 +94,7 @@ def make_request(name: str, r: dict) -> EngineRequest:
         ignore_eos=r["ignore_eos"],
         prompt_logprobs=r["prompt_logprobs"],
         logprobs=r["logprobs"],
+        structured_outputs=StructuredOutputs(regex=r["grammar"]) if r["grammar"] else None,
     )
     return EngineRequest(
         request_id=name,
@@ -102,6 +105,7 @@ def make_request(name: str, r: dict) -> EngineRequest:
         eos_token_ids=r["eos"],
         priority=r["priority"],
         cache_salt=r["salt"],
+        pooling=r["pooling"],
     )
 
 
@@ -130,6 +134,8 @@ class Ledger:
                 self.check(name)
             else:
                 assert out.new_token_ids, "an output without tokens or an end"
+            assert (out.error is not None) == (out.finish_reason == "error")
+            assert (out.embedding is not None) == (request.pooling is not None and out.finish_reason == "stop")
 
     def _check_logprobs(self, request: EngineRequest, out: EngineOutput, before: int) -> None:
         size = len(request.prompt_token_ids)
@@ -148,11 +154,16 @@ class Ledger:
 
     def check(self, name: str) -> None:
         request, end = self.requests[name], self.ends[name]
+        if request.pooling is not None:
+            assert self.got[name] == []
+            if name not in self.aborted:
+                assert end.finish_reason == "stop" and end.embedding == embedding(request.prompt_token_ids, request.pooling)
+            return
         tokens, reason, stop = generate(request, VOCAB, MAX_LEN)
         if end.finish_reason == "abort":
             assert name in self.aborted
             assert self.got[name] == tokens[: len(self.got[name])]
-            assert len(self.got[name]) < len(tokens), f"{name} was aborted after its last token"
+            assert len(self.got[name]) < len(tokens) + (reason == "error"), f"{name} was aborted after its last token"
         else:
             assert (self.got[name], end.finish_reason, end.stop_reason) == (tokens, reason, stop)
 
@@ -289,9 +300,12 @@ def test_a_failure_ends_every_request_exactly_once(options, loads, at, on):
                 ledger.ends[out.request_id] = out
     assert not ledger.alive
     for name, end in ledger.ends.items():
-        tokens = generate(ledger.requests[name], VOCAB, MAX_LEN)[0]
+        if ledger.requests[name].pooling is not None:
+            assert not ledger.got[name] and end.finish_reason in ("stop", "error")
+            continue
+        tokens, reason, _ = generate(ledger.requests[name], VOCAB, MAX_LEN)
         assert ledger.got[name] == tokens[: len(ledger.got[name])]
-        if end.finish_reason == "error":
+        if end.finish_reason == "error" and not (reason == "error" and "fails at" in end.error):
             assert core.failure is not None and end.error == str(core.failure)
 
 
