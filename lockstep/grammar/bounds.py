@@ -38,7 +38,10 @@ def checked_schema(wanted: StructuredOutputs) -> str:
         depth, multiples = _measure(schema)
         if depth > 2 * MAX_DEPTH:
             raise GrammarError(f"structured_outputs.json is nested {depth} deep, over {2 * MAX_DEPTH}: use $defs, or a flatter schema.")
-        text = json.dumps({} if schema is True else schema, separators=(",", ":"), allow_nan=False)
+        schema = {} if schema is True else schema
+        if not isinstance(schema, dict):
+            raise GrammarError(f"structured_outputs.json is a {type(schema).__name__}: a JSON schema is an object.")
+        text = json.dumps(schema, separators=(",", ":"), allow_nan=False)
     except (msgspec.DecodeError, RecursionError, TypeError, ValueError, OverflowError) as e:
         if isinstance(e, GrammarError):
             raise

@@ -46,11 +46,11 @@ def guarded() -> Iterator[None]:
 
 def grammar_of(wanted: StructuredOutputs) -> str:
     """The constraint in llguidance's form. Raises GrammarError when it is out of bounds."""
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
 
     check_text(wanted)
-    if wanted.regex is not None:
-        return LLMatcher.grammar_from_regex(wanted.regex)
+    if wanted.regex is not None:  # in which a digit is one of ten, as in a schema's patterns, and not one of Unicode's 760
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(wanted.regex, 'd')}/")
     if wanted.choice is not None:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in wanted.choice))
     if wanted.grammar is not None:

@@ -313,7 +313,7 @@ def test_the_loads_reach_the_corners():
     """The random loads above would prove little if they never met these: a fixed sample of the same kind does, often."""
     rng = random.Random(5)
     seen: Counter[str] = Counter()
-    for _ in range(240):
+    for _ in range(360):
         options = {
             "block_size": rng.choice([1, 2, 3, 4]),
             "spare_blocks": rng.randrange(8),
@@ -331,7 +331,7 @@ def test_the_loads_reach_the_corners():
             kind, shared = rng.randrange(2), rng.randrange(17)
             r = {
                 "prompt": [(kind + j) % 3 for j in range(shared)] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 6))],
-                "max_tokens": rng.choice([None, 1, 3, 12]),
+                "max_tokens": rng.choice([None, None, 1, 12]),
                 "min_tokens": rng.randrange(4),
                 "eos": rng.choice([[], [6]]),
                 "stop_token_ids": rng.choice([None, [5]]),
@@ -342,6 +342,8 @@ def test_the_loads_reach_the_corners():
                 "salt": None,
                 "prompt_logprobs": rng.choice([None, None, 0]),
                 "logprobs": None,
+                "grammar": rng.choice([None] * 6 + ["9", "!9"]),
+                "pooling": rng.choice([None] * 4 + ["last", "mean"]),
             }
             request = make_request(f"r{i}", r)
             core.add_request(request)
@@ -356,6 +358,7 @@ def test_the_loads_reach_the_corners():
                 ledger.aborted.add(name)
                 core.abort([name])
             seen["preempted in flight"] += sum(1 for r in core.scheduler.waiting.items if r.in_flight)
+            seen["preempted before its vector"] += sum(1 for r in core.scheduler.waiting.items if r.preemptions and r.pooling)
         drain(core, ledger)
         stats = core.stats()
         seen["preemption"] += stats.preemptions
@@ -365,4 +368,4 @@ def test_the_loads_reach_the_corners():
         seen["chunk"] += sum(1 for plan in executor.plans for n, s in zip(plan.num_tokens, plan.samples, strict=True) if not s)
         seen["slot reused at once"] += sum(1 for plan in executor.plans if {n.slot for n in plan.new} & set(plan.freed))
         seen.update(end.finish_reason for end in ledger.ends.values())
-    assert len(seen) == 11 and min(seen.values()) >= 5, seen
+    assert len(seen) == 13 and min(seen.values()) >= 5, seen
