@@ -99,7 +99,7 @@ def test_texts_match_and_end_by_themselves(bench: Bench, temperature: float) -> 
                 freed=bool(bench.state.active[1]),
             )
             text, error = bench.run(1)
-            assert error is None and re.fullmatch(pattern, text)
+            assert error is None and re.fullmatch(pattern, text, re.ASCII)
 
 
 def test_the_end_is_allowed_only_where_the_text_is_complete(bench: Bench) -> None:
