@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
-
 from lockstep.config.errors import ConfigError
 from lockstep.config.tree import ParallelConfig
+from lockstep.utils import env, net
 
 
 def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
@@ -48,15 +47,12 @@ def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
             f"world_size={world} must be divisible by nnodes={nodes}: each node runs as many ranks as the others; "
             "change tensor_parallel_size or pipeline_parallel_size so that their product is."
         )
-    if not parallel.master_addr.strip() or _is_any(parallel.master_addr):
+    if not parallel.master_addr.strip() or net.is_any(parallel.master_addr):
         raise ConfigError(
             f"master_addr={parallel.master_addr!r} is no address that other hosts could connect to: give that of node 0, "
             "the same on every node."
         )
-
-
-def _is_any(address: str) -> bool:
     try:
-        return ipaddress.ip_address(address).is_unspecified
-    except ValueError:  # a name
-        return False
+        env.rendezvous_port()
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
