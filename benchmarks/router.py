@@ -240,9 +240,8 @@ def main() -> None:
     if min(args.replicas, args.rate, args.seconds, args.rate * args.seconds) <= 0 or args.rate * args.seconds < 1:
         parser.error(f"--replicas {args.replicas}, --rate {args.rate} and --seconds {args.seconds} must make at least one request.")
     if args.record:
-        remark = (
-            f"python benchmarks/router.py --rate {args.rate:g} --seconds {args.seconds:g} --seed {args.seed} --record {args.record.name}"
-        )
+        made = f"--rate {args.rate:g} --seconds {args.seconds:g} --seed {args.seed}"
+        remark = f"made once by the generator: python benchmarks/router.py {made} --record {args.record.name}"
         router_load.write(router_load.generate(args.rate, args.seconds, args.seed), args.record, remark)
         return
     try:
