@@ -48,7 +48,7 @@ class RollCall:
         with contextlib.suppress(Exception):  # the store is gone, and with it whoever would ask
             own = _connection(self._store)
             while not self._closed.wait(LOOK_S):
-                if own.check(["call"]):
+                if own.check(["call"]) and not self._closed.is_set():
                     own.set(_key(self._rank), "")
                     return
 

@@ -82,7 +82,6 @@ def raised(message: str, number: int = 7, error_type: str = "RuntimeError") -> w
 
 def test_the_rank_that_does_not_answer_is_named_by_all(ranks: list[Causes]) -> None:
     ranks[2].close()
-    time.sleep(0.05)
     with ThreadPoolExecutor(2) as pool:
         errors = list(pool.map(lambda rank: ranks[rank].explain(raised(TIMED_OUT)), (0, 1)))
     for error in errors:
@@ -99,7 +98,6 @@ def test_a_rank_whose_engine_is_busy_answers_all_the_same(ranks: list[Causes]) -
 def test_several_are_gone_and_who_is_late_is_told_the_same(ranks: list[Causes]) -> None:
     ranks[0].close()
     ranks[2].close()
-    time.sleep(0.05)
     error = ranks[1].explain(raised(TIMED_OUT))
     assert error.rank is None and str(error).startswith("ranks 0, 2 (here, there) are lost: they did not answer when rank 1 asked")
     assert str(ranks[0].explain(raised("Connection closed by peer"))) == str(error)
