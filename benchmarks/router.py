@@ -1,6 +1,6 @@
 """Routing over data-parallel replicas, simulated: how fast the router decides, how even the load is, how many prefixes hit.
 
-    python benchmarks/router.py [--replicas 64] [--rate 10000] [--seconds 10] [--load FILE] [--record FILE] [--json]
+    python benchmarks/router.py [--replicas 64] [--rate 10000] [--seconds 10] [--load FILE | --generate] [--record FILE] [--json]
 
 The router is the real one (`lockstep.cluster`); the replicas are not. Each serves a fixed number of tokens per second in steps of
 20 ms: one token for every running sequence, then prompts in their order, with a prefix cache of its own that forgets what was
@@ -11,7 +11,8 @@ used least recently. What a replica says (first tokens, ends, and every 100 ms a
 processor time per request with everything the replicas say. `max_over_mean` is the tokens that the fullest replica truly holds
 and has waiting, over the mean of all: its average and its worst over the steps after the first fifth. `prefix_hit_share` is the
 share of the prompt tokens found cached; no cache at all is 0, and all system prompts known everywhere `possible`.
-With --load, one request per line as --record writes them (benchmarks/router_load.py).
+The load is a recording (benchmarks/data/router_load.jsonl, or another as --record writes them), played over and over at the
+rate; with --generate it is made for the occasion (benchmarks/router_load.py).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from lockstep.cluster import balance
 from lockstep.cluster.load_book import LoadBook
 from lockstep.cluster.prefix_index import PrefixIndex
 
+RECORDED = Path(__file__).resolve().parent / "data" / "router_load.jsonl"
 STEP_S = 0.02
 REPORT_STEPS = 5
 TOKENS_PER_S = 130_000  # of one replica: with no prefix hit at all, the usual load asks for seven tenths of it
@@ -211,6 +213,13 @@ def possible_share(requests: list[Request]) -> float:
     return shared / sum(request.prompt_tokens for request in requests)
 
 
+def load_of(args: argparse.Namespace) -> list[Request]:
+    """The requests that the command line asks for."""
+    if args.generate:
+        return router_load.generate(args.rate, args.seconds, args.seed)
+    return router_load.replay(router_load.read(args.load), args.rate, args.seconds)
+
+
 def main() -> None:
     """Print what each policy comes to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,8 +228,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="simulated seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policies", default=",".join(POLICIES))
-    parser.add_argument("--load", type=Path, help="simulate this recorded load instead of making one")
-    parser.add_argument("--record", type=Path, help="write the load to this file, and simulate nothing")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--load", type=Path, default=RECORDED, help="the recorded load to play; default: the one that is shipped")
+    source.add_argument("--generate", action="store_true", help="make a load from --seed instead of playing a recorded one")
+    source.add_argument("--record", type=Path, help="make a load from --seed, write it to this file, and simulate nothing")
     parser.add_argument("--json", action="store_true", help="one JSON line per policy")
     args = parser.parse_args()
     policies = args.policies.split(",")
@@ -228,13 +239,15 @@ def main() -> None:
         parser.error(f"--policies {','.join(sorted(unknown))} does not exist. Choose among {','.join(POLICIES)}.")
     if min(args.replicas, args.rate, args.seconds, args.rate * args.seconds) <= 0 or args.rate * args.seconds < 1:
         parser.error(f"--replicas {args.replicas}, --rate {args.rate} and --seconds {args.seconds} must make at least one request.")
+    if args.record:
+        made = f"--rate {args.rate:g} --seconds {args.seconds:g} --seed {args.seed}"
+        remark = f"made once by the generator: python benchmarks/router.py {made} --record {args.record.name}"
+        router_load.write(router_load.generate(args.rate, args.seconds, args.seed), args.record, remark)
+        return
     try:
-        requests = router_load.read(args.load) if args.load else router_load.generate(args.rate, args.seconds, args.seed)
+        requests = load_of(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if args.record:
-        router_load.write(requests, args.record)
-        return
     gc.freeze()
     if not args.json:
         seconds, mean = requests[-1].arrival_s, statistics.fmean

@@ -1,6 +1,6 @@
-"""A load for the router's simulation: made up and skewed, or recorded. One JSON line per request, by arrival:
+"""A load for the router's simulation: recorded, or made up, and skewed either way. One JSON line per request, by arrival:
 
-    {"arrival_s": 0.0001, "prompt_tokens": 512, "output_tokens": 90, "prefix_id": 3, "session": "3-17"}
+    [0.0001, 512, 90, 3, "3-17"]      arrival_s, prompt_tokens, output_tokens, prefix_id, session; lines with # are remarks
 
 A prompt begins with its system prompt, number `prefix_id`, whose length and tokens follow from the number alone.
 """
@@ -12,7 +12,7 @@ import json
 import random
 from array import array
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,19 +65,22 @@ def _zipf(values: np.ndarray, exponent: float) -> np.ndarray:
     return weights / weights.sum()
 
 
-def write(requests: list[Request], path: Path) -> None:
-    """One JSON line per request."""
+def write(requests: list[Request], path: Path, remark: str) -> None:
+    """One JSON line per request, after a remark on where they are from."""
     with path.open("w") as file:
-        file.writelines(json.dumps(asdict(request)) + "\n" for request in requests)
+        file.write(f"# {remark}\n")
+        file.writelines(json.dumps(astuple(request), separators=(",", ":")) + "\n" for request in requests)
 
 
 def read(path: Path) -> list[Request]:
     """The requests of a recorded file, by arrival. Raises ValueError naming the line that is not one."""
     requests = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.startswith("#"):
+            continue
         try:
-            request = Request(**json.loads(line))
-            fits = request.prompt_tokens >= 1 and request.output_tokens >= 1 and request.prefix_id >= 0
+            request = Request(*json.loads(line))
+            fits = request.arrival_s >= 0 and request.prompt_tokens >= 1 and request.output_tokens >= 1 and request.prefix_id >= 0
         except (TypeError, ValueError):
             fits = False
         if not fits:
@@ -86,6 +89,15 @@ def read(path: Path) -> list[Request]:
     if not requests:
         raise ValueError("--load: the file holds no request. Write one with --record.")
     return sorted(requests, key=lambda request: request.arrival_s)
+
+
+def replay(recorded: list[Request], rate: float, seconds: float) -> list[Request]:
+    """A recording over and over, its pauses shortened or stretched so that `rate` requests arrive per second."""
+    lap_s = len(recorded) / rate
+    pace = lap_s / max(recorded[-1].arrival_s, 1e-9)
+    count = int(rate * seconds)
+    laps = (divmod(number, len(recorded)) for number in range(count))
+    return [replace(recorded[at], arrival_s=lap * lap_s + recorded[at].arrival_s * pace) for lap, at in laps]
 
 
 class Prompts:

@@ -16,6 +16,8 @@ Set in the environment:
   SHM_SIZE=8g           shared memory of the container: Ray's objects, and what ranks of one host exchange
   CONTAINER=...         the container's name; default: lockstep-ray-head or lockstep-ray-worker
   LOCKSTEP_HOST_IP=...  this host's address, where it has several; the head's is HEAD_ADDRESS
+  RAY_AUTH_MODE=token RAY_AUTH_TOKEN=...  a secret, the same on all hosts: without it whoever reaches Ray's port runs what they like
+  LOCKSTEP_CLUSTER_KEY=...  a secret, the same on all hosts, where hosts are joined in these containers without Ray
 
 Then, on the head's host:
   docker exec lockstep-ray-head lockstep generate --distributed-executor-backend ray -tp 2 -pp 2 --prompt "def add(a, b):"
@@ -48,6 +50,11 @@ case $role in
     ;;
   *) fail "'$role' is neither --head nor --worker" ;;
 esac
+secrets=()
+for name in LOCKSTEP_CLUSTER_KEY RAY_AUTH_MODE RAY_AUTH_TOKEN; do
+  [[ -z ${!name:-} ]] || secrets+=(--env "$name") # by name alone: a command line can be read by everyone on the host
+done
+[[ ${RAY_AUTH_MODE:-} == token ]] || echo "warning: RAY_AUTH_MODE=token is not set: whoever reaches Ray's port can run programs here" >&2
 command -v docker >/dev/null || {
   echo "error: there is no 'docker' command on this host" >&2
   exit 1
@@ -73,6 +80,7 @@ trap 'exit 143' TERM HUP
 
 # In the background, because bash runs a trap only after a command in the foreground has ended.
 docker run --rm --init --cidfile "$scratch/id" --name "${CONTAINER:-lockstep-ray-${role#--}}" --network host \
-  --shm-size "${SHM_SIZE:-8g}" ${host_ip:+--env "LOCKSTEP_HOST_IP=$host_ip"} "$@" --entrypoint "${start[0]}" "$image" "${start[@]:1}" &
+  --shm-size "${SHM_SIZE:-8g}" ${host_ip:+--env "LOCKSTEP_HOST_IP=$host_ip"} \
+  ${secrets[@]+"${secrets[@]}"} "$@" --entrypoint "${start[0]}" "$image" "${start[@]:1}" &
 running=$!
 wait "$running"

@@ -16,6 +16,8 @@ Set in the environment, the same on all hosts unless it says otherwise:
   NODE_RANK=1         this host's number, worker only: 1, 2, ...
   TP=2 PP=2           tensor and pipeline parallel sizes; TP x PP is a multiple of NNODES
   PROMPT=...          what to complete, leader only
+  LOCKSTEP_CLUSTER_KEY=...  a secret that hosts prove to each other (make one with: openssl rand -hex 32);
+                      without it whoever reaches the leader's port can take part
 TEXT
   exit 2
 }

@@ -1,13 +1,7 @@
 """How the keeper of replicas on another host and the leader's router come to trust and suit each other.
 
-    leader                      keeper
-      Challenge  ------------->           a nonce; nothing else is said to a stranger
-                 <-------------  Hello    who it is and what it runs, a nonce of its own, and proof of the key over all of it
-      Welcome    ------------->           proof of the key the other way; or `Refused`, with the reason
-                 <------------>           `wire`'s messages: from here on a replica's process has the connection
-
-One connection for each start of each replica. The proof says who may take part; what follows is neither encrypted nor signed:
-it is for a network that is trusted.
+The messages are those of `distributed.greeting`, after which `wire`'s follow: from there on a replica's process has the
+connection. One connection for each start of each replica.
 """
 
 from __future__ import annotations
@@ -16,26 +10,28 @@ import hashlib
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig, ParallelConfig
+from lockstep.distributed import greeting
+from lockstep.distributed.greeting import MESSAGE_BYTES as MOST_BYTES
+from lockstep.distributed.greeting import Challenge, Hello, Refused, Sides, Welcome, texts, versions
 from lockstep.kernels.library import choose
 from lockstep.utils.frames import NO_MESSAGE, receive_one, send_one
-from lockstep.utils.handshake import prove, proven
-from lockstep.version import __version__
+
+__all__ = ["MOST_BYTES", "Challenge", "Hello", "Refused", "Welcome", "versions"]  # of those that are not made here
 
 Message = TypeVar("Message")
 PROTOCOL = 1
-MOST_BYTES = 64 << 10  # of one message of the greeting
 LEADER, KEEPER = "dp-leader", "dp-keeper"
+SIDES = Sides(LEADER, KEEPER)
 SILENCE_S = 10.0
 _SAMPLE_BYTES = 64 << 10
+_OTHER_MODEL = "its model is another one (config.json and weights: {theirs}, the leader's {ours}): name the same model on every host"
 
 # Settings that all hosts must say alike: they decide what a request's answer is, or which requests are taken.
 AGREED = (
@@ -45,38 +41,17 @@ AGREED = (
 )
 
 
-class Challenge(msgspec.Struct, tag="challenge", array_like=True):
-    protocol: int
-    nonce: bytes
+class Identity(greeting.Identity, array_like=True):
+    """Who offers a replica."""
 
+    @property
+    def replica(self) -> int:
+        return self.number
 
-class Identity(msgspec.Struct, array_like=True):
-    """Who offers a replica. keeper: a name that no other keeper has. settings: see `agreed_settings`."""
-
-    replica: int
-    keeper: bytes
-    host: str
-    pid: int
-    lockstep: str
-    torch: str
-    settings: dict[str, str]
-
-
-class Hello(msgspec.Struct, tag="hello", array_like=True):
-    nonce: bytes
-    identity: bytes  # an encoded Identity: the proof is over these very bytes
-    proof: bytes
-
-
-class Welcome(msgspec.Struct, tag="welcome", array_like=True):
-    proof: bytes
-
-
-class Refused(msgspec.Struct, tag="refused", array_like=True):
-    """again: the reason may pass."""
-
-    reason: str
-    again: bool = False
+    @property
+    def keeper(self) -> bytes:
+        """A name that no other keeper has."""
+        return self.name
 
 
 class RefusedError(ConnectionError):
@@ -99,23 +74,13 @@ def silence_s(parallel: ParallelConfig) -> float:
     return float(getattr(parallel, "node_timeout_seconds", SILENCE_S))
 
 
-def versions() -> tuple[str, str]:
-    """(lockstep's, torch's) version here, without importing torch."""
-    try:
-        return __version__, version("torch")
-    except PackageNotFoundError:
-        return __version__, "none"
-
-
 def agreed_settings(config: EngineConfig, spec: ModelSpec, folder: Path) -> dict[str, str]:
     """What all hosts must say alike, by name, of a configuration as `resolve` returns it.
 
     The model counts by what is in its folder, which may be somewhere else on every host.
     """
-    groups: list[Any] = [config.model, config.parallel, config.cache, config.scheduler, config.runtime]
-    where = {f.name: getattr(group, f.name) for group in groups for f in fields(group)}
     dummy = config.model.load_format == "dummy"
-    found = {name: str(where[name]) for name in AGREED}
+    found = texts(config, AGREED)
     found["load_format"] = "dummy" if dummy else "safetensors"
     found["model"] = _fingerprint(spec, None if dummy else folder)
     if config.runtime.device == "cpu":  # replicas with other kernels would give other bits
@@ -126,16 +91,7 @@ def agreed_settings(config: EngineConfig, spec: ModelSpec, folder: Path) -> dict
 
 def misfit(who: Identity, own_versions: tuple[str, str], own: dict[str, str]) -> str:
     """Why replicas of this host cannot be part of ours: the first difference, by name; "" when there is none."""
-    for what, theirs, ours in zip(("lockstep", "torch"), (who.lockstep, who.torch), own_versions, strict=True):
-        if theirs != ours:
-            return f"it runs {what} {theirs} and the leader {ours}: install the same version on every host"
-    for name in {**own, **who.settings}:
-        theirs, ours = who.settings.get(name, "nothing"), own.get(name, "nothing")
-        if theirs != ours and name == "model":
-            return f"its model is another one (config.json and weights: {theirs}, the leader's {ours}): name the same model on every host"
-        if theirs != ours:
-            return f"it has {name}={theirs} and the leader {name}={ours}: say the same on every host"
-    return ""
+    return greeting.misfit(who, own_versions, own, "host", {"model": _OTHER_MODEL})
 
 
 def greet(connection: socket.socket, key: str, identity: Identity, deadline_s: float) -> None:
@@ -145,12 +101,12 @@ def greet(connection: socket.socket, key: str, identity: Identity, deadline_s: f
         raise RefusedError(
             f"the leader speaks protocol {challenge.protocol} and this host {PROTOCOL}: install the same version on every host"
         )
-    nonce, body = os.urandom(32), encode(identity)
-    send_one(connection, encode(Hello(nonce, body, prove(key, KEEPER, challenge.nonce, nonce, body))), deadline_s)
+    hello = SIDES.hello(challenge, key, identity)
+    send_one(connection, encode(hello), deadline_s)
     answer = _read(connection, _decode_answer, deadline_s)
     if isinstance(answer, Refused):
         raise RefusedError(answer.reason, answer.again)
-    if not proven(answer.proof, key, LEADER, nonce, challenge.nonce, body):
+    if not SIDES.obeys(challenge, key, hello, answer):
         raise RefusedError("the leader does not have this host's LOCKSTEP_CLUSTER_KEY: set the same one on every host")
 
 

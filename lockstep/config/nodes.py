@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-
 from lockstep.config.errors import ConfigError
 from lockstep.config.tree import ParallelConfig
 from lockstep.utils import env, net
@@ -49,11 +47,15 @@ def check_nodes(parallel: ParallelConfig, *, headless: bool = False) -> None:
             f"world_size={world} must be divisible by nnodes={nodes}: each node runs as many ranks as the others; "
             "change tensor_parallel_size or pipeline_parallel_size so that their product is."
         )
-    if not parallel.master_addr.strip() or _is_any(parallel.master_addr):
+    if not parallel.master_addr.strip() or net.is_any(parallel.master_addr):
         raise ConfigError(
             f"master_addr={parallel.master_addr!r} is no address that other hosts could connect to: give that of node 0, "
             "the same on every node."
         )
+    try:
+        env.rendezvous_port()
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
 
 
 def own_address(address: str, setting: str) -> str:
@@ -84,10 +86,3 @@ def chosen_address() -> str:
     if address is None:
         raise ConfigError(f"LOCKSTEP_INTERFACE={env.network_interface()} has no address on this host: name another one, or unset it.")
     return address
-
-
-def _is_any(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_unspecified
-    except ValueError:  # a name
-        return False

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
-
 from lockstep.config import launcher
 from lockstep.config.errors import ConfigError
 from lockstep.config.tree import ParallelConfig
+from lockstep.utils import net
 
 
 def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
@@ -93,14 +92,7 @@ def _check_start(parallel: ParallelConfig, *, headless: bool) -> None:
 
 def _check_meeting_point(parallel: ParallelConfig) -> None:
     address = parallel.data_parallel_address
-    if not address.strip() or _is_any(address):
+    if not address.strip() or net.is_any(address):
         raise ConfigError(
             f"data_parallel_address={address!r} is no address that other hosts could connect to: give the leader's, the same on every host."
         )
-
-
-def _is_any(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_unspecified
-    except ValueError:  # a name
-        return False

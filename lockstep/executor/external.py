@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from lockstep.config import launcher
 from lockstep.config.errors import ConfigError
@@ -25,7 +24,8 @@ from lockstep.config.validate import settings
 from lockstep.executor import failure, wire
 from lockstep.executor.affinity import plan_here
 from lockstep.executor.causes import Causes, is_echo
-from lockstep.executor.contract import Executor, ExecutorError, RankMemory, StepFuture
+from lockstep.executor.contract import ExecutorError, StepFuture
+from lockstep.executor.in_process import InProcessExecutor
 from lockstep.executor.join import Membership
 from lockstep.executor.relay import Relay, ResultTimeout
 from lockstep.executor.worker_loop import call_worker, leave, raised_answer, worker_class
@@ -40,7 +40,7 @@ _DIFFER = " differ: rank "  # so say communicators whose ranks bring sizes that 
 _ALIKE = "all ranks of a replica must be given the same prompts, parameters and settings, in the same order"
 
 
-class ExternalLauncherExecutor(Executor):
+class ExternalLauncherExecutor(InProcessExecutor):
     """See `Executor`. Ranks are numbered within the replica; each method is called on all of them, in the same order.
 
     Steps and calls run on the caller's thread. A wait for another rank ends after distributed_timeout_seconds. The process is
@@ -49,13 +49,10 @@ class ExternalLauncherExecutor(Executor):
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str) -> None:
         """Meets the other ranks; returns when all have loaded. Raises ConfigError for an environment that does not fit."""
+        super().__init__()
         parallel, place = config.parallel, launcher.place(config.parallel)
-        self.timeline = Timeline()
         self.max_concurrent_batches = parallel.pipeline_parallel_size
-        self._error: ExecutorError | None = None
-        self._callbacks: list[Callable[[ExecutorError], None]] = []
         self._rank, self._number = place.rank % parallel.world_size, 0
-        self._worker: Any = None
         self._causes: Causes | None = None
         self._replica: Any = None
         self._relay: Relay | None = None
@@ -83,12 +80,6 @@ class ExternalLauncherExecutor(Executor):
             self.shutdown()
             raise
 
-    def memory(self) -> list[RankMemory]:
-        return msgspec.convert(self.collective_rpc("memory"), list[RankMemory])
-
-    def initialize_kv_cache(self, num_blocks: int) -> None:
-        self.collective_rpc("initialize_kv_cache", (num_blocks,))
-
     def execute_model(self, plan: StepPlan) -> StepFuture:
         self.check_health()
         assert self._relay is not None
@@ -107,14 +98,9 @@ class ExternalLauncherExecutor(Executor):
         self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None, timeout: float | None = None
     ) -> list[Any]:
         """See `Executor`; `timeout` does not interrupt a worker's method."""
-        if method.startswith("_"):
-            raise ValueError(f"method={method!r} is private to the worker: call a public one.")
-        self.check_health()
+        call = self._call(self._number + 1, method, args, kwargs)
         assert self._causes is not None
         self._number += 1
-        # Through the codec, as between processes: what works here works there, and nothing mutable is shared.
-        call = wire.decode_order(wire.encode_order(wire.Call(self._number, method, list(args), dict(kwargs or {}))))
-        assert isinstance(call, wire.Call)
         mine = call_worker(self._worker, call)
         if isinstance(mine, wire.Raised):
             self._causes.tell(mine)  # others may be inside a collective of this very call
@@ -128,28 +114,15 @@ class ExternalLauncherExecutor(Executor):
             raise failure.raised(*raised[0])
         return [wire.decode_value(a.value) for a in answers if isinstance(a, wire.CallDone)]
 
-    def check_health(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def register_failure_callback(self, callback: Callable[[ExecutorError], None]) -> None:
-        if self._error is None:
-            self._callbacks.append(callback)
-        elif self._error.kind != "shutdown":
-            callback(self._error)
-
     def shutdown(self) -> None:
         relay, self._relay = self._relay, None
-        if self._error is None:
-            self._error = ExecutorError("the executor was shut down", kind="shutdown")
-            if relay is not None:
-                with contextlib.suppress(Exception):
-                    relay.flush(FLUSH_S)
-        worker, self._worker = self._worker, None
-        if hasattr(worker, "shutdown"):
+        if self._error is None and relay is not None:
             with contextlib.suppress(Exception):
-                worker.shutdown()
+                relay.flush(FLUSH_S)
+        super().shutdown()
         membership, self._membership = self._membership, None
+        if self._causes is not None:
+            self._causes.close()
         self._causes, self._replica = None, None  # sockets close with the last reference to their group
         if membership is not None:
             with contextlib.suppress(Exception):
@@ -162,12 +135,14 @@ class ExternalLauncherExecutor(Executor):
             return Membership(config, place)
 
     def _check_alike(self, config: EngineConfig) -> None:
-        """Raises ConfigError, on every rank, for the first setting in which they differ."""
+        """Raises ConfigError, on every rank, for the first setting in which they differ. Where they are is noted."""
         mine = [[name, repr(value)] for name, _, value in settings(config) if name not in _OWN]
         with self._ending("init"):
-            everyone = self._replica.all_gather_objects(mine)
-        for rank, theirs in enumerate(everyone):
-            for (name, first), (_, value) in zip(everyone[0], theirs, strict=True):
+            everyone = self._replica.all_gather_objects([socket.gethostname(), mine])
+        if self._causes is not None:
+            self._causes.hosts = [host for host, _ in everyone]
+        for rank, (_, theirs) in enumerate(everyone):
+            for (name, first), (_, value) in zip(everyone[0][1], theirs, strict=True):
                 if first != value:
                     raise ConfigError(f"{name} is {first} on rank 0 and {value} on rank {rank}: {_ALIKE}.")
 
@@ -200,18 +175,13 @@ class ExternalLauncherExecutor(Executor):
             self._fail(phase, e)
 
     def _fail(self, phase: str, cause: Exception) -> None:
-        error = cause if isinstance(cause, ExecutorError) else None
-        if error is None:
-            answer = raised_answer(self._number, phase, cause, fatal=True)
-            if _DIFFER in answer.message:
-                answer.message += f" Either way, {_ALIKE}; check_collectives=True says what differs."
-            found = self._causes.find(self._number) if self._causes is not None and is_echo(answer) else None
-            if found is None and self._causes is not None:
-                self._causes.tell(answer)
-            error = failure.raised(*found) if found is not None else failure.raised(self._rank, answer)
-        self._error = error
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            with contextlib.suppress(Exception):
-                callback(error)
+        error = cause if isinstance(cause, ExecutorError) else self._blame(phase, cause)
+        self._break(error)
         raise error from (None if error is cause else cause)
+
+    def _blame(self, phase: str, cause: Exception) -> ExecutorError:
+        """The error of the rank that is at the bottom of an exception here."""
+        answer = raised_answer(self._number, phase, cause, fatal=True)
+        if _DIFFER in answer.message:
+            answer.message += f" Either way, {_ALIKE}; check_collectives=True says what differs."
+        return failure.raised(self._rank, answer) if self._causes is None else self._causes.explain(answer)

@@ -114,6 +114,27 @@ def lost(node: str, ranks: Sequence[int], why: str, places: str, others: str) ->
     return ExecutorError(f"{node.removesuffix(')')}{here}) is lost: {why}.{last}{_others(others)}", phase="node", kind="lost")
 
 
+def missing(ranks: Sequence[int], hosts: Sequence[str], asked: int, answer: Raised) -> ExecutorError:
+    """Ranks of a launcher that are gone or cut off. hosts: where they were, if that is known. asked: the rank that noticed."""
+    several = len(ranks) > 1
+    at = f" ({', '.join(dict.fromkeys(hosts))})" if hosts else ""
+    message = (
+        f"{rank_list(ranks)}{at} {'are' if several else 'is'} lost: {'they' if several else 'it'} did not answer when rank {asked} asked "
+        f"who is there, after {answer.error_type} in {answer.phase}: {answer.message}"
+    )
+    rank = None if several else ranks[0]
+    return ExecutorError(message, rank=rank, phase=answer.phase, kind="lost", log_tail=answer.traceback.rstrip().splitlines())
+
+
+def cut_off(rank: int, answer: Raised) -> ExecutorError:
+    """A rank of a launcher that reaches nobody, not even the store of all ranks."""
+    message = (
+        f"rank {rank} is cut off: it cannot reach the store of all ranks any more (or the host that serves it is gone), after "
+        f"{answer.error_type} in {answer.phase}: {answer.message}"
+    )
+    return ExecutorError(message, phase=answer.phase, kind="lost", log_tail=answer.traceback.rstrip().splitlines())
+
+
 def tells_of_a_lost_peer(answer: Raised) -> bool:
     """Whether an exception may be the echo of another rank's death or absence."""
     text = f"{answer.error_type} {answer.message}".lower()

@@ -32,10 +32,11 @@ from lockstep.executor import failure, wire
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.crew import Crew
 from lockstep.executor.gather import Door, Node, RemoteRank
-from lockstep.executor.operations import Operation, Operations
+from lockstep.executor.operations import Operations
 from lockstep.executor.remote import Nodes
 from lockstep.executor.results import Results
 from lockstep.executor.spawn import Plan, WorkerProcess, exit_codes, kill_all
+from lockstep.executor.stall import STALE_S, Stall
 from lockstep.observability.logging import get_logger
 from lockstep.protocol.health import RankHealth
 from lockstep.utils import env, net, procs
@@ -44,11 +45,9 @@ from lockstep.utils.net import Listener
 from lockstep.utils.shm import Bell
 
 TICK_S = 0.25
-STALE_S = 0.8  # without a sign of life (ranks give one every 0.2 s), ask the kernel whether it is stopped
 GRACE_S = 0.03  # how long an exception waits for a death that explains it better,
 LOSS_GRACE_S = 0.5  # and how long one that speaks of a lost peer does: dying takes a while on a busy machine
 NODE_LOSS_GRACE_S = 2.0  # and word of it takes a while from another host; see also SILENT_S
-ANSWER_GRACE_S = 2.0  # how long ranks that make no progress may owe an answer after another rank raised
 STOP_S, TERM_S = 2.0, 1.0  # shutdown: time to leave by themselves, then after SIGTERM
 
 _log = get_logger(__name__)
@@ -72,6 +71,7 @@ class Fleet(Crew):
         self._only = ("ERROR", "CRITICAL") if config.runtime.log_level == "error" else ""  # how forwarded lines must begin
         self._bell = Bell.create()
         self._door = door
+        self._stall = Stall(self.board, self.operations)
         self._nodes = Nodes(plan, door, self._bell, self.board)
         self._ordering = threading.Lock()  # orders reach every host in the same order
         self._suspect: tuple[float, ExecutorError] | None = None  # an exception in its grace
@@ -292,42 +292,23 @@ class Fleet(Crew):
 
     def _check_progress(self, now: float) -> None:
         """Look for ranks that are stopped and for orders nobody works on."""
-        everyone = self.board.all()
-        for worker, progress in zip(self.workers, everyone, strict=True):
-            if progress.beat_age_s > STALE_S and worker.state() == "T":
-                others, order = self.board.describe(w.rank for w in self.workers if w is not worker), self._order()
-                where = self.health()
-                self._collect_stacks()
-                tail = list(worker.tail.lines)
-                self._fail(failure.stopped(worker.rank, progress, others, tail, order, worker.where), where)
-                return
-        if not self.settled.is_set():
-            if now - self._started > self._startup_limit_s:
-                missing = [w.rank for w in self.workers if not w.ready]
-                self._fail_hung(
-                    f"starting ({rank_list(missing)} not ready, startup_timeout_seconds={self._startup_limit_s:g})",
-                    now - self._started,
-                )
-            return
-        self.results.take()  # a result that nobody fetches is not one that is owed
-        still_s = min(p.age_s for p in everyone)
-        call = self.operations.half_answered(ANSWER_GRACE_S)
-        if call is not None and still_s > ANSWER_GRACE_S:
-            self._fail_half_answered(call)
-            return
-        operation = self.operations.oldest()
-        if operation is not None:
-            quiet_s = min(still_s, now - self.operations.oldest_since)
-            if quiet_s > operation.limit_s:
-                self._fail_hung(operation.what, quiet_s)
-
-    def _fail_half_answered(self, call: Operation) -> None:
-        """A rank raised in a call and the others are stuck in it: the exception is why."""
-        rank, answer = call.raised[0]
-        late = sorted(call.missing)
-        error = failure.raised(rank, answer, list(self.workers[rank].tail.lines), where=self.workers[rank].where)
-        error.args = (f"{error} ({rank_list(late)} did not answer the same call: {self.board.describe(late)})",)
-        self._fail(error)
+        stopped = self._stall.stopped(self.workers)
+        if stopped is not None:
+            order, where = self._order(), self.health()
+            explain = self._stall.explain(stopped, self.workers, order)
+            self._collect_stacks()
+            self._fail(explain(), where)
+        elif not self.settled.is_set():
+            late_s = now - self._started
+            if late_s > self._startup_limit_s:
+                self._fail_hung(self._stall.starting(self.workers, self._startup_limit_s), late_s)
+        else:
+            self.results.take()  # a result that nobody fetches is not one that is owed
+            error = self._stall.half_answered(self.workers)
+            if error is not None:
+                self._fail(error)
+            elif (hung := self._stall.hung(now)) is not None:
+                self._fail_hung(*hung)
 
     def _fail_hung(self, what: str, quiet_s: float) -> None:
         """Ask every rank for its Python stack, then fail with all of them."""

@@ -14,21 +14,24 @@ import msgspec
 from lockstep.config.errors import ConfigError
 from lockstep.config.nodes import own_address
 from lockstep.config.tree import ParallelConfig
+from lockstep.distributed import greeting
+from lockstep.distributed.greeting import Challenge, Hello, Identity, Refused
 from lockstep.distributed.progress import rank_list
 from lockstep.executor import node_wire
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.crew import received
 from lockstep.executor.failure import LogTail
 from lockstep.executor.link import Link, LinkLost
-from lockstep.executor.node_wire import Challenge, Hello, Identity, Refused, Welcome
+from lockstep.executor.node_wire import SIDES
 from lockstep.executor.wire import FrameReader
 from lockstep.observability.logging import get_logger
-from lockstep.utils import env, handshake, net
+from lockstep.utils import env, net
 from lockstep.utils.frames import NO_MESSAGE
 from lockstep.utils.net import Listener
 from lockstep.utils.shm import Bell
 
-MAX_GUESTS = 64  # that have said nothing yet
+MAX_GUESTS = 64  # that have said nothing yet: one more, and the first of them has to go
+FAREWELL_S = 1.0  # for who was refused to hang up
 _TICK_S = 0.1
 _log = get_logger(__name__)
 
@@ -72,7 +75,7 @@ class Node:
 class _Guest:
     link: Link
     address: str
-    nonce: bytes
+    challenge: Challenge
     since: float
 
 
@@ -123,13 +126,17 @@ def warn_of_no_key() -> None:
 
 
 class Gathering:
-    """Waits for all other nodes. They beat, and are beaten to, from their welcome on."""
+    """Waits for all other nodes. They beat, and are beaten to, from their welcome on.
+
+    Strangers may come in any number: nothing here ever waits for one of them, and those who are refused are forgotten soon.
+    """
 
     def __init__(self, door: Door, settings: Mapping[str, str], limit_s: float, bell: Bell, stopping: Callable[[], bool]) -> None:
         """settings: those that all nodes must say alike. bell: rung when `stopping` may have become true."""
         self._door, self._settings, self._limit_s, self._bell, self._stopping = door, settings, limit_s, bell, stopping
-        self._key, self._versions = door.key, node_wire.versions()
+        self._key, self._versions = door.key, greeting.versions()
         self._guests: list[_Guest] = []
+        self._leaving: list[tuple[Link, float]] = []  # refused, oldest first; until when they may take the reason
         self._refused: list[str] = []
 
     def run(self, nodes: dict[int, Node]) -> bool:
@@ -150,13 +157,13 @@ class Gathering:
             return True
         finally:
             listener.close()  # whoever comes later is told by the kernel
-            for guest in self._guests:
-                guest.link.close()
+            for link in [*(guest.link for guest in self._guests), *(link for link, _ in self._leaving)]:
+                link.close()
 
     def _round(self, nodes: dict[int, Node]) -> None:
         with selectors.DefaultSelector() as selector:
-            sockets = [*(guest.link.socket for guest in self._guests), *(node.link.socket for node in nodes.values())]
-            watched: list[Any] = [self._door.listener, self._bell.fds[0], *sockets]
+            links = [*(guest.link for guest in self._guests), *(link for link, _ in self._leaving), *(node.link for node in nodes.values())]
+            watched: list[Any] = [self._door.listener, self._bell.fds[0], *(link.socket for link in links)]
             for what in watched:
                 selector.register(what, selectors.EVENT_READ)
             ready = [key.fileobj for key, _ in selector.select(_TICK_S)]
@@ -174,6 +181,7 @@ class Gathering:
             if why:  # before anything was started: it may come again
                 _log.warning("%s went away while others were awaited: %s", node.name, why)
                 nodes.pop(node.number).link.close()
+        self._let_go(ready)
         if self._door.listener in ready:
             self._accept()
 
@@ -182,13 +190,11 @@ class Gathering:
             connection, address = self._door.listener.accept()
         except OSError:
             return
-        if len(self._guests) >= MAX_GUESTS:
-            connection.close()
-            return
-        guest = _Guest(
-            Link(connection, self._door.parallel.node_timeout_seconds, self._bell.ring), address, os.urandom(32), time.monotonic()
-        )
-        guest.link.send(Challenge(node_wire.PROTOCOL, guest.nonce))
+        if len(self._guests) >= MAX_GUESTS:  # a node says who it is at once: the first is the least likely to be one
+            self._guests.pop(0).link.close()
+        link = Link(connection, self._door.parallel.node_timeout_seconds, self._bell.ring)
+        guest = _Guest(link, address, Challenge(node_wire.PROTOCOL, os.urandom(greeting.NONCE_BYTES)), time.monotonic())
+        link.send(guest.challenge)
         self._guests.append(guest)
 
     def _hear(self, guest: _Guest, nodes: dict[int, Node]) -> None:
@@ -201,44 +207,52 @@ class Gathering:
         if not isinstance(hello, Hello):
             guest.link.close()
             self._note(f"{guest.address} connected and did not greet as a node does ({why or 'it said something else, or nothing'})")
-            return
-        if not handshake.proven(hello.proof, self._key, "agent", guest.nonce, hello.nonce, hello.identity):
+        elif not SIDES.trusts(guest.challenge, self._key, hello):
             reason = "its LOCKSTEP_CLUSTER_KEY is not the leader's: set the same one on every node"
-            guest.link.close(Refused(reason))
-            self._note(f"a node at {guest.address} was refused: {reason}")
-            return
+            self._refuse(guest, reason, f"a node at {guest.address} was refused: {reason}")
+        else:
+            self._judge(guest, hello, nodes)
+
+    def _judge(self, guest: _Guest, hello: Hello, nodes: dict[int, Node]) -> None:
+        """Let in who has the key, and suits."""
         try:
             who = msgspec.msgpack.decode(hello.identity, type=Identity)
         except NO_MESSAGE as e:
-            guest.link.close(Refused(f"its greeting cannot be read: {e}"))
-            self._note(f"a node at {guest.address} was refused: its greeting cannot be read")
+            reason = "its greeting cannot be read"
+            self._refuse(guest, f"{reason}: {e}", f"a node at {guest.address} was refused: {reason}")
             return
-        name = f"node {who.node_rank} ({who.host}, pid {who.pid})"
-        misfit = self._misfit(who)
+        name = f"node {who.number} ({who.host}, pid {who.pid})"
+        misfit = greeting.misfit(who, self._versions, self._settings, "node")
         if misfit:
-            guest.link.close(Refused(misfit))
+            self._refuse(guest, misfit, f"{name} was refused: {misfit}")
             raise ExecutorError(f"{name} was refused: {misfit}.", phase="node", kind="refused")
-        if who.node_rank in nodes or who.node_rank not in self._door.expected:
-            there = nodes.get(who.node_rank)
-            reason = f"node_rank={who.node_rank} is taken" + (f" by the one on {there.host}" if there else " by the leader")
-            guest.link.close(Refused(f"{reason}: give each node its own, from 1 to {self._door.parallel.nnodes - 1}"))
-            self._note(f"another {name} was refused: {reason}")
+        if who.number in nodes or who.number not in self._door.expected:
+            there = nodes.get(who.number)
+            reason = f"node_rank={who.number} is taken" + (f" by the one on {there.host}" if there else " by the leader")
+            advice = f"{reason}: give each node its own, from 1 to {self._door.parallel.nnodes - 1}"
+            self._refuse(guest, advice, f"another {name} was refused: {reason}")
             return
         guest.link.frames.limit = node_wire.MESSAGE_BYTES
-        guest.link.send(Welcome(handshake.prove(self._key, "leader", hello.nonce, guest.nonce)))
-        nodes[who.node_rank] = Node(who.node_rank, who.host, guest.link)
+        guest.link.send(SIDES.welcome(guest.challenge, self._key, hello))
+        nodes[who.number] = Node(who.number, who.host, guest.link)
         _log.info("%s has connected from %s", name, guest.address)
 
-    def _misfit(self, who: Identity) -> str:
-        """Why this node cannot take part; "" when it can."""
-        for what, theirs, own in zip(("lockstep", "torch"), (who.lockstep, who.torch), self._versions, strict=True):
-            if theirs != own:
-                return f"it runs {what} {theirs} and the leader {own}: install the same version on every node"
-        for name in {**self._settings, **who.settings}:
-            theirs, own = who.settings.get(name, "nothing"), self._settings.get(name, "nothing")
-            if theirs != own:
-                return f"it has {name}={theirs} and the leader {name}={own}: say the same on every node"
-        return ""
+    def _refuse(self, guest: _Guest, reason: str, note: str) -> None:
+        """Say why, and let it leave while others are heard."""
+        guest.link.part(Refused(reason))
+        self._leaving.append((guest.link, time.monotonic() + FAREWELL_S))
+        self._note(note)
+
+    def _let_go(self, ready: list[Any]) -> None:
+        """Close the connections of those who have left, or take too long for it, or are too many."""
+        now, crowd = time.monotonic(), len(self._leaving) - MAX_GUESTS
+        kept = []
+        for number, (link, until) in enumerate(self._leaving):
+            if number < crowd or now > until or (link.socket in ready and link.gone()):
+                link.close()
+            else:
+                kept.append((link, until))
+        self._leaving = kept
 
     def _note(self, text: str) -> None:
         _log.warning("%s", text)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import selectors
 import socket
 import time
 
-import msgspec
-
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.nodes import chosen_address
 from lockstep.config.tree import EngineConfig
+from lockstep.distributed.greeting import Challenge, Identity, Refused, Welcome, introduce
 from lockstep.executor import gather, node_wire
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.link import Link, LinkLost
-from lockstep.executor.node_wire import Challenge, Hello, Identity, Message, Refused, Welcome
+from lockstep.executor.node_wire import SIDES, Message
 from lockstep.observability.logging import get_logger
-from lockstep.utils import handshake, net
+from lockstep.utils import net
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 _log = get_logger(__name__)
@@ -25,9 +23,7 @@ _log = get_logger(__name__)
 
 def identity(config: EngineConfig, spec: ModelSpec) -> Identity:
     """Who this node is."""
-    lockstep, torch = node_wire.versions()
-    settings = node_wire.agreed_settings(config, spec)
-    return Identity(config.parallel.node_rank, socket.gethostname(), os.getpid(), lockstep, torch, settings)
+    return introduce(config.parallel.node_rank, node_wire.agreed_settings(config, spec))
 
 
 def connect(config: EngineConfig, spec: ModelSpec, key: str) -> Link:
@@ -78,15 +74,15 @@ def _greet(link: Link, who: Identity, key: str, limit_s: float) -> Link:
         raise LinkLost(f"it said {type(challenge).__name__} first")
     if challenge.protocol != node_wire.PROTOCOL:
         raise _refused(who, f"the leader speaks version {challenge.protocol} of the protocol, this node {node_wire.PROTOCOL}")
-    said, nonce = msgspec.msgpack.encode(who), os.urandom(node_wire.NONCE_BYTES)
-    link.send(Hello(nonce, said, handshake.prove(key, "agent", challenge.nonce, nonce, said)))
+    hello = SIDES.hello(challenge, key, who)
+    link.send(hello)
     answer = _next(link, until)
     if isinstance(answer, Refused):
         raise _refused(who, answer.reason)
-    if not isinstance(answer, Welcome) or not handshake.proven(answer.proof, key, "leader", nonce, challenge.nonce):
+    if not isinstance(answer, Welcome) or not SIDES.obeys(challenge, key, hello, answer):
         raise _refused(who, "what answers there does not have this node's LOCKSTEP_CLUSTER_KEY: set the same one on every node")
     link.frames.limit = node_wire.MESSAGE_BYTES
-    _log.info("node %d is in: waiting for the others", who.node_rank)
+    _log.info("node %d is in: waiting for the others", who.number)
     return link
 
 
@@ -102,4 +98,4 @@ def _next(link: Link, until: float) -> Message:
 
 
 def _refused(who: Identity, reason: str) -> ExecutorError:
-    return ExecutorError(f"node {who.node_rank} ({who.host}) was refused: {reason}.", phase="node", kind="refused")
+    return ExecutorError(f"node {who.number} ({who.host}) was refused: {reason}.", phase="node", kind="refused")

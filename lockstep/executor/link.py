@@ -114,6 +114,21 @@ class Link:
         """Seconds since anything came."""
         return time.monotonic() - self._heard
 
+    def part(self, last: Message) -> None:
+        """Say a last word and end our side: `gone` says when the other side has taken it. Never waits, never raises."""
+        with contextlib.suppress(OSError, ValueError):
+            self.send(last)
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def gone(self) -> bool:
+        """Forget what has come; whether the other side has ended too. Never waits."""
+        try:
+            return not self.socket.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def close(self, last: Message | None = None, *, linger: bool = False) -> None:
         """Say a last word, if there is one, and close. Never raises; may be called twice.
 

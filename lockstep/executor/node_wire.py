@@ -1,9 +1,7 @@
 """What the leader and the agents of other hosts say to each other, over one TCP connection each. msgspec structs only.
 
     leader                         agent
-      Challenge  ---------------->           a nonce; nothing else is said to a stranger
-                 <----------------  Hello    proof of the key over that nonce and all that the agent says; a nonce of its own
-      Welcome    ---------------->           proof of the key the other way (or `Refused`, with the reason)
+                                             the greeting: see `distributed.greeting`
       Start      ---------------->           when every node is there
                  <----------------  Meeting  from the node of rank 0, where that is not the leader's
       Order, Stacks, End  ------->
@@ -11,7 +9,6 @@
       Beat       <--------------->  Beat     from the welcome on; the agent's carry its ranks' progress cells
 
 A frame is 4 bytes of length and the message. What the ranks of a node say is passed on as bytes: only the leader reads it.
-The proof is for who may take part. What follows it is neither encrypted nor signed: it is for a network that is trusted.
 """
 
 from __future__ import annotations
@@ -19,57 +16,25 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
+from lockstep.distributed.greeting import MESSAGE_BYTES as GREETING_BYTES
+from lockstep.distributed.greeting import Challenge, Hello, Refused, Sides, Welcome, texts
 from lockstep.utils.frames import NO_MESSAGE
-from lockstep.version import __version__
 
-PROTOCOL = 2
-GREETING_BYTES = 64 << 10  # no message of the greeting is longer
-MESSAGE_BYTES = 1 << 28  # and no other one than this
-NONCE_BYTES = 32
+PROTOCOL = 3
+SIDES = Sides("leader", "agent")
+MESSAGE_BYTES = 1 << 28  # no message after the greeting is longer
 BEAT_S = 0.5
 # Settings that all nodes must say alike; everything else is the leader's to say.
 AGREED = (
     *("nnodes", "tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"),
     *("enable_expert_parallel", "pipeline_layer_partition", "model", "revision", "dtype", "quantization", "load_format", "device"),
 )
-
-
-class Challenge(msgspec.Struct, tag="challenge", array_like=True):
-    protocol: int
-    nonce: bytes
-
-
-class Identity(msgspec.Struct, array_like=True):
-    """Who an agent is. `settings`: those of AGREED, and what the model's config.json says, as text."""
-
-    node_rank: int
-    host: str
-    pid: int
-    lockstep: str
-    torch: str
-    settings: dict[str, str]
-
-
-class Hello(msgspec.Struct, tag="hello", array_like=True):
-    nonce: bytes
-    identity: bytes  # an encoded Identity: the proof is over these very bytes
-    proof: bytes
-
-
-class Welcome(msgspec.Struct, tag="welcome", array_like=True):
-    proof: bytes
-
-
-class Refused(msgspec.Struct, tag="refused", array_like=True):
-    reason: str
 
 
 class Start(msgspec.Struct, tag="start", array_like=True):
@@ -183,24 +148,11 @@ class Frames:
             yield message
 
 
-def versions() -> tuple[str, str]:
-    """(lockstep's, torch's) version here, without importing torch."""
-    try:
-        return __version__, version("torch")
-    except PackageNotFoundError:
-        return __version__, "none"
-
-
 def agreed_settings(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
     """What all nodes must say alike, by name."""
-    where: dict[str, Any] = {**_fields(config.model), **_fields(config.parallel), **_fields(config.runtime)}
     model = hashlib.sha256(msgspec.msgpack.encode(spec)).hexdigest()[:16]
-    settings = {name: str(where[name]) for name in AGREED} | {"the model's config.json": model}
+    settings = texts(config, AGREED) | {"the model's config.json": model}
     local = Path(settings["model"]).expanduser()
     if settings["model"] and local.is_dir():  # each host has it where it likes
         settings["model"] = local.resolve().name
     return settings
-
-
-def _fields(group: Any) -> dict[str, Any]:
-    return {name: getattr(group, name) for name in group.__dataclass_fields__}

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.distributed.rank_times import RankTimes
 from lockstep.executor import failure, wire
 from lockstep.executor.affinity import plan_here
-from lockstep.executor.contract import Executor, ExecutorError, RankMemory, StepFuture
+from lockstep.executor.contract import ExecutorError, StepFuture
+from lockstep.executor.in_process import InProcessExecutor
 from lockstep.executor.worker_loop import call_worker, leave, raised_answer, worker_class
 from lockstep.observability.timeline import Timeline
 from lockstep.protocol import RankLive, StepPlan, StepResult
@@ -40,7 +39,7 @@ class _Finished:
         return self._result
 
 
-class UniprocExecutor(Executor):
+class UniprocExecutor(InProcessExecutor):
     """See `Executor`. Steps and calls run on the caller's thread; their timeouts do not interrupt them.
 
     The process is the user's: it is not bound to cores. The kernels' own threads are, and the caller while a step runs.
@@ -49,12 +48,9 @@ class UniprocExecutor(Executor):
     max_concurrent_batches = 1
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str) -> None:
-        self.timeline = Timeline()
-        self._error: ExecutorError | None = None
+        super().__init__()
         self._times = RankTimes()
         self._times.is_process(os.getpid())
-        self._callbacks: list[Callable[[ExecutorError], None]] = []
-        self._worker: Any = None
         self._place = ("init", time.monotonic())  # what the rank is at, and since when
         self._seat: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         with self._ending("init"):
@@ -73,12 +69,6 @@ class UniprocExecutor(Executor):
         with self._ending("load"):
             self._worker.load_model()
 
-    def memory(self) -> list[RankMemory]:
-        return msgspec.convert(self.collective_rpc("memory"), list[RankMemory])
-
-    def initialize_kv_cache(self, num_blocks: int) -> None:
-        self.collective_rpc("initialize_kv_cache", (num_blocks,))
-
     def execute_model(self, plan: StepPlan) -> StepFuture:
         self.check_health()
         try:
@@ -96,14 +86,7 @@ class UniprocExecutor(Executor):
     def collective_rpc(
         self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None, timeout: float | None = None
     ) -> list[Any]:
-        if method.startswith("_"):
-            raise ValueError(f"method={method!r} is private to the worker: call a public one.")
-        self.check_health()
-        # Through the codec, as with several ranks: what works here works there, and nothing mutable is shared.
-        order = wire.Call(0, method, list(args), dict(kwargs or {}))
-        call = wire.decode_order(wire.encode_order(order))
-        assert isinstance(call, wire.Call)
-        answer = call_worker(self._worker, call)
+        answer = call_worker(self._worker, self._call(0, method, args, kwargs))
         if isinstance(answer, wire.Raised):
             raise failure.raised(0, answer)
         return [wire.decode_value(answer.value)]
@@ -116,24 +99,6 @@ class UniprocExecutor(Executor):
         self._times.memory(resident_bytes())
         return [self._times.live(0, phase="idle", beat_age_s=0.0)]  # who asks is the rank's own thread
 
-    def check_health(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def register_failure_callback(self, callback: Callable[[ExecutorError], None]) -> None:
-        if self._error is None:
-            self._callbacks.append(callback)
-        elif self._error.kind != "shutdown":
-            callback(self._error)
-
-    def shutdown(self) -> None:
-        if self._error is None:
-            self._error = ExecutorError("the executor was shut down", kind="shutdown")
-        worker, self._worker = self._worker, None
-        if hasattr(worker, "shutdown"):
-            with contextlib.suppress(Exception):
-                worker.shutdown()
-
     @contextlib.contextmanager
     def _ending(self, phase: str) -> Iterator[None]:
         """An exception inside ends the executor, as an ExecutorError that the exception is the cause of."""
@@ -144,9 +109,5 @@ class UniprocExecutor(Executor):
         except Exception as e:
             error = failure.raised(0, raised_answer(0, phase, e, fatal=True))
             error.ranks = self.health()
-            self._error = error
-            callbacks, self._callbacks = self._callbacks, []
-            for callback in callbacks:
-                with contextlib.suppress(Exception):
-                    callback(error)
+            self._break(error)
             raise error from e

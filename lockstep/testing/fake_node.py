@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from lockstep.cli.main import guarded
-from lockstep.executor import node_wire
+from lockstep.distributed import greeting
 from lockstep.executor.factory import serve_node
 from lockstep.observability import logging
 from lockstep.testing.executors import FAKE_WORKER, SPEC, fake_config
@@ -21,7 +21,7 @@ def main(text: str) -> int:
     settings = json.loads(text)
     version = settings.pop("version", None)
     if version:
-        node_wire.__version__ = version  # type: ignore[attr-defined]
+        greeting.__version__ = version  # type: ignore[attr-defined]
     config = fake_config(**settings)
     logging.configure(config.runtime.log_level)
 

@@ -40,9 +40,14 @@ def ray_address() -> str:
 
 
 def rendezvous_port() -> int:
-    """LOCKSTEP_PORT: the port on which rank 0 serves the rendezvous for other hosts; 0 means any that is free."""
-    text = _text("LOCKSTEP_PORT")
-    return int(text) if text.isdigit() else 0
+    """LOCKSTEP_PORT: the port on which rank 0 serves the rendezvous for other hosts; 0, or unset, means any that is free.
+
+    Raises ValueError for what is no port.
+    """
+    text = _text("LOCKSTEP_PORT", "0") or "0"
+    if not (text.isascii() and text.isdigit() and len(text) < 9 and int(text) < 65536):
+        raise ValueError(f"LOCKSTEP_PORT={text!r} is no port: it must be a whole number from 1 to 65535; unset it for any free one.")
+    return int(text)
 
 
 def network_interface() -> str:

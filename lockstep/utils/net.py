@@ -7,6 +7,7 @@ socket is handed to whoever will serve on it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
@@ -22,7 +23,7 @@ class Listener:
     """
 
     def __init__(self, host: str = LOOPBACK, port: int = 0, backlog: int = 1024) -> None:
-        """Raises OSError, with the address in its text, when the port is taken."""
+        """Raises OSError, with the address in its text, when the port is taken or is none."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -30,6 +31,9 @@ class Listener:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((host, port))
             self._socket.listen(backlog)
+        except OverflowError:
+            self._socket.close()
+            raise OSError(errno.EINVAL, f"cannot listen on {host}:{port}: a port is a number up to 65535") from None
         except OSError as error:
             self._socket.close()
             raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
@@ -67,6 +71,14 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
+        return False
+
+
+def is_any(host: str) -> bool:
+    """Whether `host` is an address that stands for all of this machine's (0.0.0.0), which nobody can connect to."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:  # a name
         return False
 
 

@@ -155,8 +155,8 @@ def test_who_does_not_fit_is_refused_by_name(hosts: Hosts, caplog: pytest.LogCap
         offered(hosts.port, ours, torch="1.0"),
         offered(hosts.port, {**ours, "dtype": "float16"}),
         offered(hosts.port, {**ours, "model": "0123"}),
-        offered(hosts.port, ours, replica=0),
-        offered(hosts.port, ours, replica=9),
+        offered(hosts.port, ours, number=0),
+        offered(hosts.port, ours, number=9),
         offered(hosts.port, ours),
     ]
     words = ["LOCKSTEP_CLUSTER_KEY", "lockstep 0.0.0", "torch 1.0", "dtype=float16", "its model is another one"]

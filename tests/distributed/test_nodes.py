@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import json
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.executor import node_wire
+from lockstep.distributed.greeting import Challenge, Hello, Welcome
+from lockstep.executor import gather, node_wire
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.link import Link, LinkLost
 from lockstep.protocol import NewRequest, SamplingParams, StepPlan
@@ -241,9 +243,9 @@ def test_a_leader_without_the_key_is_not_obeyed() -> None:
         with fake_agent({"LOCKSTEP_CLUSTER_KEY": "secret"}, **settings) as agent:
             link, _ = impostor.accept()
             with link:
-                link.sendall(node_wire.frame(node_wire.Challenge(node_wire.PROTOCOL, b"n" * 32)))
+                link.sendall(node_wire.frame(Challenge(node_wire.PROTOCOL, b"n" * 32)))
                 link.recv(1 << 16)
-                link.sendall(node_wire.frame(node_wire.Welcome(b"x" * 32)))
+                link.sendall(node_wire.frame(Welcome(b"x" * 32)))
                 assert agent.wait() == 1
             assert "does not have this node's LOCKSTEP_CLUSTER_KEY" in agent.said()
 
@@ -276,6 +278,48 @@ def test_a_second_node_of_the_same_rank_is_turned_away_and_noise_is_ignored() ->
                 thread.join()
                 for agent in agents:
                     agent.close()
+
+
+def test_strangers_who_do_not_hang_up_end_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than are heard at once, with a wrong proof or nothing to say, in the 2 s in which a node must hear its leader."""
+    monkeypatch.setenv("LOCKSTEP_CLUSTER_KEY", "right")
+    strangers: list[socket.socket] = []
+    agents: list[Agent] = []
+    with held_port() as port:
+        common = {"tp": 3, "nnodes": 3, "master_port": port, "cpu_binding": False, "startup_s": 30, "node_timeout_seconds": 2.0}
+
+        def knock() -> None:
+            wait_for(lambda: agents[0].process.poll() is not None or "node 1 is in" in agents[0].said(), 20)
+            for number in range(gather.MAX_GUESTS + 40):
+                stranger = socket.create_connection(("127.0.0.1", port), 10)
+                strangers.append(stranger)
+                if number % 2:
+                    stranger.sendall(node_wire.frame(Hello(b"n" * 32, b"anybody", b"p" * 32)))
+            refused = [stranger for number, stranger in enumerate(strangers) if number % 2]
+            said = [text_of(stranger) for stranger in refused[-8:]]
+            assert all("LOCKSTEP_CLUSTER_KEY is not the leader's" in text for text in said), said
+            agents.append(Agent([sys.executable, "-m", "lockstep.testing.fake_node", json.dumps({**common, "node_rank": 2})]))
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, fake_agent(**common, node_rank=1, log_level="info") as first:
+            agents.append(first)
+            knocking = pool.submit(knock)
+            try:
+                with fake_executor(**common) as executor:
+                    knocking.result(30)
+                    assert len(executor.memory()) == 3
+                assert [agent.wait() for agent in agents] == [0, 0]
+            finally:
+                concurrent.futures.wait([knocking], 30)
+                for one in [*strangers, *agents]:
+                    one.close()
+
+
+def text_of(stranger: socket.socket) -> str:
+    """All that the leader says to it before it ends the connection."""
+    found = b""
+    while data := stranger.recv(1 << 16):
+        found += data
+    return found.decode("utf-8", "replace")
 
 
 def test_nothing_is_left_behind_in_the_leader() -> None:

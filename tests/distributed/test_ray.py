@@ -284,9 +284,9 @@ def test_too_few_resources_are_said_with_numbers(connected: None) -> None:
 
 
 def test_another_version_on_a_node_is_refused(connected: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lockstep.executor import node_wire
+    from lockstep.distributed import greeting
 
-    monkeypatch.setattr(node_wire, "__version__", "0.0.7")
+    monkeypatch.setattr(greeting, "__version__", "0.0.7")
     wanted = rf"node [01] \({HOST}, pid \d+\) was refused: it runs lockstep {lockstep.__version__} and the leader 0\.0\.7"
     with pytest.raises(ExecutorError, match=wanted), fake_executor(1, pipeline_parallel_size=2, backend="ray", startup_s=60):
         pass

@@ -101,6 +101,16 @@ def test_a_pod_is_whole(path: Path) -> None:
             assert container["image"].split(":")[1].removesuffix("-ray") == __version__
 
 
+def test_pods_prove_a_secret_that_is_not_in_the_file() -> None:
+    (document,) = documents(MANIFESTS[1])
+    keys = [v for env in found(document, "env") for v in env if v["name"] == "LOCKSTEP_CLUSTER_KEY"]
+    assert len(keys) == 2 and keys[0] == keys[1]
+    secret = keys[0]["valueFrom"]["secretKeyRef"]
+    assert not secret.get("optional"), "without it pods must not start"
+    assert f"kubectl create secret generic {secret['name']} --from-literal={secret['key']}=" in MANIFESTS[1].read_text()
+    assert documents(MANIFESTS[0])[0]["spec"]["authOptions"] == {"mode": "token"}, "on Ray the key travels by Ray, which has its own"
+
+
 def test_leader_and_worker_say_the_same() -> None:
     (document,) = documents(MANIFESTS[1])
     template = document["spec"]["leaderWorkerTemplate"]
@@ -158,6 +168,7 @@ DROP = object()
         ("leaderworkerset", 0, f"{LWS}.leaderTemplate.spec.volumes.0.emptyDir.medium", "memory"),
         ("kuberay", 0, "kind", "RayJob"),
         ("kuberay", 0, "spec.rayVersion", 2.6),
+        ("kuberay", 0, "spec.authOptions.mode", "key"),
         ("kuberay", 0, "spec.headGroupSpec.rayStartParams.num-cpus", 2),
         ("kuberay", 0, "spec.headGroupSpec.rayStartParams", DROP),
         ("kuberay", 0, "spec.workerGroupSpecs.0.groupName", DROP),

@@ -144,6 +144,20 @@ def test_run_cluster_starts_a_worker(tools: Path) -> None:
     assert "start --block --address=head:7000 --node-ip-address=10.0.0.2" in text
 
 
+def test_run_cluster_hands_secrets_on_without_showing_them(tools: Path) -> None:
+    secrets = {"LOCKSTEP_CLUSTER_KEY": "s3cret", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t0ken"}
+    done = run(RUN_CLUSTER, "image:1", "10.0.0.1", "--head", tools=tools, **secrets)
+    assert "--env LOCKSTEP_CLUSTER_KEY --env RAY_AUTH_MODE --env RAY_AUTH_TOKEN --entrypoint" in " ".join(said(tools))
+    assert not {"s3cret", "t0ken"} & set(" ".join(said(tools)).replace("=", " ").split()) and done.stderr == ""
+    done = run(RUN_CLUSTER, "image:1", "10.0.0.1", "--head", tools=tools)
+    assert "RAY_AUTH_MODE=token is not set" in done.stderr
+
+
+@pytest.mark.parametrize("script", [MULTI_NODE, RUN_CLUSTER], ids=lambda p: p.name)
+def test_scripts_name_the_secret(script: Path, tools: Path) -> None:
+    assert "LOCKSTEP_CLUSTER_KEY=..." in run(script, tools=tools).stderr
+
+
 def test_run_cluster_leaves_a_container_of_the_same_name_alone(tools: Path) -> None:
     stand_in(tools, "docker", 'printf "%s\\n" "$@" >>"$SAID"; [[ $1 != run ]] || exit 125')  # as when the name is taken
     assert run(RUN_CLUSTER, "image:1", "head", "--worker", tools=tools).returncode == 125
