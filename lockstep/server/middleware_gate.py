@@ -88,7 +88,8 @@ class Gate:
         except Busy as e:
             raise ApiError(429, str(e), code="queue_full", headers={"retry-after": str(e.retry_after_s)}) from None
         except NeverFits as e:
-            raise ApiError(400, str(e), code="request_too_large") from None
+            param = "n" if isinstance(body, dict) and body.get("n") not in (None, 1) else None
+            raise ApiError(400, str(e), param=param, code="request_too_large") from None
 
     def _check_characters(self, body: Any) -> None:
         """No text is tokenized that could not fit even if every token of it were the longest there is."""

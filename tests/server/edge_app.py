@@ -25,7 +25,7 @@ class EdgeEngine:
     def __init__(self, max_num_seqs: int = 2, max_model_len: int = 100) -> None:
         self.config = EngineConfig(model=ModelConfig(max_model_len=max_model_len), scheduler=SchedulerConfig(max_num_seqs=max_num_seqs))
         self.tokenizer: Any = ByteTokenizer()
-        self.failure = None
+        self.failure, self.index, self.observer = None, 0, None
         self.aborted: dict[str, asyncio.Event] = {}
 
     def submit(self, name: str) -> asyncio.Event:

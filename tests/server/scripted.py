@@ -28,7 +28,8 @@ from lockstep.server.state import ServerState
 class ScriptedEngine:
     """Plays `text` for every choice. error: fails with this after the text. hangs: never ends by itself."""
 
-    failure = None
+    failure = observer = None
+    index = 0
 
     def __init__(self, text: str, *, error: str | None = None, hangs: bool = False) -> None:
         self.config, self.spec, self.folder = resolve(build_config(max_model_len=2048))

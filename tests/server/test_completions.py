@@ -235,7 +235,7 @@ def test_other_refusals(http: httpx.Client) -> None:
     broken = http.post("/v1/completions", content=b'{"prompt": ', headers={"content-type": "application/json"})
     assert broken.status_code == 400 and broken.json()["error"]["param"] is None
     nan = http.post("/v1/completions", content=b'{"prompt": "x", "temperature": NaN}', headers={"content-type": "application/json"})
-    assert nan.status_code == 400 and nan.json()["error"]["param"] == "temperature"
+    assert nan.status_code == 400
     assert refused(http, prompt="x", headers=None, **{"max_tokens": 1, "prompt_embeds": "x"})["param"] == "prompt_embeds"
     half = http.post("/v1/completions", content=b'{"prompt": "\\ud800"}', headers={"content-type": "application/json"})
     assert half.status_code == 400

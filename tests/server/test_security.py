@@ -17,6 +17,7 @@ import psutil
 import pytest
 import zmq
 
+from lockstep.cluster.health import EngineHealth
 from lockstep.frontend import engine_wire as wire
 from lockstep.frontend.chat import render
 from lockstep.frontend.engine_server import EngineServer, bind
@@ -111,6 +112,9 @@ def test_one_who_does_not_know_the_runs_secret_is_told_nothing(tmp_path: Path) -
 
         def step(self) -> list[Any]:
             return []
+
+        def health(self) -> EngineHealth:
+            return EngineHealth(pid=1, born=1, replicas=[])
 
     context: zmq.Context[Any] = zmq.Context()
     endpoint = f"ipc://{tmp_path}/engine"
