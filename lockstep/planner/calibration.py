@@ -52,9 +52,10 @@ class AttentionRates(msgspec.Struct, frozen=True):
 
 
 class Mode(msgspec.Struct, frozen=True):
-    """Costs while `ranks` ranks work at once, on one rank of them. Lines are over elements, unless they say otherwise."""
+    """Costs on one of `ranks` ranks that share the machine, while `busy` of them work. Lines are over elements, unless they say so."""
 
     ranks: int
+    busy: int
     threads: int  # of each rank
     bandwidth: float  # bytes/s that each rank reads meanwhile
     products: list[ProductRates]  # by rows, ascending
@@ -87,13 +88,12 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     all_reduce: list[tuple[int, float]]  # (bytes, seconds) between 2 ranks
     send_recv: list[tuple[int, float]]
     modes: list[Mode]
-    detokenize_s: float = 0.0  # a token, in the frontend
     seconds: float = 0.0  # that calibration took
     format: int = FORMAT
 
-    def mode(self, ranks: int) -> Mode:
-        """The measured mode nearest to `ranks` ranks on this machine."""
-        return min(self.modes, key=lambda m: (abs(m.ranks - ranks), m.ranks))
+    def mode(self, ranks: int, busy: int | None = None) -> Mode:
+        """The measured mode nearest to `ranks` ranks on this machine, `busy` of them (default: all) at work at once."""
+        return min(self.modes, key=lambda m: (abs(m.ranks - ranks), abs(m.busy - (busy or m.ranks))))
 
     def device(self) -> Device:
         """The machine as one device of a cluster: what the general cost model needs."""

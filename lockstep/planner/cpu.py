@@ -38,7 +38,7 @@ class OpTime:
 class CpuModel:
     """The engine of one replica on a calibrated machine. `layout.dp` replicas share it, each rank with its share of the cores.
 
-    bandwidth_scale: memory bandwidth now, over that of the calibration. alone: ranks of other stages and replicas idle.
+    bandwidth_scale: memory bandwidth now, over that of the calibration. alone: one request, so that other stages and replicas idle.
     """
 
     calibration: Calibration
@@ -47,11 +47,12 @@ class CpuModel:
     how: str = "balanced"
     weight_dtype: str = ""
     bandwidth_scale: float = 1.0
+    alone: bool = False
 
     @property
     def mode(self) -> Mode:
-        """The measured mode: how many ranks are at work on the machine."""
-        return self.calibration.mode(self.layout.devices)
+        """The measured mode: how many ranks share the machine, and are at work."""
+        return self.calibration.mode(self.layout.devices, self.layout.tp if self.alone else None)
 
     def stage_s(self, queries: Sequence[int], contexts: Sequence[int], sampled: int) -> list[float]:
         """Seconds of each pipeline stage for a step whose row i computes queries[i] tokens, the last of contexts[i]."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,20 +50,26 @@ def trace(path: str | Path) -> list[Arrival]:
 
     Raises ConfigError for a file that is not there or has another form.
     """
-    found = []
     try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                entry = json.loads(line)
-                found.append(Arrival(float(entry["timestamp"]), int(entry["input_length"]), int(entry["output_length"])))
-    except OSError as e:
-        raise ConfigError(f"trace={str(path)!r} cannot be read ({e.strerror}): name a file with one JSON object a line.") from None
-    except (ValueError, KeyError, TypeError) as e:
-        what = f"has no {e}" if isinstance(e, KeyError) else f"does not fit ({e})"
-        raise ConfigError(f"line {number} of trace={str(path)!r} {what}: write timestamp, input_length and output_length.") from None
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"trace={str(path)!r} cannot be read ({e}): name a file with one JSON object a line.") from None
+    found = [_of_line(line, f"line {number} of trace={str(path)!r}") for number, line in enumerate(lines, 1) if line.strip()]
     found.sort(key=lambda arrival: arrival.at_s)
     first = found[0].at_s if found else 0.0
     return [Arrival(a.at_s - first, a.input_tokens, a.output_tokens) for a in found]
+
+
+def _of_line(line: str, where: str) -> Arrival:
+    try:
+        entry = json.loads(line)
+        found = Arrival(float(entry["timestamp"]), int(entry["input_length"]), int(entry["output_length"]))
+    except (ValueError, KeyError, TypeError) as e:
+        what = f"has no {e}" if isinstance(e, KeyError) else f"does not fit ({e})"
+        raise ConfigError(f"{where} {what}: write timestamp, input_length and output_length.") from None
+    if found.input_tokens < 1 or found.output_tokens < 1:
+        raise ConfigError(f"{where} has lengths {found.input_tokens} and {found.output_tokens}: both must be at least 1.")
+    return found
 
 
 def as_request(number: int, arrival: Arrival, vocab_size: int) -> EngineRequest:
@@ -85,8 +90,3 @@ def _prompt(number: int, tokens: int, vocab_size: int) -> list[int]:
         number, digit = divmod(number, vocab_size)
         digits.append(digit)
     return (digits + [0] * tokens)[:tokens]
-
-
-def span_s(arrivals: Sequence[Arrival]) -> float:
-    """From the first to the last."""
-    return arrivals[-1].at_s - arrivals[0].at_s if arrivals else 0.0

@@ -110,6 +110,7 @@ class Report:
         """The figures as text."""
         milli = [f"{f(share) * 1e3:.2f}" for f in (self.ttft_s, self.tpot_s) for share in (0.5, 0.9, 0.99)]
         refused = len(self.requests) - len(self.served)
+        waiting = max(r.waiting.most for r in self.replicas)
         peak = max(r.kv_usage.most for r in self.replicas)
         return "\n".join(
             [
@@ -117,7 +118,7 @@ class Report:
                 f"TTFT         {milli[0]} ms median, {milli[1]} p90, {milli[2]} p99",
                 f"TPOT         {milli[3]} ms median, {milli[4]} p90, {milli[5]} p99",
                 f"throughput   {self.throughput:.1f} output tokens/s",
-                f"waiting      {self.waiting():.2f} requests on average, {max(r.waiting.most for r in self.replicas):.0f} at most on a replica",
+                f"waiting      {self.waiting():.2f} requests on average, {waiting:.0f} at most on a replica",
                 f"KV cache     {self.kv_usage():.1%} used on average, {peak:.1%} at most",
                 f"preemptions  {sum(r.preemptions for r in self.requests)}",
                 f"stages busy  {', '.join(f'{share:.1%}' for share in self.stage_usage())}",

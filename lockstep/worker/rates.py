@@ -24,7 +24,7 @@ from lockstep.models.decoder import DecoderModel
 from lockstep.models.registry import build_model
 from lockstep.worker import kv
 
-LEAST_RUNS, MOST_RUNS = 3, 100
+MOST_RUNS = 100
 _LAYER = re.compile(r"layers\.\d+\.")
 Case = tuple[int, int, int]  # rows, tokens that each computes, tokens that each holds afterwards
 
@@ -33,9 +33,9 @@ def operation_seconds(
     spec: dict[str, Any], cases: Sequence[Case], seconds: float, *, groups: ParallelGroups, dtype: torch.dtype, block_size: int,
     quantization: str | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """For each case the median seconds of one operation of each kind, "head" (logits and argmax) and "step" (all of it).
+    """For each case the median seconds of one operation of each kind, and "head" (logits and the choice of a token).
 
-    seconds: about how long all cases take together.
+    seconds: about how long all cases may take; one for which there is no time any more is empty. Small cases should come first.
     """
     return Rehearsal(msgspec.convert(spec, ModelSpec), cases, groups, dtype, block_size, quantization).run(cases, seconds)
 
@@ -63,35 +63,37 @@ class Rehearsal:
 
     @torch.inference_mode()
     def run(self, cases: Sequence[Case], seconds: float) -> list[dict[str, float]]:
-        """See `operation_seconds`. Ranks begin each case together."""
-        return [self._case(case, seconds / len(cases)) for case in cases]
+        """See `operation_seconds`."""
+        found: list[dict[str, float]] = []
+        left, turns = seconds, len(cases)
+        for case in cases:
+            times, spent = self._case(case, left / turns) if left > 0 else ({}, 0.0)
+            found.append(times)
+            left, turns = left - spent, turns - 1
+        return found
 
-    def _case(self, case: Case, seconds: float) -> dict[str, float]:
+    def _case(self, case: Case, seconds: float) -> tuple[dict[str, float], float]:
+        """Its times, and what finding them took. The first run does not count, unless it alone takes longer than there is time."""
         rows, tokens, length = case
         width = -(-length // self.block_size)
         tables = np.random.default_rng(0).permutation(self.blocks)[: rows * width].reshape(rows, width)
         batch = AttentionBatch.build([tokens] * rows, [length] * rows, tables, self.block_size)
         ids = torch.zeros(rows * tokens, dtype=torch.int64)
-        took: dict[str, list[float]] = defaultdict(list)
-        for _ in range(self._runs(ids, batch, rows, seconds)):
-            for kind, value in self._once(ids, batch, rows).items():
-                took[kind].append(value)
-        return {kind: median(values) for kind, values in took.items()}
-
-    def _runs(self, ids: torch.Tensor, batch: AttentionBatch, rows: int, seconds: float) -> int:
-        """How many fill `seconds`, the same on all ranks of the group."""
-        self._once(ids, batch, rows)
         began = time.perf_counter()
-        self._once(ids, batch, rows)
-        took = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
-        slowest = float(self.groups.tp.all_gather(took, 0).max())
-        return int(min(MOST_RUNS, max(LEAST_RUNS, seconds / max(slowest, 1e-6))))
+        took = [self._once(ids, batch, rows)]
+        once = self._slowest(time.perf_counter() - began)
+        if (runs := int(min(MOST_RUNS, seconds / once - 1))) > 0:
+            took = [self._once(ids, batch, rows) for _ in range(runs)]
+        return {kind: median(one[kind] for one in took) for kind in took[0]}, once * (1 + max(runs, 0))
+
+    def _slowest(self, seconds: float) -> float:
+        """The longest of the ranks' times: all must come to the same number of runs."""
+        return max(float(self.groups.tp.all_gather(torch.tensor([seconds], dtype=torch.float64), 0).max()), 1e-6)
 
     def _once(self, ids: torch.Tensor, batch: AttentionBatch, rows: int) -> dict[str, float]:
         """One step: by kind, the mean over its operations."""
         native = self.model.native
         assert native is not None
-        began = time.perf_counter()
         hidden = native.forward(ids, batch, None)
         assert isinstance(hidden, torch.Tensor)
         middle = time.perf_counter()
@@ -101,4 +103,4 @@ class Rehearsal:
         for name, start, stop in native.operation_times():
             kinds[_LAYER.sub("", name).partition(".")[0]].append(stop - start)
         found = {kind: sum(values) / len(values) for kind, values in kinds.items()}
-        return found | {"head": ended - middle, "forward": middle - began, "step": ended - began}
+        return found | {"head": ended - middle}

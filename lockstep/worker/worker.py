@@ -262,9 +262,14 @@ class Worker(Recorded):
         self._watch.close()
         return super().take_timeline()
 
-    def operation_seconds(self, spec: dict[str, Any], cases: list[list[int]], seconds: float, alone: bool) -> list[dict[str, float]]:
-        """For calibration: see `worker.rates`. alone: a whole model on each rank, all at the same time, instead of one cut over them."""
+    def operation_seconds(
+        self, spec: dict[str, Any], cases: list[list[int]], seconds: float, alone: bool, only: int | None
+    ) -> list[dict[str, float]]:
+        """For calibration: see `worker.rates`. alone: a whole model on each rank, all at the same time, instead of one cut over
+        them. only: so many ranks measure, the others wait."""
         self.groups.tp.barrier()
+        if only is not None and self.rank >= only:
+            return []
         return rates.operation_seconds(
             spec, [(a, b, c) for a, b, c in cases], seconds, groups=ParallelGroups.solo() if alone else self.groups, dtype=self.dtype,
             block_size=self.config.cache.block_size, quantization=self.config.model.quantization,
