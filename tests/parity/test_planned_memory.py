@@ -42,7 +42,13 @@ def granule() -> int:
 @pytest.mark.parametrize(("what", "arch", "split", "model", "engine"), CASES, ids=[case[0] for case in CASES])
 def test_planned_is_allocated(what: str, arch: str, split: dict, model: dict, engine: dict, dtype: str, tmp_path: Path) -> None:
     folder = make_tiny(arch, tmp_path / "model", dtype=dtype, **model)
-    settings = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 40, "threads_per_rank": 1}
+    settings = {
+        "max_model_len": 128,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "num_gpu_blocks_override": 40,
+        "threads_per_rank": 1,
+    }
     with LLM(str(folder), dtype=dtype, **split, **settings, **engine) as llm:
         # Every prompt is computed in the first step: all sample in it.
         params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
