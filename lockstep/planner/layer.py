@@ -90,7 +90,7 @@ def product(s: Setting, name: str, m: int, n: int, k: int) -> Term:
 
 def all_reduce(s: Setting, span: Span, size: float, name: str) -> Term:
     """The sum over a group of `size` bytes."""
-    seconds = collectives.all_reduce_s(s.cluster, span.ranks_per_node, span.nodes, size) if span.size > 1 else 0.0
+    seconds = collectives.all_reduce_s(s.cluster, *span, size) if span.size > 1 else 0.0
     across = " hierarchical: reduce-scatter and all-gather inside, ring across" if span.nodes > 1 else ""
     sent = 2 * (span.size - 1) / span.size * size
     return Term(name, seconds, 0.0, sent, f"launch + steps * step * knee + 2(n-1)/n * S / B,{across or ' one node'}", MESSAGES)
@@ -174,14 +174,10 @@ def _merge(s: Setting, layout: Layout, groups: Groups, batch: int, heads: int) -
     if layout.dcp > 1:
         inside = min(layout.dcp, groups.tp.ranks_per_node)
         span = Span(inside, layout.dcp // inside)
-        seconds += collectives.all_gather_s(s.cluster, *_pair(span), query) + collectives.reduce_scatter_s(s.cluster, *_pair(span), result)
+        seconds += collectives.all_gather_s(s.cluster, *span, query) + collectives.reduce_scatter_s(s.cluster, *span, result)
     if layout.cp > 1:
-        seconds += collectives.all_reduce_s(s.cluster, *_pair(groups.cp), result)
+        seconds += collectives.all_reduce_s(s.cluster, *groups.cp, result)
     return Term("context merge", seconds, 0.0, query + result, "all-gather(q) + reduce-scatter(out, lse)", MESSAGES)
-
-
-def _pair(span: Span) -> tuple[int, int]:
-    return span.ranks_per_node, span.nodes
 
 
 def _dense(s: Setting, layout: Layout, groups: Groups, tokens: int) -> Iterator[Term]:
@@ -212,11 +208,11 @@ def _routed(s: Setting, layout: Layout, groups: Groups, tokens: int) -> Iterator
         yield all_reduce(s, groups.tp, wide, "all-reduce after the MLP")
         return
     mine = -(-tokens // layout.tp)  # each TP rank sends its part of the tokens
-    where = (*_pair(groups.ep), mine, shape.hidden_size, moe.per_token)
+    where = (*groups.ep, mine, shape.hidden_size, moe.per_token)
     sent = float(mine * shape.hidden_size * moe.per_token)
     out, back = collectives.dispatch_s(s.cluster, *where), collectives.combine_s(s.cluster, *where)
     yield Term("dispatch to experts", out, 0.0, sent * DTYPE_BYTES["fp8"], "launch + T k h / B (fp8)", MESSAGES)
     yield Term("combine from experts", back, 0.0, sent * shape.itemsize, "launch + T k h / B", MESSAGES)
     if layout.tp > 1:
-        gather = collectives.all_gather_s(s.cluster, *_pair(groups.tp), wide)
+        gather = collectives.all_gather_s(s.cluster, *groups.tp, wide)
         yield Term("all-gather after the experts", gather, 0.0, wide, "launch + (n-1)/n * S / B", MESSAGES)

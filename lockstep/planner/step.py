@@ -127,7 +127,7 @@ def end_terms(s: Setting, layout: Layout, groups: Groups, work: Work, *, first: 
     if first:
         found = [Term("embedding", ops.elementwise_s(s.device, 2.0 * wide, 1), 0.0, 2.0 * wide, "t0 + bytes / (BW e_b)", MEMORY)]
         if span.size > 1:
-            seconds = collectives.all_reduce_s(s.cluster, span.ranks_per_node, span.nodes, wide)
+            seconds = collectives.all_reduce_s(s.cluster, *span, wide)
             found.append(Term("all-reduce after the embedding", seconds, 0.0, 2.0 * wide, "launch + 2(n-1)/n * S / B", MESSAGES))
         return found
     rows = work.tokens if work.decode else 1
@@ -135,7 +135,7 @@ def end_terms(s: Setting, layout: Layout, groups: Groups, work: Work, *, first: 
     if span.size == 1:
         return [head]
     size = float(rows * shape.vocab_size * shape.itemsize)
-    seconds = collectives.all_gather_s(s.cluster, span.ranks_per_node, span.nodes, size)
+    seconds = collectives.all_gather_s(s.cluster, *span, size)
     return [head, Term("gathering logits", seconds, 0.0, size, "launch + (n-1)/n * S / B", MESSAGES)]
 
 
@@ -150,6 +150,6 @@ def hop_terms(s: Setting, layout: Layout, groups: Groups, work: Work) -> list[Te
     seconds = inside * collectives.p2p_s(s.cluster, part, "inside") + across * collectives.p2p_s(s.cluster, part, "between")
     terms = [Term("hops between stages", seconds, 0.0, (layout.pp - 1) * part, "(p-1)(launch + S / (tp B))", MESSAGES)]
     if groups.tp.size > 1:
-        join = collectives.all_gather_s(s.cluster, groups.tp.ranks_per_node, groups.tp.nodes, size)
+        join = collectives.all_gather_s(s.cluster, *groups.tp, size)
         terms.append(Term("joining the stream", join * (layout.pp - 1), 0.0, (layout.pp - 1) * size, "(p-1)(launch + (n-1)/n S / B)", MESSAGES))
     return terms
