@@ -28,7 +28,9 @@ def device(name: str) -> Device:
     """A device of the catalogue by its name or an alias, in any case."""
     raw = _DEVICES.get(name.upper())
     if raw is None:
-        raise ValueError(f"device {name!r} is not in the catalogue, which has {', '.join(sorted(_DEVICES))}: give its six numbers in a file.")
+        raise ValueError(
+            f"device {name!r} is not in the catalogue, which has {', '.join(sorted(_DEVICES))}: give its six numbers in a file."
+        )
     return Device(**raw)
 
 

@@ -79,9 +79,7 @@ def combine_s(cluster: Cluster, ranks_per_node: int, nodes: int, tokens: int, hi
     return _expert_exchange(cluster, "combine", ranks_per_node, nodes, tokens, hidden, topk, dtype)
 
 
-def _expert_exchange(
-    cluster: Cluster, op: str, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, dtype: str
-) -> float:
+def _expert_exchange(cluster: Cluster, op: str, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, dtype: str) -> float:
     from lockstep.planner.hardware import DTYPE_BYTES
 
     size = tokens * hidden * topk * DTYPE_BYTES[dtype]
