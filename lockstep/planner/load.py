@@ -122,7 +122,9 @@ class Replica:
         running = self.pricer.step(self.layout, self.decode(concurrency)).round_s(m)
         terms = [
             *(t.times(self.chunks) for t in self.pricer.terms(self.layout, self.prompt)),
-            _term("overlap of chunks over stages", self.prefill_s - self.chunks * step.sum_s, "sum + (n-1) slowest - n sum (fill and drain)"),
+            _term(
+                "overlap of chunks over stages", self.prefill_s - self.chunks * step.sum_s, "sum + (n-1) slowest - n sum (fill and drain)"
+            ),
             _term("a step that is running", running, "round(B)"),
             _term("queue", s.queue * concurrency * self.occupancy_s, "queue * B * occupancy"),
             _term("arrival", s.arrival_s, "constant"),
