@@ -10,7 +10,6 @@ from typing import Literal
 
 from lockstep.planner.hardware import DTYPE_BYTES, Cluster, Device, Link
 
-
 # How often a collective passes (n-1)/n of its data on, in n-1 steps each time: once to scatter sums, once to gather them.
 ROUNDS = {"all_reduce": 2, "all_reduce_nccl": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 
@@ -20,10 +19,10 @@ def measured_s(device: Device, op: str, ranks: int, size_bytes: float) -> float:
     link = device.collectives[op][ranks]
     if op not in ROUNDS:  # a message, or an exchange whose size is what one rank sends
         return link.seconds(size_bytes, size_bytes)
-    return _ring(link, ranks, size_bytes, ROUNDS[op])
+    return ring_s(link, ranks, size_bytes, ROUNDS[op])
 
 
-def _ring(link: Link, ranks: int, size_bytes: float, rounds: int) -> float:
+def ring_s(link: Link, ranks: int, size_bytes: float, rounds: int) -> float:
     """`rounds` passes of (n-1)/n of the data around n ranks."""
     if ranks <= 1 or size_bytes <= 0:
         return 0.0
@@ -36,7 +35,7 @@ def _inside(cluster: Cluster, op: str, ranks: int, size_bytes: float) -> float:
         return 0.0
     if ranks in cluster.device.collectives.get(op, {}):
         return measured_s(cluster.device, op, ranks, size_bytes)
-    return _ring(cluster.intra, ranks, size_bytes, ROUNDS[op])
+    return ring_s(cluster.intra, ranks, size_bytes, ROUNDS[op])
 
 
 def all_reduce_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: float, library: str = "custom") -> float:
@@ -47,7 +46,7 @@ def all_reduce_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: 
         return _inside(cluster, op, r, size_bytes)
     return (
         reduce_scatter_s(cluster, r, 1, size_bytes)
-        + _ring(cluster.inter, nodes, size_bytes / r, 2)
+        + ring_s(cluster.inter, nodes, size_bytes / r, 2)
         + all_gather_s(cluster, r, 1, size_bytes)
     )
 
@@ -56,14 +55,14 @@ def all_gather_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: 
     """launch + (n-1)/n * S / B; across nodes first between them, then inside."""
     r = ranks_per_node
     inside = _inside(cluster, "all_gather", r, size_bytes)
-    return inside + _ring(cluster.inter, nodes, size_bytes / r, 1)
+    return inside + ring_s(cluster.inter, nodes, size_bytes / r, 1)
 
 
 def reduce_scatter_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: float) -> float:
     """The all-gather run backwards, with its own constants."""
     r = ranks_per_node
     inside = _inside(cluster, "reduce_scatter", r, size_bytes)
-    return inside + _ring(cluster.inter, nodes, size_bytes / r, 1)
+    return inside + ring_s(cluster.inter, nodes, size_bytes / r, 1)
 
 
 def all_to_all_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: float) -> float:

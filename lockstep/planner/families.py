@@ -12,13 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.planner import collectives, ops
+from lockstep.planner.entry import STEP_SHARE
 from lockstep.planner.fit import Errors, errors, mape, minimise
 from lockstep.planner.hardware import DecodeFit, Device, Link, MoeFit, PrefillFit, Roofline
-
-
-# Of a message's latency between nodes, what every further step of a ring pays again: an all-reduce of two ranks on two nodes
-# (two steps) starts 1.7 times as late as one message does (vidur, A100).
-STEP_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ def moe(routing: str) -> Family:
     return Family(f"MoE {routing}", (start,), put, lambda d, s: ops.moe_s(d, *s.args, routing=routing))
 
 
-def collective(op: str, ranks: int, launch_s: float = 8e-6) -> Family:
+def collective(op: str, ranks: int, launch_s: float = 8e-6, bandwidth: float = 2e11) -> Family:
     """args: bytes. `op` is a key of `Device.collectives`, `ranks` the group that was measured (for DeepEP: the nodes)."""
 
     def put(device: Device, c: Sequence[float]) -> Device:
@@ -108,7 +104,7 @@ def collective(op: str, ranks: int, launch_s: float = 8e-6) -> Family:
     def predict(device: Device, sample: Sample) -> float:
         return collectives.measured_s(device, op, ranks, *sample.args)
 
-    starts = tuple((launch_s, 1e-6, 2e11, knee) for knee in (3e4, 3e5, 3e6))  # where protocols change is not convex
+    starts = tuple((launch_s, launch_s / 8, bandwidth, knee) for knee in (3e4, 3e5, 3e6))  # where protocols change is not convex
     return Family(f"{op} n={ranks}", starts, put, predict)
 
 
@@ -122,3 +118,12 @@ def between() -> Family:
         return device.scale_out.seconds(*sample.args, *sample.args)
 
     return Family("p2p between nodes", ((2e-5, 4e10),), put, predict)
+
+
+def ring() -> Family:
+    """args: ranks, bytes of an all-reduce over the bare link, for rank counts that have no constants of their own."""
+
+    def put(device: Device, c: Sequence[float]) -> Device:
+        return replace(device, scale_up=Link(*c))
+
+    return Family("ring", ((5e-6, 1e-7, 3e11),), put, lambda d, s: collectives.ring_s(d.scale_up, *s.args, rounds=2))

@@ -104,7 +104,7 @@ ZERO_CALIBRATION = ErrorBand(operation=0.20, tpot=0.30, ttft=0.50)
 
 @dataclass(frozen=True, eq=False)
 class Device:
-    """One accelerator (or CPU). flops in 1/s by dtype, memory_bandwidth in bytes/s; `sms` is the number of cores that share
+    """One accelerator (or CPU). flops in 1/s by dtype, memory_bandwidth in bytes/s; `cores` is the number of cores that share
     the work; `price_per_hour` in dollars where the user gave one. Compared and hashed by identity, so usable as a cache key."""
 
     name: str
@@ -114,7 +114,7 @@ class Device:
     scale_up: Link
     scale_out: Link
     per_node: int = 8
-    sms: int = 132
+    cores: int = 132
     gemm: Mapping[str, Roofline] = field(default_factory=dict)
     prefill: PrefillFit = PrefillFit(12.2e-6, 0.69, 0.42, 0.86, 0.50)
     decode: DecodeFit = DecodeFit(11.7e-6, 0.93, 1.6e-8)

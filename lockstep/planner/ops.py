@@ -63,7 +63,7 @@ def prefill_attention_s(
     flops, moved = prefill_work(batch, tokens, heads, kv_heads, head_dim, context, dtype, window)
     fit = device.prefill
     blocks = batch * heads * math.ceil(tokens / fit.tile)
-    filled = blocks / (blocks + fit.wave * device.sms)
+    filled = blocks / (blocks + fit.wave * device.cores)
     return fit.seconds(flops / (device.peak(dtype) * filled), moved / device.memory_bandwidth)
 
 

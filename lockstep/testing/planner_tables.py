@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -97,3 +98,15 @@ def deepep(op: str, mode: str = "low_latency") -> dict[int, Measured]:
             samples.append(Sample(tokens, (sent,), float(r[column]) * 1e-6))
         found[nodes] = families.collective(name, nodes, 2e-5), samples
     return found
+
+
+def cpu() -> Iterator[Measured]:
+    """Products and gloo on one core of a 2-core machine."""
+    raw = json.loads((DATA / "cpu_calibration_2core.json").read_text(encoding="utf-8"))
+    gemms = [Sample(r["m"], (r["m"], r["n"], r["k"]), r["us"] * 1e-6) for r in raw["gemm_bf16_us"]]
+    yield families.gemm("bfloat16"), gemms
+    for ranks in (2, 4):
+        found = [Sample(r["bytes"], (r["bytes"],), r["us"] * 1e-6) for r in raw["gloo_allreduce_us"] if r["n"] == ranks]
+        yield families.collective("all_reduce", ranks, 2e-4, 2e9), found
+    messages = [Sample(r["bytes"], (r["bytes"],), r["us"] * 1e-6) for r in raw["gloo_sendrecv_us"]]
+    yield families.collective("p2p", 2, 7e-5, 4e9), messages
