@@ -17,6 +17,7 @@ from lockstep.distributed.partition import Shard, head_shard, layer_partition, p
 from lockstep.planner.layout import Layout
 from lockstep.planner.model import DTYPE_BYTES, ModelShape, expert_params
 
+BLOCK_TOKENS = 16  # tokens in a KV block, the engine's default
 LIBRARY_BYTES = 64 << 20  # what maths and collective libraries keep for themselves (worker/profile.py reserves the same)
 SAMPLER_ELEMENTS = 1 << 16  # float64 elements that sampling works on at a time, see `buffer_bytes`
 

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from lockstep.planner import memory
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Point, Replica, Serving, Workload
-from lockstep.planner.memory import RankMemory
+from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
 from lockstep.planner.space import deployments, replicas_at_once
 from lockstep.planner.step import Pricer
 
 CHUNKS = (512, 2048, 8192)
 MOST_SEQS = 1024  # of one replica
-BLOCK = 16  # tokens in a KV block
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -89,7 +88,7 @@ class Search:
 
     def room(self, layout: Layout, chunk: int) -> tuple[int, int]:
         """(requests of full length that fit in a replica, bytes that are missing for one)."""
-        per_request = request_blocks(self.work.tokens, layout) * BLOCK
+        per_request = request_blocks(self.work.tokens, layout) * BLOCK_TOKENS
         rows, fits = 1, 0
         for _ in range(2):  # the more requests, the larger the buffers for their logits
             free, rank = self.fullest(layout, chunk, rows)
@@ -177,7 +176,7 @@ class Search:
 
 def request_blocks(tokens: int, layout: Layout) -> int:
     """KV blocks of one request on each rank: context ranks share its tokens out, block by block."""
-    return -(-tokens // (BLOCK * layout.cp * layout.dcp))
+    return -(-tokens // (BLOCK_TOKENS * layout.cp * layout.dcp))
 
 
 def loads(pp: int, fits: int) -> list[int]:
