@@ -17,9 +17,11 @@ ROUNDS = {"all_reduce": 2, "all_reduce_nccl": 2, "all_gather": 1, "reduce_scatte
 def measured_s(device: Device, op: str, ranks: int, size_bytes: float) -> float:
     """Seconds by the device's own constants for `op` among `ranks`; KeyError where there are none."""
     link = device.collectives[op][ranks]
-    if op not in ROUNDS:  # a message, or an exchange whose size is what one rank sends
-        return link.seconds(size_bytes, size_bytes)
-    return ring_s(link, ranks, size_bytes, ROUNDS[op])
+    if op in ROUNDS:
+        seconds = ring_s(link, ranks, size_bytes, ROUNDS[op])
+    else:  # a message, or an exchange whose size is what one rank sends
+        seconds = link.seconds(size_bytes, size_bytes)
+    return device.corrected(f"{op} n={ranks}", seconds, size_bytes)
 
 
 def ring_s(link: Link, ranks: int, size_bytes: float, rounds: int) -> float:

@@ -113,7 +113,8 @@ def _with_fits(device: Device, fits: Mapping[str, Any]) -> Device:
 
 def to_entry(device: Device) -> dict[str, Any]:
     """The entry that `from_entry` makes the device from again; all its constants are written out."""
-    raw = asdict(device)
+    raw = asdict(replace(device, tables={}))
     fits = {key: raw.pop(key) for key in ("gemm", "prefill", "decode", "moe", "elementwise", "collectives")}
+    raw.pop("tables")  # samples are not constants: whoever measured keeps them
     fits["collectives"] = {op: {str(n): link for n, link in by_ranks.items()} for op, by_ranks in fits["collectives"].items()}
     return {key: value for key, value in raw.items() if value is not None} | {"like": "", "fits": fits}

@@ -15,6 +15,7 @@ from lockstep.planner import collectives, ops
 from lockstep.planner.entry import STEP_SHARE
 from lockstep.planner.fit import Errors, errors, mape, minimise
 from lockstep.planner.hardware import DecodeFit, Device, Link, MoeFit, PrefillFit, Roofline
+from lockstep.planner.tables import Table
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ def fit_family(family: Family, device: Device, samples: Sequence[Sample], rounds
 
     found = [minimise(loss, start, rounds) for start in family.starts]
     return family.put(device, min(found, key=loss))
+
+
+def with_table(family: Family, device: Device, samples: Iterable[Sample]) -> Device:
+    """The device that also remembers how far its formula was off at each sample, and is right there."""
+    bare = replace(device, tables={name: table for name, table in device.tables.items() if name != family.name})
+    table = Table((s.args, s.seconds, family.predict(bare, s)) for s in samples)
+    return replace(bare, tables={**bare.tables, family.name: table})
 
 
 def family_errors(family: Family, device: Device, samples: Iterable[Sample]) -> Errors:

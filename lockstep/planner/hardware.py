@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from lockstep.planner.tables import Table
+
 DTYPE_BYTES: Mapping[str, float] = MappingProxyType(
     {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5, "int4": 0.5}
 )
@@ -121,6 +123,7 @@ class Device:
     moe: Mapping[str, MoeFit] = field(default_factory=dict)
     elementwise: Roofline = Roofline(3e-6, 1.0, 0.75)
     collectives: Mapping[str, Mapping[int, Link]] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
     calibrated: bool = False
     band: ErrorBand = ZERO_CALIBRATION
     price_per_hour: float | None = None
@@ -135,6 +138,11 @@ class Device:
         if dtype in self.flops:
             return self.flops[dtype]
         return max(self.flops.values()) / 2  # float32 where the table starts at 16 bits: tensor units run TF32 at half the rate
+
+    def corrected(self, family: str, seconds: float, *args: float) -> float:
+        """A formula's seconds at `args`, moved to the measured samples of `family` where the device carries them."""
+        table = self.tables.get(family)
+        return seconds * table.correction(*args) if table else seconds
 
     def roofline(self, dtype: str) -> Roofline:
         """The GEMM constants for `dtype`; those of bfloat16 where it has none of its own."""
