@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from lockstep.planner.tables import Table
+
 DTYPE_BYTES: Mapping[str, float] = MappingProxyType(
     {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5, "int4": 0.5}
 )
@@ -104,7 +106,7 @@ ZERO_CALIBRATION = ErrorBand(operation=0.20, tpot=0.30, ttft=0.50)
 
 @dataclass(frozen=True, eq=False)
 class Device:
-    """One accelerator (or CPU). flops in 1/s by dtype, memory_bandwidth in bytes/s; `sms` is the number of cores that share
+    """One accelerator (or CPU). flops in 1/s by dtype, memory_bandwidth in bytes/s; `cores` is the number of cores that share
     the work; `price_per_hour` in dollars where the user gave one. Compared and hashed by identity, so usable as a cache key."""
 
     name: str
@@ -114,13 +116,14 @@ class Device:
     scale_up: Link
     scale_out: Link
     per_node: int = 8
-    sms: int = 132
+    cores: int = 132
     gemm: Mapping[str, Roofline] = field(default_factory=dict)
     prefill: PrefillFit = PrefillFit(12.2e-6, 0.69, 0.42, 0.86, 0.50)
     decode: DecodeFit = DecodeFit(11.7e-6, 0.93, 1.6e-8)
     moe: Mapping[str, MoeFit] = field(default_factory=dict)
     elementwise: Roofline = Roofline(3e-6, 1.0, 0.75)
     collectives: Mapping[str, Mapping[int, Link]] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
     calibrated: bool = False
     band: ErrorBand = ZERO_CALIBRATION
     price_per_hour: float | None = None
@@ -135,6 +138,11 @@ class Device:
         if dtype in self.flops:
             return self.flops[dtype]
         return max(self.flops.values()) / 2  # float32 where the table starts at 16 bits: tensor units run TF32 at half the rate
+
+    def corrected(self, family: str, seconds: float, *args: float) -> float:
+        """A formula's seconds at `args`, moved to the measured samples of `family` where the device carries them."""
+        table = self.tables.get(family)
+        return seconds * table.correction(*args) if table else seconds
 
     def roofline(self, dtype: str) -> Roofline:
         """The GEMM constants for `dtype`; those of bfloat16 where it has none of its own."""

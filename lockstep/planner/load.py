@@ -1,7 +1,7 @@
 """A replica under load: time to first token, time per output token and the rate it carries, by how many requests it runs at once.
 
     TPOT(B) = step overhead + round(B) + interference * B / output_len * occupancy
-    TTFT(B) = arrival + prefill + round(B) + queue * B * occupancy
+    TTFT(B) = arrival + prefill_scale * prefill + round(B) + queue * B * occupancy
     rate(B) = B / (TTFT(B) + (output_len - 1) * TPOT(B))                       (Little's law)
 
 round: until every running request has one more token. Under PP the requests are in m = min(p, B) micro-batches, and steady
@@ -11,6 +11,7 @@ slowest stage busy. prefill: fill and drain of its chunks. The constants are in 
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 from lockstep.planner.layer import Work
@@ -29,6 +30,7 @@ class Serving:
     interference: float = 1.0
     arrival_s: float = 0.030
     queue: float = 0.05
+    prefill_scale: float = 1.0
     calibrated: bool = False
 
 
@@ -85,6 +87,12 @@ class Replica:
         self.occupancy_s = self.chunks * step.beat_s
         self.longest_gap_s = step.beat_s  # what a running request may wait for a chunk of another one
 
+    def with_serving(self, serving: Serving) -> Replica:
+        """The same replica behind an engine with other constants."""
+        other = copy(self)
+        other.serving = serving
+        return other
+
     def in_flight(self, concurrency: int) -> tuple[int, int]:
         """(micro-batches, requests in each) of so many running requests."""
         m = min(self.layout.pp, concurrency)
@@ -99,7 +107,7 @@ class Replica:
         step, s = self.pricer.step(self.layout, self.decode(concurrency)), self.serving
         round_s = step.round_s(m)
         tpot = s.step_overhead_s + round_s + s.interference * concurrency / self.work.output_len * self.occupancy_s
-        ttft = s.arrival_s + self.prefill_s + round_s + s.queue * concurrency * self.occupancy_s
+        ttft = s.arrival_s + s.prefill_scale * self.prefill_s + round_s + s.queue * concurrency * self.occupancy_s
         return Point(concurrency, ttft, tpot, concurrency / (ttft + (self.work.output_len - 1) * tpot))
 
     def tpot_terms(self, concurrency: int) -> list[Term]:
@@ -127,6 +135,7 @@ class Replica:
             ),
             _term("a step that is running", running, "round(B)"),
             _term("queue", s.queue * concurrency * self.occupancy_s, "queue * B * occupancy"),
+            _term("prefill beyond its own steps", (s.prefill_scale - 1) * self.prefill_s, "(scale - 1) * prefill"),
             _term("arrival", s.arrival_s, "constant"),
         ]
         return [t for t in terms if t.seconds]

@@ -24,7 +24,8 @@ def gemm_s(device: Device, m: int, n: int, k: int, dtype: str = "bfloat16", weig
         return 0.0
     flops, moved = gemm_work(m, n, k, dtype, weight_dtype)
     fit = device.roofline(dtype)
-    return fit.seconds(flops / device.peak(dtype), moved / device.memory_bandwidth)
+    seconds = fit.seconds(flops / device.peak(dtype), moved / device.memory_bandwidth)
+    return device.corrected(f"gemm {dtype}", seconds, m, n, k)
 
 
 def prefill_work(
@@ -63,8 +64,9 @@ def prefill_attention_s(
     flops, moved = prefill_work(batch, tokens, heads, kv_heads, head_dim, context, dtype, window)
     fit = device.prefill
     blocks = batch * heads * math.ceil(tokens / fit.tile)
-    filled = blocks / (blocks + fit.wave * device.sms)
-    return fit.seconds(flops / (device.peak(dtype) * filled), moved / device.memory_bandwidth)
+    filled = blocks / (blocks + fit.wave * device.cores)
+    seconds = fit.seconds(flops / (device.peak(dtype) * filled), moved / device.memory_bandwidth)
+    return device.corrected("prefill attention", seconds, batch, tokens, heads, kv_heads, head_dim)
 
 
 def decode_work(
@@ -90,7 +92,8 @@ def decode_attention_s(
         return 0.0
     _, moved = decode_work(batch, context, heads, kv_heads, head_dim, kv_dtype, window)
     fit = device.decode
-    return fit.launch_s + moved / (device.memory_bandwidth * fit.byte_efficiency) + fit.per_head_s * batch * kv_heads
+    seconds = fit.launch_s + moved / (device.memory_bandwidth * fit.byte_efficiency) + fit.per_head_s * batch * kv_heads
+    return device.corrected("decode attention", seconds, batch, max(context, 1.0), heads, kv_heads, head_dim)
 
 
 def active_experts(experts: float, topk: float, tokens: float) -> float:
@@ -142,7 +145,8 @@ def moe_s(
     flops, weights = moe_work(tokens, hidden, inter, experts, topk, tp, ep, dtype, routing, fit.skew if routing == "skewed" else 0.0)
     unrouted = tokens * topk * (3 * inter / tp + 2 * hidden) * 2.0  # activations are 16 bits wide whatever the weights are
     passed = unrouted / (device.memory_bandwidth * fit.pass_efficiency)
-    return fit.seconds(flops / device.peak(dtype), weights / device.memory_bandwidth) + passed
+    seconds = fit.seconds(flops / device.peak(dtype), weights / device.memory_bandwidth) + passed
+    return device.corrected(f"MoE {routing}", seconds, tokens, hidden, inter, experts, topk, tp, ep)
 
 
 def elementwise_s(device: Device, moved_bytes: float, launches: int = 1) -> float:
