@@ -5,3 +5,7 @@
 Pure arithmetic on a model's numbers (`model`), a cluster's (`hardware`) and formulas for each operation (`ops`, `collectives`).
 `docs/planner.md` names the formula and the source of every number. No torch, no device, no download of weights.
 """
+
+from lockstep.planner.answer import Plan, plan
+
+__all__ = ["Plan", "plan"]

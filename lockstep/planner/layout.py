@@ -7,6 +7,7 @@ of one pipeline stage. Nodes take ranks in runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, order=True)
@@ -58,8 +59,7 @@ class Layout:
         return " x ".join(f"{name}={size}" for name, size in sizes if size > 1) or "one device"
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """How a group lies on nodes: so many of its ranks on each of so many nodes."""
 
     ranks_per_node: int

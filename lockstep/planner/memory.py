@@ -8,7 +8,7 @@ in each of its layers. Models that the engine does not run (MoE, MLA) follow the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +17,7 @@ from lockstep.distributed.partition import Shard, head_shard, layer_partition, p
 from lockstep.planner.layout import Layout
 from lockstep.planner.model import DTYPE_BYTES, ModelShape, expert_params
 
+BLOCK_TOKENS = 16  # tokens in a KV block, the engine's default
 LIBRARY_BYTES = 64 << 20  # what maths and collective libraries keep for themselves (worker/profile.py reserves the same)
 SAMPLER_ELEMENTS = 1 << 16  # float64 elements that sampling works on at a time, see `buffer_bytes`
 
@@ -121,7 +122,9 @@ def stages(shape: ModelShape, pp: int, how: str = "even") -> tuple[Shard, ...]:
     return stage_layers(shape.spec, pp) if how == "balanced" and shape.spec else layer_partition(shape.num_layers, pp, how)
 
 
-def rank_parts(shape: ModelShape, layout: Layout, stage: int = 0, rank: int = 0, how: str = "even", ep_rank: int | None = None) -> list[Part]:
+def rank_parts(
+    shape: ModelShape, layout: Layout, stage: int = 0, rank: int = 0, how: str = "even", ep_rank: int | None = None
+) -> list[Part]:
     """Every parameter of TP rank `rank` of pipeline stage `stage`, layer by layer. Raises ConfigError where it cannot be cut so."""
     local = expert_shard(shape, layout, rank if ep_rank is None else ep_rank)
     experts = None if local is None else local.size
@@ -156,11 +159,29 @@ def part_bytes(part: Part, dtype: str, weight_dtype: str = "") -> int:
     return part.params * int(DTYPE_BYTES[dtype])
 
 
+@lru_cache(maxsize=4096)
+def layer_bytes(shape: ModelShape, tp: int, rank: int, experts: int | None, routed: bool, weight_dtype: str = "") -> int:
+    """Bytes of one layer's weights on one rank. `experts`: whole experts on it, None where each is cut."""
+    return sum(part_bytes(part, shape.dtype, weight_dtype) for part in _layer_parts(shape, tp, rank, experts if routed else None, routed))
+
+
 def weight_bytes(shape: ModelShape, layout: Layout, stage: int = 0, rank: int = 0, how: str = "even", weight_dtype: str = "") -> int:
     """Bytes of one rank's weights. `weight_dtype`: int8 or fp8 for the layers' matrices; empty is the model's dtype."""
-    return sum(
-        part_bytes(part, shape.dtype, weight_dtype) * count for part, count in Counter(rank_parts(shape, layout, stage, rank, how)).items()
-    )
+    layers = stages(shape, layout.pp, how)[stage]
+    routed = Counter(shape.routed(i) for i in range(layers.start, layers.stop))
+    return stage_bytes(shape, layout, routed, rank, weight_dtype, first=stage == 0, last=stage == layout.pp - 1)
+
+
+def stage_bytes(
+    shape: ModelShape, layout: Layout, routed: Mapping[bool, int], rank: int, weight_dtype: str, *, first: bool, last: bool
+) -> int:
+    """`weight_bytes` of a stage with so many layers with experts (True) and without."""
+    local = expert_shard(shape, layout, rank)
+    experts = None if local is None else local.size
+    layers = sum(count * layer_bytes(shape, layout.tp, rank, experts, kind, weight_dtype) for kind, count in routed.items())
+    rows = vocab_shard(shape.vocab_size, layout.tp, rank).size * shape.hidden_size
+    ends = rows * first + (shape.hidden_size + rows * (not (shape.tied and first))) * last
+    return layers + ends * int(DTYPE_BYTES[shape.dtype])
 
 
 def kv_bytes_per_token(shape: ModelShape, layout: Layout, stage: int = 0, rank: int = 0, how: str = "even", kv_dtype: str = "") -> int:

@@ -45,9 +45,12 @@ class Moe:
     bias: bool = False  # experts and router have biases (gpt-oss)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelShape:
-    """The architecture numbers. Sizes count elements; `windows[i]` is what layer i sees, 0 for everything."""
+    """The architecture numbers. Sizes count elements; `windows[i]` is what layer i sees, 0 for everything.
+
+    Compared and hashed by identity, so that prices can be kept by shape.
+    """
 
     name: str
     architecture: str
