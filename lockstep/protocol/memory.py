@@ -15,3 +15,4 @@ class RankMemory(msgspec.Struct, kw_only=True):
     kv_bytes: int = 0  # allocated, after initialize_kv_cache
     owned_bytes: int = 0  # all that the engine holds: weights, KV, buffers of activations and logits, batch state, shared memory
     peak_bytes: int = 0  # peak resident (CPU) or allocated (CUDA) memory of the rank so far
+    replica: int = 0  # that the rank is of; written by the router
