@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lockstep.planner import catalogue  # noqa: E402
-from lockstep.testing import planner_accuracy as accuracy  # noqa: E402
+from lockstep.planner import catalogue
+from lockstep.testing import planner_accuracy as accuracy
 
 HEAD = """The planner against measurements on H100 (SXM5). Errors are mean absolute errors in percent, of sizes that nothing was fitted
 to: constants were fitted to every other size. formula: what `lockstep plan` uses. table: the formula corrected by the

@@ -132,7 +132,8 @@ def rounded(value: Any) -> Any:
 
 def catalogue() -> dict[str, Any]:
     """The whole file."""
-    entries, known = sheet(), {}
+    entries = sheet()
+    known: dict[str, Device] = {}
     for name, entry in entries.items():
         device = from_entry(entry, known.__getitem__)
         before = device

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from lockstep.config.errors import ConfigError
 from lockstep.planner.tables import Table
 
 DTYPE_BYTES: Mapping[str, float] = MappingProxyType(
@@ -132,7 +133,7 @@ class Device:
     def peak(self, dtype: str) -> float:
         """Flops per second for `dtype`, or for the next wider one that the device computes in."""
         if dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype {dtype!r} is unknown: it must be one of {', '.join(sorted(DTYPE_BYTES))}.")
+            raise ConfigError(f"dtype {dtype!r} is unknown: it must be one of {', '.join(sorted(DTYPE_BYTES))}.")
         while dtype not in self.flops and dtype in _WIDER:
             dtype = _WIDER[dtype]
         if dtype in self.flops:
@@ -181,5 +182,5 @@ def make_cluster(device: Device, nodes: int = 1, devices_per_node: int | None = 
     per_node = devices_per_node or device.per_node
     for name, count in (("nodes", nodes), ("devices per node", per_node)):
         if count < 1:
-            raise ValueError(f"{name} is {count}: a cluster has at least 1.")
+            raise ConfigError(f"{name} is {count}: a cluster has at least 1.")
     return Cluster(nodes, per_node, device, device.scale_up, device.scale_out)

@@ -124,7 +124,7 @@ def deployment(model: str, weights: str, backend: str, cluster: Cluster) -> Depl
     fitted, held = halves(runs(model, weights, cluster, backend), lambda run: run.concurrency)
     serving, bare = fit_serving(fitted), Serving()
     return Deployment(
-        f"{model.split('/')[-1]} {weights} {backend}",
+        f"{model.rpartition('/')[2]} {weights} {backend}",
         len(held),
         len(held) - len(steady(held)),
         tpot_error(held, bare),

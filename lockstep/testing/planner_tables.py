@@ -60,7 +60,7 @@ def moe(routing: str) -> dict[str, Measured]:
     shapes = group_by(rows, lambda r: f"{r['num_experts']} experts of {r['hidden_size']}x{r['inter_size']}")
     family = families.moe(routing)
     return {
-        str(shape): (family, [Sample(float(r["num_tokens"]), _numbers(r, *columns), float(r["us"]) * 1e-6) for r in found])
+        shape: (family, [Sample(float(r["num_tokens"]), _numbers(r, *columns), float(r["us"]) * 1e-6) for r in found])
         for shape, found in shapes.items()
     }
 

@@ -61,7 +61,11 @@ def close(a, b, where=""):
     if isinstance(a, dict) and isinstance(b, dict):
         return [f"{where}: keys"] if a.keys() != b.keys() else [d for k in a for d in close(a[k], b[k], f"{where}/{k}")]
     if isinstance(a, list) and isinstance(b, list):
-        return [f"{where}: length"] if len(a) != len(b) else [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in close(x, y, f"{where}/{i}")]
+        return (
+            [f"{where}: length"]
+            if len(a) != len(b)
+            else [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in close(x, y, f"{where}/{i}")]
+        )
     if isinstance(a, float) and isinstance(b, float):
         return [] if math.isclose(a, b, rel_tol=0.01) else [f"{where}: {a} {b}"]
     return [] if a == b else [f"{where}: {a!r} {b!r}"]
