@@ -73,18 +73,22 @@ class Plan:
         """Everything as plain data."""
         found = asdict(self)
         found["layout"]["devices"] = self.layout.devices
-        found["crossover"] = None if self.crossover is None else {"from_requests": self.crossover.from_requests, "words": str(self.crossover)}
+        found["crossover"] = (
+            None if self.crossover is None else {"from_requests": self.crossover.from_requests, "words": str(self.crossover)}
+        )
         return found
 
 
 def plan(
     model: str | ModelShape, cluster: str | Cluster, *, input_len: int = 1024, output_len: int = 256, rate: float | None = None,
     ttft: float | None = None, tpot: float | None = None, price: float | None = None, quantization: str = "",
-    memory_share: float = 0.9, fixed: dict[str, int] | None = None, hosts: list[str] | None = None, serving: Serving | None = None,
+    memory_share: float = 0.9, fixed: dict[str, int] | None = None, startable: bool = False,
+    hosts: list[str] | None = None, serving: Serving | None = None,
 ) -> Plan:  # fmt: skip
     """The best layout of `model` on `cluster` for requests of `input_len` + `output_len` tokens. Seconds, requests per second.
 
-    fixed: axes that are given, like {"tp": 16}. price: dollars per device-hour. quantization: "int8" or "fp8" weights.
+    fixed: axes that are given, like {"tp": 16}. startable: only what this version of the engine runs (no EP, no CP).
+    price: dollars per device-hour. quantization: "int8" or "fp8" weights.
     Promises that cannot be kept give the nearest plan, with `meets` False. Raises ConfigError for a setting that cannot be, and
     where no layout has the memory for one request: its message says how much is missing and what would fit.
     """
@@ -94,16 +98,18 @@ def plan(
     work = check(Workload(input_len, output_len, rate, ttft, tpot), shape, memory_share, quantization)
     setting = Setting(shape, where, weight_dtype=quantization)
     search = Search(Pricer(setting), work, serving or Serving(), memory_share)
-    wanted = fixed or {}
+    wanted = (dict.fromkeys(("ep", "cp", "dcp"), 1) if startable else {}) | (fixed or {})
     everything = search.all(lambda layout: all(getattr(layout, axis) == size for axis, size in wanted.items() if axis != "dp"))
     everything = [c for c in everything if "dp" not in wanted or wanted["dp"] % c.layout.dp == 0]
     ordered = [c for c in search.order(everything) if "dp" not in wanted or c.needed(rate) * c.layout.dp <= wanted["dp"]]
     if not any(c.fits for c in everything):
         raise ConfigError(_nothing_fits(search, everything, wanted))
-    best = ordered[0] if ordered else search.nearest(everything)[0]
+    best = search.refined(ordered[0] if ordered else search.nearest(everything)[0])
     count = (wanted["dp"] // best.layout.dp if "dp" in wanted else best.needed(rate)) or best.at_most
     found = answer(search, best, count, ordered, everything, price)
     names = hosts or [f"node{i}" for i in range(where.nodes)]
+    if len(names) < where.nodes:
+        raise ConfigError(f"hosts={','.join(names)} names {len(names)} hosts, and {where} has {where.nodes} nodes: name each of them.")
     lines = commands(name, found.layout, found.limits, names, where.devices_per_node, quantization=quantization, share=memory_share)
     return replace(found, commands=lines, seconds=time.perf_counter() - start)
 
@@ -196,7 +202,8 @@ def _nothing_fits(search: Search, everything: list[Candidate], wanted: dict[str,
     s = search.pricer.setting
     if not everything:
         given = ", ".join(f"{axis}={size}" for axis, size in wanted.items())
-        return f"no layout of {s.shape.name} on {s.cluster} has {given}: axes must lie evenly on nodes of {s.cluster.devices_per_node} devices."
+        rule = f"groups must lie evenly on nodes of {s.cluster.devices_per_node} devices, and the model must have as many heads and layers"
+        return f"no layout of {s.shape.name} on {s.cluster} has {given or 'one device'}: {rule}."
     least = min(everything, key=lambda c: (c.lacking, c.layout))
     remedies = []
     for dtype in () if s.weight_dtype else ("int8", "fp8"):
@@ -225,9 +232,12 @@ def _notes(setting: Setting, layout: Layout) -> list[str]:
     """What a reader should know about these numbers."""
     shape, found = setting.shape, []
     missing = [name for name, there in (("MoE", shape.moe is not None), ("MLA", shape.mla is not None)) if there]
-    missing += [name for name, there in (("expert parallelism", layout.ep > 1), ("context parallelism", layout.cp * layout.dcp > 1)) if there]
+    missing += [
+        name for name, there in (("expert parallelism", layout.ep > 1), ("context parallelism", layout.cp * layout.dcp > 1)) if there
+    ]
     if missing:
-        found.append(f"this version of the engine does not run {' and '.join(missing)} yet: planned and priced, not startable")
+        words = "" if shape.moe or shape.mla else "; --startable leaves such layouts out"
+        found.append(f"this version of the engine does not run {' and '.join(missing)} yet: planned and priced, not startable{words}")
     if shape.quantized and not setting.weight_dtype:
         found.append(f"the public checkpoint is quantized ({shape.quantized}); priced as {shape.dtype}, see --quantization")
     if setting.weight_dtype == "fp8":

@@ -21,9 +21,12 @@ class Runner:
     reason: str
 
 
-def runners_up(search: Search, winner: Candidate, count: int, ordered: list[Candidate], everything: list[Candidate], most: int = 3) -> list[Runner]:
+def runners_up(
+    search: Search, winner: Candidate, count: int, ordered: list[Candidate], everything: list[Candidate], most: int = 3
+) -> list[Runner]:
     """The best layouts of other kinds than the winner's, and TP across nodes where the cluster has nodes."""
-    kinds, found = {_kind(winner)}, []
+    kinds = {_kind(winner)}
+    found: list[Candidate] = []
     for c in [*ordered, *search.nearest(c for c in everything if c.best is None or c not in ordered)[:50]]:
         if len(found) < most and _kind(c) not in kinds:
             kinds.add(_kind(c))
@@ -71,9 +74,8 @@ def _messages(search: Search, placed: Layout) -> list[str]:
         return []
     wide = float(32 * shape.hidden_size * shape.itemsize)
     across, inside = (collectives.all_reduce_s(cluster, *group, wide) for group in (span, Span(span.ranks_per_node, 1)))
-    return [
-        f"TP={placed.tp} spans {span.nodes} nodes: an all-reduce of 32 tokens costs {across * 1e6:.0f} us between nodes, {inside * 1e6:.0f} us inside"
-    ]
+    cost = f"{across * 1e6:.0f} us between nodes, {inside * 1e6:.0f} us inside"
+    return [f"TP={placed.tp} spans {span.nodes} nodes: an all-reduce of 32 tokens costs {cost}"]
 
 
 def _terms(search: Search, winner: Candidate, count: int, c: Candidate) -> str:

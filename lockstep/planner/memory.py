@@ -122,7 +122,9 @@ def stages(shape: ModelShape, pp: int, how: str = "even") -> tuple[Shard, ...]:
     return stage_layers(shape.spec, pp) if how == "balanced" and shape.spec else layer_partition(shape.num_layers, pp, how)
 
 
-def rank_parts(shape: ModelShape, layout: Layout, stage: int = 0, rank: int = 0, how: str = "even", ep_rank: int | None = None) -> list[Part]:
+def rank_parts(
+    shape: ModelShape, layout: Layout, stage: int = 0, rank: int = 0, how: str = "even", ep_rank: int | None = None
+) -> list[Part]:
     """Every parameter of TP rank `rank` of pipeline stage `stage`, layer by layer. Raises ConfigError where it cannot be cut so."""
     local = expert_shard(shape, layout, rank if ep_rank is None else ep_rank)
     experts = None if local is None else local.size

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lockstep.planner import memory
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Point, Replica, Serving, Workload
 from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
+from lockstep.planner.model import DTYPE_BYTES
 from lockstep.planner.space import deployments, replicas_at_once
 from lockstep.planner.step import Pricer
 
@@ -74,7 +75,7 @@ class Search:
         capacity = int(s.device.capacity_bytes * self.memory_share)
         tokens = max(chunk, rows)
         activations = memory.activation_bytes(s.shape, layout, tokens)
-        width = memory.kv_elements(s.shape, layout.tp) * memory.DTYPE_BYTES[s.kv_dtype or s.shape.dtype]
+        width = memory.kv_elements(s.shape, layout.tp) * DTYPE_BYTES[s.kv_dtype or s.shape.dtype]
         found = []
         for stage in set(self.pricer.stages(layout.pp)):
             routed: dict[bool, int] = {}
@@ -122,6 +123,12 @@ class Search:
         """The most requests at once, to one, that are `good`; 0 where one is not."""
         return bisect_left(range(1, fits + 1), True, key=lambda b: not good(replica.at(b)))
 
+    def refined(self, c: Candidate) -> Candidate:
+        """The candidate with its largest load to one request; the search tries a few sizes of batch."""
+        replica = self.replica(c.layout, c.chunk)
+        most = self.exact(replica, c.fits, lambda p: not self.work.misses(p))
+        return replace(c, best=replica.at(most)) if most else c
+
     def at_rate(self, replica: Replica, fits: int, rate: float) -> Point:
         """The smallest load of a replica that makes `rate`, or the largest that it can have."""
         found = bisect_left(range(1, fits + 1), rate, key=lambda b: replica.at(b).rate)
@@ -155,23 +162,23 @@ class Search:
         return [c for _, c in sorted(good, key=lambda each: each[0])]
 
     def nearest(self, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """Those that fit in memory, by how far their worst promise is broken on all devices there are."""
-        return sorted((c for c in candidates if c.fits), key=lambda c: (self.excess(c), c.layout))
+        """Those that fit in memory: first by the load that the whole cluster carries within the promises, then those that break
+        them under any load, by how far."""
+        fitting = [c for c in candidates if c.fits]
+        return sorted(fitting, key=lambda c: (-c.rate * c.at_most, self.excess(c) if c.best is None else 0.0, c.layout))
 
     def excess(self, c: Candidate) -> float:
-        """The worst of predicted / promised at the rate asked for, or for a single request where none was."""
-        point = self.loaded(c, c.at_most)
-        w, share = self.work, 0.0
-        if w.rate is not None:
-            share = w.rate / (point.rate * c.layout.dp * c.at_most)
-        return max(point.ttft_s / (w.ttft_s or math.inf), point.tpot_s / (w.tpot_s or math.inf), share if share > 1 else 0.0)
+        """The worst of predicted / promised for a single request."""
+        point, w = self.replica(c.layout, c.chunk).at(1), self.work
+        return max(point.ttft_s / (w.ttft_s or math.inf), point.tpot_s / (w.tpot_s or math.inf))
 
     def loaded(self, c: Candidate, count: int) -> Point:
-        """One replica's load when `count` deployments share the rate; without a rate its best load, else a single request."""
-        replica = self.replica(c.layout, c.chunk)
-        if self.work.rate is not None:
-            return self.at_rate(replica, c.fits, self.work.rate / (count * c.layout.dp))
-        return c.best or replica.at(1)
+        """One replica's load when `count` deployments share the rate. Where that breaks the promises, or none is asked for, the
+        largest load that keeps them; a single request where none does."""
+        replica, rate = self.replica(c.layout, c.chunk), self.work.rate
+        if c.best is None or rate is None or c.best.rate < rate / (count * c.layout.dp):
+            return c.best or replica.at(1)
+        return self.at_rate(replica, c.best.concurrency, rate / (count * c.layout.dp))
 
 
 def request_blocks(tokens: int, layout: Layout) -> int:

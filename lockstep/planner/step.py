@@ -151,5 +151,7 @@ def hop_terms(s: Setting, layout: Layout, groups: Groups, work: Work) -> list[Te
     terms = [Term("hops between stages", seconds, 0.0, (layout.pp - 1) * part, "(p-1)(launch + S / (tp B))", MESSAGES)]
     if groups.tp.size > 1:
         join = collectives.all_gather_s(s.cluster, *groups.tp, size)
-        terms.append(Term("joining the stream", join * (layout.pp - 1), 0.0, (layout.pp - 1) * size, "(p-1)(launch + (n-1)/n S / B)", MESSAGES))
+        terms.append(
+            Term("joining the stream", join * (layout.pp - 1), 0.0, (layout.pp - 1) * size, "(p-1)(launch + (n-1)/n S / B)", MESSAGES)
+        )
     return terms

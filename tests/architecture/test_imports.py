@@ -30,7 +30,7 @@ TORCH_FREE = [
     "lockstep.distributed.message_queue",
     "lockstep.executor.contract", "lockstep.executor.factory", "lockstep.executor.multiproc", "lockstep.executor.node_agent",
     "lockstep.frontend.inputs",
-    "lockstep.grammar.compiled",
+    "lockstep.grammar.compiled", "lockstep.planner", "lockstep.cli.plan",
     "lockstep.frontend.tokenizer", "lockstep.cli.main", "lockstep.cli.flags", "lockstep.utils.net", "lockstep.observability.logging",
 ]  # fmt: skip
 
