@@ -59,9 +59,11 @@ def h100(bare: Device) -> Device:
     device = fitted(fitted(bare, tables.gemm()), tables.gemm(dtype="fp8"))
     device = fitted(fitted(device, tables.attention("prefill")), tables.attention("decode"))
     for routing in ("balanced", "skewed"):
-        shapes = tables.moe(routing)
-        family = next(iter(shapes.values()))[0]
-        device = fitted(device, (family, [s for _, samples in shapes.values() for s in samples]))
+        shapes = tables.moe(routing).values()
+        device = fitted(device, (families.moe(routing), [s for _, samples in shapes for s in samples]))
+    for routing in ("balanced", "skewed"):  # after those of all shapes, which these would hide
+        for measured in tables.moe(routing).values():
+            device = fitted(device, measured)
     device = fitted(fitted(device, tables.messages()), tables.messages(between=True))
     for mode in ("low_latency", "normal"):
         for op in ("dispatch", "combine"):

@@ -94,14 +94,14 @@ def decode() -> Family:
     return Family("decode attention", ((12e-6, 0.9, 2e-8),), put, lambda d, s: ops.decode_attention_s(d, *s.args))
 
 
-def moe(routing: str) -> Family:
-    """args: tokens, hidden, inter, experts, topk, tp, ep."""
+def moe(routing: str, shape: str = "") -> Family:
+    """args: tokens, hidden, inter, experts, topk, tp, ep. `shape`: constants of one layer shape alone (`ops.moe_shape`)."""
     start: tuple[float, ...] = (30e-6, 0.65, 0.88, 0.25, 0.55)
     if routing == "skewed":
         start = (*start, 0.4)
 
     def put(device: Device, c: Sequence[float]) -> Device:
-        return replace(device, moe={**device.moe, routing: MoeFit(*c)})
+        return replace(device, moe={**device.moe, f"{routing} {shape}".strip(): MoeFit(*c)})
 
     def predict(device: Device, sample: Sample) -> float:
         tokens, hidden, inter, experts, topk, tp, ep = sample.args

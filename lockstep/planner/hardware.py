@@ -121,7 +121,7 @@ class Device:
     gemm: Mapping[str, Roofline] = field(default_factory=dict)
     prefill: PrefillFit = PrefillFit(12.2e-6, 0.69, 0.42, 0.86, 0.50)
     decode: DecodeFit = DecodeFit(11.7e-6, 0.93, 1.6e-8)
-    moe: Mapping[str, MoeFit] = field(default_factory=dict)
+    moe: Mapping[str, MoeFit] = field(default_factory=dict)  # by routing, and by routing and shape
     elementwise: Roofline = Roofline(3e-6, 1.0, 0.75)
     collectives: Mapping[str, Mapping[int, Link]] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
@@ -149,9 +149,11 @@ class Device:
         """The GEMM constants for `dtype`; those of bfloat16 where it has none of its own."""
         return self.gemm.get(dtype) or self.gemm.get("bfloat16") or Roofline(3.9e-6, 0.80, 0.86)
 
-    def experts(self, routing: str) -> MoeFit:
-        """The constants of a fused MoE layer under `routing`: "balanced" or "skewed"."""
-        return self.moe.get(routing) or self.moe.get("balanced") or MoeFit(30.8e-6, 0.68, 0.89, 0.28, pass_efficiency=0.54)
+    def experts(self, routing: str, shape: str = "") -> MoeFit:
+        """The constants of a fused MoE layer under `routing` ("balanced", "skewed"); those of the very `shape` where it was measured."""
+        keys = (f"{routing} {shape}", f"balanced {shape}", routing, "balanced")
+        found = next((self.moe[key] for key in keys if key in self.moe), None)
+        return found or MoeFit(30.8e-6, 0.68, 0.89, 0.28, pass_efficiency=0.54)
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,10 +54,10 @@ def operations(device: Device) -> Iterator[Line]:
     yield tried("prefill attention", "prefill attention", device, tables.attention("prefill"), (*ROOF, 0.0))
     yield tried("decode attention", "decode attention", device, tables.attention("decode"), (TINY, 1.0, 0.0))
     for routing in ("balanced", "skewed"):
+        bare = replace(device, moe={key: fit for key, fit in device.moe.items() if " " not in key})
         for shape, measured in tables.moe(routing).items():
-            own = fit_family(measured[0], device, halves(measured[1], lambda s: s.size)[0])
-            yield tried(f"MoE {routing}, fitted per model", shape, own, measured, (*ROOF, 1e12))
-            yield tried(f"MoE {routing}, one fit for all models", shape, device, measured, (*ROOF, 1e12))
+            yield tried(f"MoE {routing}, fitted per model", shape, device, measured, (*ROOF, 1e12))
+            yield tried(f"MoE {routing}, one fit for all models", shape, bare, measured, (*ROOF, 1e12))
 
 
 def exchanges(device: Device, system: str = "h100_sxm") -> Iterator[Line]:
