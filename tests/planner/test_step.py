@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from lockstep.planner.load import Replica, Serving, Workload
 from lockstep.planner.step import Pricer, Step
 from lockstep.planner.terms import total_s
 
+ROOT = Path(__file__).parents[2]
 LAYOUTS = [Layout(), Layout(tp=8), Layout(tp=16), Layout(tp=4, pp=3), Layout(tp=8, pp=2), Layout(tp=4, cp=2), Layout(tp=16, dcp=2)]
 ROUTED = [Layout(tp=4), Layout(tp=8, ep=8), Layout(tp=2, dp=4, ep=8), Layout(tp=4, pp=2, dp=2, ep=8, cp=1), Layout(tp=2, cp=2, dp=2, ep=8)]
 CASES = [(m, x) for m in ("llama-3.1-70b", "gpt-oss-120b") for x in LAYOUTS]
@@ -83,3 +85,13 @@ def test_a_window_bounds_what_a_layer_reads():
 
     per_token = (attention(9000) - attention(8000)) / 1000
     assert per_token == pytest.approx(18 * 16 * 2 * 64 * 2)  # 18 full layers, 16 requests, K and V of one head of 64 in bf16
+
+
+def test_every_term_names_a_section_of_the_document():
+    headings = {
+        line.lstrip("# ").strip().lower() for line in (ROOT / "docs" / "planner.md").read_text().splitlines() if line.startswith("## ")
+    }
+    for model, layout in CASES:
+        replica = Replica(Pricer(Setting(find_model(model)[0], cluster("2x8xH100"))), layout, Workload(3000, 200), 512, Serving())
+        for term in replica.tpot_terms(8) + replica.ttft_terms(8):
+            assert term.source.removeprefix("docs/planner.md#") in headings, term
