@@ -22,7 +22,7 @@ from lockstep.utils.host_memory import host_available_bytes
 SIZES = (256, 2048, 16384, 131072, 1048576, 8388608)
 COLLECTIVES_S = 4.0
 LEAST_S = 4.0  # for the operations, however busy the machine
-STARTS_S = 12.0  # processes started, models made: not spent on measuring
+STARTS_S = 16.0  # processes started, models made: not spent on measuring
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 USUAL_CACHE = 32 << 20
 

@@ -31,6 +31,11 @@ class Product:
         self._program.run(self._step)
         return self._out[:rows]
 
+    @property
+    def nbytes(self) -> int:
+        """What it keeps now, for the most rows so far."""
+        return self._source.nbytes + self._out.nbytes
+
     @staticmethod
     def bytes(rows: int, n: int, k: int, itemsize: int) -> int:
         """What calls with up to `rows` rows keep, with activations of `itemsize` bytes."""

@@ -48,6 +48,11 @@ class VocabParallelEmbedding(TensorParallelModule):
         self._product = Product(self.packed)
         self.weight.data = self.weight.data.new_empty(0)
 
+    @property
+    def logits_bytes(self) -> int:
+        """What `local_logits` keeps between calls."""
+        return 0 if self._product is None else self._product.nbytes
+
     def local_logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """`hidden [rows, embedding_dim]` times this rank's rows: `[rows, rows of this rank]`.
 

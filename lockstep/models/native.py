@@ -93,6 +93,7 @@ class NativeDecoder:
         self.local = LocalGroup(self.lib) if model.groups.tp.world_size == 1 else None
         self.buffers = self._buffers()
         self.program: Program | None = None
+        self.tables: list[Tensor] = []  # of the program: rotations of a step's tokens
         self._timed = False
         self._caches: Sequence[Tensor] = ()
         self.step = StepArgs(self.lib)
@@ -128,6 +129,11 @@ class NativeDecoder:
         tables = 2 * self.max_tokens * self.model.rope.rotary_dim * 4
         return self.buffers.nbytes + tables + SLOT_BYTES * 2 * self.model.groups.tp.world_size
 
+    @property
+    def held_bytes(self) -> int:
+        """What it has allocated besides weights and KV cache."""
+        return self.buffers.nbytes + sum(t.nbytes for t in self.tables) + (SLOT_BYTES if self.local is not None else 0)
+
     def bind_kv(self, caches: Sequence[Tensor]) -> None:
         """Build the program over these KV caches, one per layer."""
         self._caches = caches
@@ -135,6 +141,7 @@ class NativeDecoder:
 
     def rebuild(self) -> None:
         """Build the program anew, after something that it depends on has changed."""
+        self.tables.clear()
         self.program = Builder(self, self._caches).build()
         self.program.timed(self._timed)
 
@@ -206,6 +213,7 @@ class Builder:
     def _angles(self, kind: str, rope: RotaryEmbedding) -> tuple[Tensor, int]:
         half = rope.rotary_dim // 2
         table = torch.empty((self.native.max_tokens, 2 * half))
+        self.native.tables.append(table)
         self.program.keep(table, rope.inv_freq)
         self.program.add(f"angles.{kind}", self.lib.op_angles(rope.inv_freq.data_ptr(), half, table.data_ptr()))
         return table, half

@@ -13,5 +13,6 @@ class RankMemory(msgspec.Struct, kw_only=True):
     free_bytes: int  # what the KV cache may take: the rank's share less weights, activations and buffers
     kv_bytes_per_block: int  # over all its layers; 0 only for a rank without attention layers
     kv_bytes: int = 0  # allocated, after initialize_kv_cache
+    owned_bytes: int = 0  # all that the engine holds: weights, KV, buffers of activations and logits, batch state, shared memory
     peak_bytes: int = 0  # peak resident (CPU) or allocated (CUDA) memory of the rank so far
     replica: int = 0  # that the rank is of; written by the router

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -49,18 +47,21 @@ class Product:
 
 
 def products(found: Sequence[Product]) -> list[ProductRates]:
-    """The constants for each number of rows that was measured."""
-    table = []
-    for rows in sorted({p.rows for p in found}):
-        here = [p for p in found if p.rows == rows]
-        works = sorted({p.work for p in here})
-        features = [
-            [1.0, p.n + p.k, p.n / 2 if p.gated else 0.0, p.n if p.row else 0.0, *(p.n * p.k if p.work == w else 0.0 for w in works)]
-            for p in here
-        ]
-        launch, edge, gate, finish, *work = fit(features, [p.seconds for p in here])
-        table.append(ProductRates(rows, launch, edge, list(zip(works, work, strict=True)), gate, finish))
-    return table
+    """The constants for each number of rows that was measured, all fitted together.
+
+    Launch, and what an element of an edge, a gate and a finished row costs, are the same for all rows; only the work is not.
+    """
+    cells = sorted({(p.rows, p.work) for p in found})
+    at = {cell: 4 + i for i, cell in enumerate(cells)}
+    features = np.zeros((len(found), 4 + len(cells)))
+    for x, p in zip(features, found, strict=True):
+        x[:4] = 1.0, p.rows * (p.n + p.k), p.rows * p.n / 2 if p.gated else 0.0, p.rows * p.n if p.row else 0.0
+        x[at[p.rows, p.work]] = p.n * p.k
+    launch, edge, gate, finish, *work = fit(features.tolist(), [p.seconds for p in found])
+    return [
+        ProductRates(rows, launch, edge * rows, [(w, work[at[r, w] - 4]) for r, w in cells if r == rows], gate * rows, finish * rows)
+        for rows in sorted({p.rows for p in found})
+    ]
 
 
 def attention(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> AttentionRates:
@@ -68,9 +69,3 @@ def attention(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> 
     if not seconds:
         return AttentionRates(0.0, 0.0, 0.0, 0.0)
     return AttentionRates(*fit([(1.0, *row) for row in features], seconds))
-
-
-def middle(tables: Sequence[dict[str, Any]], name: str) -> float:
-    """The median of one number over several measurements that have it."""
-    values = [float(t[name]) for t in tables if name in t]
-    return float(np.median(values)) if values else 0.0

@@ -105,6 +105,11 @@ class BatchState:
         self.pooling: list[Pooling | None] = [None] * capacity
         self.pools: Flags = np.zeros(capacity, np.bool_)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays, touched or not."""
+        return sum(v.nbytes for v in vars(self).values() if isinstance(v, np.ndarray))
+
     def apply(self, plan: StepPlan) -> None:
         """Take the plan's changes in: slots given back, then new requests, then new blocks and tokens."""
         for slot in plan.freed:

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 
+from lockstep.distributed.communicators.shm import ShmCommunicator
+from lockstep.distributed.groups import ParallelGroups
+from lockstep.models.decoder import DecoderModel
 from lockstep.utils.host_memory import host_available_bytes
 
-__all__ = ["PeakMeter", "host_available_bytes", "peak_bytes", "weight_bytes"]
+__all__ = ["PeakMeter", "host_available_bytes", "owned_bytes", "peak_bytes", "weight_bytes"]
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -25,6 +28,18 @@ def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all parameters, packed ones included, one that two modules share counted once."""
     packed = sum(module.packed.nbytes for module in model.modules() if getattr(module, "packed", None) is not None)
     return packed + sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def owned_bytes(model: DecoderModel, kv_bytes: int, state_bytes: int, groups: ParallelGroups) -> int:
+    """All that the engine itself holds on this rank; libraries and what a step gives back at its end do not count.
+
+    It only grows, with the most rows that sampled in one step. Models that run torch's operations have no buffers of their own.
+    """
+    buffers = 0 if model.native is None else model.native.held_bytes
+    logits = model.head.logits_bytes if model.is_last else 0
+    found = {id(c): c for g in (groups.tp, groups.pp, groups.world) for c in (g.communicator, g.cpu_communicator)}
+    shared = sum(c.nbytes for c in found.values() if isinstance(c, ShmCommunicator))
+    return weight_bytes(model) + kv_bytes + state_bytes + buffers + logits + shared
 
 
 class PeakMeter:

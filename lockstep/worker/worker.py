@@ -166,6 +166,7 @@ class Worker(Recorded):
             free_bytes=self._free_bytes,
             kv_bytes_per_block=per_block,
             kv_bytes=self._kv_bytes,
+            owned_bytes=memory.owned_bytes(self.model, self._kv_bytes, self._runner.state.nbytes if self._runner else 0, self.groups),
             peak_bytes=memory.peak_bytes(self.device),
         )
 

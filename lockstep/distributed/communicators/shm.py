@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lockstep.distributed import ledger
 from lockstep.distributed.communicators.base import Communicator
+from lockstep.distributed.communicators.segment import RING_BYTES, SLOT_BYTES
 from lockstep.distributed.handles import DoneHandle, Handle
 from lockstep.distributed.reduction_tree import ReductionTree
 
@@ -130,6 +131,11 @@ class ShmCommunicator(Communicator):
 
     def barrier(self) -> None:
         self._lib.shm_barrier(self._group)
+
+    @property
+    def nbytes(self) -> int:
+        """This rank's part of the memory that the group shares."""
+        return int(self._lib.shm_bytes(self.world_size, SLOT_BYTES, RING_BYTES)) // self.world_size
 
     def waited_s(self) -> float:
         """Seconds that this rank has waited here for ranks that came later, in whatever language it met them."""

@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""Predicted against measured: TTFT, TPOT and throughput of our own engine on this machine, over models, splits, batches and lengths.
+
+    python benchmarks/planner_vs_engine.py [--calibration FILE] [--settings 20] [--repetitions 3] [--out FILE]
+
+Needs a calibration (`lockstep calibrate`, on the same quiet machine, minutes before; or --calibrate runs it first). Each setting is
+an engine of its own, a batch of equal prompts given at once, measured `--repetitions` times (medians); right before and after it
+the memory bandwidth is measured, and predictions are scaled by it. The prediction is the event simulation: the real scheduler,
+with step times of planner/cpu.py. Two figures for each number: as calibrated, and after fitting one factor for the steps of a TTFT and
+one for those of a TPOT on the settings marked `fit`; every second setting, and all with PP=2, are held out from that.
+Exits 1 when the median error of the held-out settings is above 10 % or their mean above 15 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from lockstep.cli.bench import machine
+from lockstep.cli.bench.workload import fixed
+from lockstep.engine.core import limits_of
+from lockstep.engine.scheduler import Scheduler
+from lockstep.llm import LLM
+from lockstep.planner import calibration
+from lockstep.planner.calibration import Calibration
+from lockstep.planner.cpu import CpuModel
+from lockstep.planner.layout import Layout
+from lockstep.planner.model import from_spec
+from lockstep.protocol import SamplingParams
+from lockstep.simulation.arrivals import at_once
+from lockstep.simulation.engine_cost import CalibratedCost
+from lockstep.simulation.simulate import simulate
+from lockstep.testing.tiny import make_tiny
+
+TARGETS = {"median": 0.10, "mean": 0.15}
+FIGURES = ("ttft", "tpot", "throughput")
+WAYS = (("as calibrated, all", False, False), ("as calibrated, held out", False, True), ("fitted, held out", True, True))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One engine and one batch."""
+
+    model: str
+    tp: int
+    pp: int
+    dp: int
+    batch: int
+    input_len: int
+    output_len: int
+
+
+# Ordered so that the first few already show every layout.
+SETTINGS = [
+    Setting("llama-tiny", 1, 1, 1, 8, 128, 64),
+    Setting("llama-tiny", 2, 1, 1, 8, 128, 64),
+    Setting("llama-tiny", 1, 2, 1, 8, 128, 64),
+    Setting("llama-tiny", 1, 1, 2, 8, 128, 64),
+    Setting("llama-0.5b", 1, 1, 1, 8, 128, 24),
+    Setting("llama-0.5b", 2, 1, 1, 8, 128, 24),
+    Setting("llama-0.5b", 1, 2, 1, 8, 128, 24),
+    Setting("demo", 1, 1, 1, 32, 128, 64),
+    Setting("demo", 2, 1, 1, 32, 64, 64),
+    Setting("demo", 1, 2, 1, 16, 128, 64),
+    Setting("demo", 1, 1, 1, 1, 512, 128),
+    Setting("llama-tiny", 1, 1, 1, 32, 256, 48),
+    Setting("llama-tiny", 2, 1, 1, 1, 512, 96),
+    Setting("llama-tiny", 1, 1, 1, 2, 768, 96),
+    Setting("llama-tiny", 1, 1, 2, 32, 64, 64),
+    Setting("llama-0.5b", 1, 1, 1, 1, 64, 24),
+    Setting("llama-0.5b", 2, 1, 1, 1, 256, 16),
+    Setting("llama-0.5b", 1, 1, 1, 16, 32, 24),
+    Setting("llama-0.5b", 2, 1, 1, 24, 32, 24),
+    Setting("llama-tiny", 1, 2, 1, 16, 256, 48),
+]
+
+
+@dataclass
+class Result:
+    """One setting's figures, in seconds and tokens a second."""
+
+    setting: Setting
+    held_out: bool
+    measured: dict[str, float]
+    predicted: dict[str, float]
+    bandwidth_scale: float
+    other_cores: float
+    fitted: dict[str, float] = field(default_factory=dict)
+
+    def error(self, figure: str, *, fitted: bool) -> float:
+        """|predicted / measured - 1|."""
+        return abs((self.fitted if fitted else self.predicted)[figure] / self.measured[figure] - 1)
+
+
+def folder_of(name: str, root: Path) -> str:
+    """The checkpoint; "" is the embedded one. A missing one is made: a small random model in its place would be another model."""
+    if name == "demo":
+        return ""
+    if (root / name / "config.json").exists():
+        return str(root / name)
+    sizes: dict[str, Any] = {
+        "llama-tiny": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8},
+        "llama-0.5b": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    }[name]
+    made = root / f"{name}-made"
+    if not (made / "config.json").exists():
+        make_tiny("llama", made, dtype="bfloat16", tie_word_embeddings=False, max_position_embeddings=4096, **sizes)
+    return str(made)
+
+
+def once(llm: LLM, setting: Setting, seed: int) -> dict[str, float]:
+    """One batch: mean TTFT, mean TPOT, output tokens a second, as the simulation counts them."""
+    work = fixed(llm.spec.vocab_size, setting.batch, setting.input_len, setting.output_len, seed)
+    params = SamplingParams(temperature=0, max_tokens=setting.output_len, ignore_eos=True, detokenize=False)
+    stamps: dict[str, list[float]] = {}
+    began = time.perf_counter()
+    for output in llm.stream([{"prompt_token_ids": p} for p in work.prompts], params):
+        seen = stamps.setdefault(output.request_id, [])
+        new = len(output.outputs[0].token_ids) - len(seen)
+        seen += [time.perf_counter() - began] * new
+    return figures(list(stamps.values()))
+
+
+def figures(token_s: Sequence[Sequence[float]]) -> dict[str, float]:
+    """From each request's token times."""
+    return {
+        "ttft": mean(t[0] for t in token_s),
+        "tpot": mean((t[-1] - t[0]) / (len(t) - 1) for t in token_s),
+        "throughput": sum(map(len, token_s)) / max(t[-1] for t in token_s),
+    }
+
+
+def predict(llm: LLM, setting: Setting, found: Calibration, scale: float) -> dict[str, float]:
+    """The same batch through the event simulation."""
+    layout = Layout(tp=setting.tp, pp=setting.pp, dp=setting.dp)
+    busy = min(setting.batch, setting.pp * setting.dp) * setting.tp
+    model = CpuModel(found, from_spec(llm.spec, setting.model), layout, bandwidth_scale=scale, alone=busy == setting.tp)
+    limits = limits_of(llm.config, llm.spec, llm._client.memory)  # noqa: SLF001 - the engine's own numbers, which no method gives
+    report = simulate(
+        lambda clock: Scheduler(limits, prefix_caching=False, stages=setting.pp, clock=clock),
+        CalibratedCost(model),
+        at_once(setting.batch, setting.input_len, setting.output_len),
+        replicas=setting.dp,
+        depth=1 if setting.tp * setting.pp == 1 else max(setting.pp, 2),
+    )
+    return figures([r.token_s for r in report.served])
+
+
+def bandwidth() -> float:
+    """Of all cores together, bytes/s."""
+    return machine.read_bandwidth_gbps(machine.describe()["cores"], mib=128, repeats=5) * 1e9
+
+
+def measure(setting: Setting, found: Calibration, root: Path, repetitions: int, held_out: bool) -> Result:
+    """One setting, its prediction and what the machine was like."""
+    split = {"pipeline_parallel_size": setting.pp, "data_parallel_size": setting.dp, "data_parallel_routing": "round_robin"}
+    room = {"max_model_len": 2048, "kv_cache_memory_bytes": 1 << 28, "enable_prefix_caching": False, "max_num_seqs": 32}
+    noise, before = machine.Noise(), bandwidth()
+    with LLM(folder_of(setting.model, root), tensor_parallel_size=setting.tp, dtype="bfloat16", **split, **room) as llm:
+        once(llm, setting, 0)
+        runs = [once(llm, setting, 1 + i) for i in range(repetitions)]
+        scale = (before + bandwidth()) / 2 / found.memory_bandwidth
+        return Result(
+            setting,
+            held_out,
+            {name: median(run[name] for run in runs) for name in FIGURES},
+            predict(llm, setting, found, scale),
+            scale,
+            noise.other_cores(),
+        )
+
+
+def fit(results: Sequence[Result]) -> dict[str, float]:
+    """The factors that bring the predictions of the settings that are not held out to the middle of what was measured."""
+    train = [r for r in results if not r.held_out] or list(results)
+    return {name: median(r.measured[name] / r.predicted[name] for r in train) for name in FIGURES}
+
+
+def summary(results: Sequence[Result], *, fitted: bool, held_out: bool) -> dict[str, dict[str, float]]:
+    """Median and mean error of each figure."""
+    chosen = [r for r in results if r.held_out or not held_out]
+    errors = {name: [r.error(name, fitted=fitted) for r in chosen] for name in FIGURES}
+    return {name: {"median": median(e), "mean": mean(e)} for name, e in errors.items() if e}
+
+
+def show(result: Result) -> None:
+    s = result.setting
+    where = f"{s.model} TP={s.tp} PP={s.pp} DP={s.dp} batch={s.batch} {s.input_len}+{s.output_len}"
+    cells = []
+    for name in FIGURES:
+        unit = 1.0 if name == "throughput" else 1e3
+        off = result.predicted[name] / result.measured[name] - 1
+        cells.append(f"{name} {result.predicted[name] * unit:9.2f} / {result.measured[name] * unit:9.2f} ({off:+.0%})")
+    mark = "held out" if result.held_out else "fit"
+    print(f"{where:<48} {mark:<8} {'  '.join(cells)}  bandwidth x{result.bandwidth_scale:.2f}, others {result.other_cores:.1f}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", type=Path, default=None)
+    parser.add_argument("--calibrate", action="store_true", help="calibrate first")
+    parser.add_argument("--models", type=Path, default=Path.home() / ".cache" / "lockstep-bench" / "models")
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="only the first so many")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=None, help="JSON lines")
+    args = parser.parse_args()
+    if args.calibrate:
+        from lockstep.cli.calibrate import calibrate
+
+        calibration.save(calibrate(55.0), args.calibration or calibration.path_of())
+    found = calibration.load(args.calibration)
+    print("predicted / measured (error): milliseconds, and output tokens a second")
+    results = []
+    for number, setting in enumerate(SETTINGS[: args.settings]):
+        results.append(measure(setting, found, args.models, args.repetitions, held_out=number % 2 == 1 or setting.pp > 1))
+        show(results[-1])
+    factors = fit(results)
+    for result in results:
+        result.fitted = {name: result.predicted[name] * factors[name] for name in FIGURES}
+    print("factors fitted:", ", ".join(f"{name} x{factor:.3f}" for name, factor in factors.items()))
+    held = {}
+    for words, fitted, only in WAYS:
+        held = summary(results, fitted=fitted, held_out=only)
+        print(f"{words:<24}", "  ".join(f"{n}: median {e['median']:.1%}, MAPE {e['mean']:.1%}" for n, e in held.items()))
+    if args.out:
+        lines = [{"machine": machine.describe(), "factors": factors}, *(asdict(r) for r in results)]
+        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return int(any(errors[kind] > limit for errors in held.values() for kind, limit in TARGETS.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
