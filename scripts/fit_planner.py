@@ -59,9 +59,11 @@ def h100(bare: Device) -> Device:
     device = fitted(fitted(bare, tables.gemm()), tables.gemm(dtype="fp8"))
     device = fitted(fitted(device, tables.attention("prefill")), tables.attention("decode"))
     for routing in ("balanced", "skewed"):
-        shapes = tables.moe(routing)
-        family = next(iter(shapes.values()))[0]
-        device = fitted(device, (family, [s for _, samples in shapes.values() for s in samples]))
+        shapes = tables.moe(routing).values()
+        device = fitted(device, (families.moe(routing), [s for _, samples in shapes for s in samples]))
+    for routing in ("balanced", "skewed"):  # after those of all shapes, which these would hide
+        for measured in tables.moe(routing).values():
+            device = fitted(device, measured)
     device = fitted(fitted(device, tables.messages()), tables.messages(between=True))
     for mode in ("low_latency", "normal"):
         for op in ("dispatch", "combine"):
@@ -113,7 +115,7 @@ def bare_entry(name: str, row: dict[str, str], aliases: tuple[str, ...], cores: 
         "memory_bandwidth": float(row["mem_bw_Bps"]),
         "capacity_bytes": seen or int(float(row["mem_bytes_nominal"])),
         "scale_up": {"bandwidth": float(row["scaleup_bw_Bps_per_dir"] or 45e9), "latency_s": 5e-6},
-        "scale_out": {"bandwidth": float(row["scaleout_bw_Bps_per_gpu"] or 25e9), "latency_s": 18e-6},
+        "scale_out": {"bandwidth": float(row["scaleout_bw_Bps_per_gpu"] or 50e9), "latency_s": 18e-6},
         "per_node": int(row["gpus_per_node"] or 1),
         "cores": cores,
         "like": "" if name == "H100" else "H100",
@@ -132,7 +134,8 @@ def rounded(value: Any) -> Any:
 
 def catalogue() -> dict[str, Any]:
     """The whole file."""
-    entries, known = sheet(), {}
+    entries = sheet()
+    known: dict[str, Device] = {}
     for name, entry in entries.items():
         device = from_entry(entry, known.__getitem__)
         before = device
@@ -144,8 +147,8 @@ def catalogue() -> dict[str, Any]:
             device = fitted(device, tables.gemm("a100_sxm"))
         known[name] = device
         write_fits(entry, before, device)
-        if name != "H100" and name not in MEASURED:
-            scale_links(entry, known["H100"])
+        if name != "H100":
+            scale_links(entry, known["H100"], ("scale_out",) if name in MEASURED else ("scale_up", "scale_out"))
     entries["H100"]["band"] = entries["A100"]["band"] = OPS_BAND
     made = [*entries.values(), vidur(entries["A100"]), cpu()]
     return {"made_by": "scripts/fit_planner.py", "fitted_to": TABLES, "devices": made}
@@ -171,13 +174,15 @@ def write_fits(entry: dict[str, Any], before: Device, device: Device) -> None:
         entry["calibrated"] = entry["name"] in ("H100", "A100")
 
 
-def scale_links(entry: dict[str, Any], like: Device) -> None:
+def scale_links(entry: dict[str, Any], like: Device, keys: Sequence[str]) -> None:
     """Links of a device that nobody measured: those of the H100 in proportion to the data sheets' widths."""
-    for key, nominal in (("scale_up", 450e9), ("scale_out", 50e9)):
+    wide = "scale_up" in keys and entry["scale_up"]["bandwidth"] >= 450e9  # the same switched fabric, or a wider one of its kind
+    for key in keys:
+        nominal = {"scale_up": 450e9, "scale_out": 50e9}[key]
         link: Link = getattr(like, key)
         share = entry[key]["bandwidth"] / nominal
         entry[key] = rounded(asdict(replace(link, bandwidth=link.bandwidth * share)))
-        if entry["scale_up"]["bandwidth"] >= like.scale_up.bandwidth:  # the same switched fabric, or a wider one of its kind
+        if wide:
             scaled = {
                 op: {n: asdict(replace(found, bandwidth=found.bandwidth * share)) for n, found in by_ranks.items()}
                 for op, by_ranks in like.collectives.items()

@@ -9,17 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from lockstep.cli.errors import UsageError
-from lockstep.planner.answer import Plan, plan
+from lockstep.planner.answer import Plan, plan, pricer_of
 from lockstep.planner.pareto import as_svg, write_png
 from lockstep.planner.report import report
 
 AXES = ("tp", "pp", "dp", "ep", "cp", "dcp")
-SIMULATION = "lockstep.simulation.planned"  # has `simulate_plan(plan) -> str`
 
 
 def run(argv: list[str]) -> int:
@@ -46,8 +43,8 @@ def run(argv: list[str]) -> int:
     if args.plot:
         draw(found, args.plot)
     print(json.dumps(found.to_json(), indent=2) if args.json else report(found, explain=args.explain, draw=not args.no_draw))
-    if args.simulate:
-        print(simulated(found))
+    if args.simulate and not args.json:
+        print(f"\non a virtual clock, the engine's own scheduler deciding\n{simulated(found, args)}")
     return 0
 
 
@@ -110,8 +107,8 @@ def draw(found: Plan, file: str) -> None:
         raise UsageError(f"--plot={file!r} cannot be written ({e.strerror}): name a file in a folder that is there.") from None
 
 
-def simulated(found: Plan) -> str:
-    """The plan under its load on a virtual clock. Raises UsageError where this version has no simulation."""
-    if find_spec("lockstep.simulation") is None or find_spec(SIMULATION) is None:
-        raise UsageError("--simulate is not available yet in this version: leave it out, the analytic answer is complete.")
-    return str(import_module(SIMULATION).simulate_plan(found))
+def simulated(found: Plan, args: argparse.Namespace) -> str:
+    """The plan under its load, step by step."""
+    from lockstep.simulation.planned import simulate_plan
+
+    return simulate_plan(found, pricer_of(args.model, args.cluster, args.quantization)).describe()

@@ -114,6 +114,11 @@ def plan(
     return replace(found, commands=lines, seconds=time.perf_counter() - start)
 
 
+def pricer_of(model: str, cluster: str, quantization: str = "") -> Pricer:
+    """The prices that a plan of these was made with."""
+    return Pricer(Setting(find_model(model)[0], find_cluster(cluster), weight_dtype=quantization))
+
+
 def check(work: Workload, shape: ModelShape, memory_share: float, quantization: str) -> Workload:
     """The workload, every rule checked."""
     for name, value in (("input_len", work.input_len), ("output_len", work.output_len)):

@@ -69,14 +69,18 @@ def gemm(dtype: str) -> Family:
     def put(device: Device, c: Sequence[float]) -> Device:
         return replace(device, gemm={**device.gemm, dtype: Roofline(*c)})
 
-    return Family(f"gemm {dtype}", ((4e-6, 0.8, 0.86, 0.1),), put, lambda d, s: ops.gemm_s(d, *s.args, dtype))
+    def predict(device: Device, sample: Sample) -> float:
+        m, n, k = sample.args
+        return ops.gemm_s(device, m, n, k, dtype)
+
+    return Family(f"gemm {dtype}", ((4e-6, 0.8, 0.86, 0.1),), put, predict)
 
 
 def prefill() -> Family:
     """args: batch, tokens, heads, KV heads, head_dim."""
 
     def put(device: Device, c: Sequence[float]) -> Device:
-        return replace(device, prefill=PrefillFit(*c))
+        return replace(device, prefill=PrefillFit(c[0], c[1], c[2], c[3], c[4]))
 
     return Family("prefill attention", ((12e-6, 0.7, 0.5, 0.5, 0.5),), put, lambda d, s: ops.prefill_attention_s(d, *s.args))
 
@@ -90,16 +94,20 @@ def decode() -> Family:
     return Family("decode attention", ((12e-6, 0.9, 2e-8),), put, lambda d, s: ops.decode_attention_s(d, *s.args))
 
 
-def moe(routing: str) -> Family:
-    """args: tokens, hidden, inter, experts, topk, tp, ep."""
+def moe(routing: str, shape: str = "") -> Family:
+    """args: tokens, hidden, inter, experts, topk, tp, ep. `shape`: constants of one layer shape alone (`ops.moe_shape`)."""
     start: tuple[float, ...] = (30e-6, 0.65, 0.88, 0.25, 0.55)
     if routing == "skewed":
         start = (*start, 0.4)
 
     def put(device: Device, c: Sequence[float]) -> Device:
-        return replace(device, moe={**device.moe, routing: MoeFit(*c)})
+        return replace(device, moe={**device.moe, f"{routing} {shape}".strip(): MoeFit(*c)})
 
-    return Family(f"MoE {routing}", (start,), put, lambda d, s: ops.moe_s(d, *s.args, routing=routing))
+    def predict(device: Device, sample: Sample) -> float:
+        tokens, hidden, inter, experts, topk, tp, ep = sample.args
+        return ops.moe_s(device, tokens, hidden, inter, experts, topk, tp, ep, routing=routing)
+
+    return Family(f"MoE {routing}", (start,), put, predict)
 
 
 def collective(op: str, ranks: int, launch_s: float = 8e-6, bandwidth: float = 2e11) -> Family:
@@ -134,4 +142,8 @@ def ring() -> Family:
     def put(device: Device, c: Sequence[float]) -> Device:
         return replace(device, scale_up=Link(*c))
 
-    return Family("ring", ((5e-6, 1e-7, 3e11),), put, lambda d, s: collectives.ring_s(d.scale_up, *s.args, rounds=2))
+    def predict(device: Device, sample: Sample) -> float:
+        ranks, size = sample.args
+        return collectives.ring_s(device.scale_up, ranks, size, rounds=2)
+
+    return Family("ring", ((5e-6, 1e-7, 3e11),), put, predict)

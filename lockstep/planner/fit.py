@@ -12,6 +12,7 @@ from statistics import fmean, median
 from typing import TypeVar
 
 Row = TypeVar("Row")
+Key = TypeVar("Key", bound=Hashable)
 
 
 def halves(rows: Iterable[Row], size: Callable[[Row], float]) -> tuple[list[Row], list[Row]]:
@@ -81,9 +82,9 @@ def _simplex(loss: Callable[[list[float]], float], start: list[float], size: flo
     return simplex[0][1]
 
 
-def group_by(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Hashable, list[Row]]:
+def group_by(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
     """Rows by key, in the order in which the keys appear."""
-    groups: dict[Hashable, list[Row]] = {}
+    groups: dict[Key, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups

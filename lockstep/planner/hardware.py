@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from lockstep.config.errors import ConfigError
 from lockstep.planner.tables import Table
 
 DTYPE_BYTES: Mapping[str, float] = MappingProxyType(
@@ -120,7 +121,7 @@ class Device:
     gemm: Mapping[str, Roofline] = field(default_factory=dict)
     prefill: PrefillFit = PrefillFit(12.2e-6, 0.69, 0.42, 0.86, 0.50)
     decode: DecodeFit = DecodeFit(11.7e-6, 0.93, 1.6e-8)
-    moe: Mapping[str, MoeFit] = field(default_factory=dict)
+    moe: Mapping[str, MoeFit] = field(default_factory=dict)  # by routing, and by routing and shape
     elementwise: Roofline = Roofline(3e-6, 1.0, 0.75)
     collectives: Mapping[str, Mapping[int, Link]] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
@@ -132,7 +133,7 @@ class Device:
     def peak(self, dtype: str) -> float:
         """Flops per second for `dtype`, or for the next wider one that the device computes in."""
         if dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype {dtype!r} is unknown: it must be one of {', '.join(sorted(DTYPE_BYTES))}.")
+            raise ConfigError(f"dtype {dtype!r} is unknown: it must be one of {', '.join(sorted(DTYPE_BYTES))}.")
         while dtype not in self.flops and dtype in _WIDER:
             dtype = _WIDER[dtype]
         if dtype in self.flops:
@@ -148,9 +149,11 @@ class Device:
         """The GEMM constants for `dtype`; those of bfloat16 where it has none of its own."""
         return self.gemm.get(dtype) or self.gemm.get("bfloat16") or Roofline(3.9e-6, 0.80, 0.86)
 
-    def experts(self, routing: str) -> MoeFit:
-        """The constants of a fused MoE layer under `routing`: "balanced" or "skewed"."""
-        return self.moe.get(routing) or self.moe.get("balanced") or MoeFit(30.8e-6, 0.68, 0.89, 0.28, pass_efficiency=0.54)
+    def experts(self, routing: str, shape: str = "") -> MoeFit:
+        """The constants of a fused MoE layer under `routing` ("balanced", "skewed"); those of the very `shape` where it was measured."""
+        keys = (f"{routing} {shape}", f"balanced {shape}", routing, "balanced")
+        found = next((self.moe[key] for key in keys if key in self.moe), None)
+        return found or MoeFit(30.8e-6, 0.68, 0.89, 0.28, pass_efficiency=0.54)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,5 +184,5 @@ def make_cluster(device: Device, nodes: int = 1, devices_per_node: int | None = 
     per_node = devices_per_node or device.per_node
     for name, count in (("nodes", nodes), ("devices per node", per_node)):
         if count < 1:
-            raise ValueError(f"{name} is {count}: a cluster has at least 1.")
+            raise ConfigError(f"{name} is {count}: a cluster has at least 1.")
     return Cluster(nodes, per_node, device, device.scale_up, device.scale_out)

@@ -123,6 +123,11 @@ def moe_work(
     return 6.0 * rows * hidden * columns, local * 3 * hidden * columns * DTYPE_BYTES[dtype]
 
 
+def moe_shape(hidden: int, inter: int, experts: int) -> str:
+    """What measured constants of a MoE layer are kept under."""
+    return f"{experts} experts of {hidden}x{inter}"
+
+
 def moe_s(
     device: Device,
     tokens: int,
@@ -141,7 +146,7 @@ def moe_s(
     """
     if tokens <= 0:
         return 0.0
-    fit = device.experts(routing)
+    fit = device.experts(routing, moe_shape(hidden, inter, experts))
     flops, weights = moe_work(tokens, hidden, inter, experts, topk, tp, ep, dtype, routing, fit.skew if routing == "skewed" else 0.0)
     unrouted = tokens * topk * (3 * inter / tp + 2 * hidden) * 2.0  # activations are 16 bits wide whatever the weights are
     passed = unrouted / (device.memory_bandwidth * fit.pass_efficiency)

@@ -72,7 +72,7 @@ def runners(plan: Plan) -> str:
     """Why others lost, a line each; and where TP over nodes loses to stages."""
     lines = [f"  {runner.layout!s:<26} {_at(runner)}{runner.reason}" for runner in plan.runners]
     cross = [f"  {plan.crossover}"] if plan.crossover else []
-    return "\n".join(["runners-up", *(lines or ["  none: no other layout fits"]), *cross])
+    return "\n".join(["runners-up", *(lines or ["  none was looked at"]), *cross])
 
 
 def _at(runner: Runner) -> str:

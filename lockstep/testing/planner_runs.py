@@ -72,4 +72,4 @@ def deployments() -> list[tuple[str, str, str]]:
     """(model, weights, engine) of every measured deployment with a dense model that the catalogue knows, and at least 10 runs."""
     rows = group_by(table("e2e_measured_h100_h200_agg"), lambda r: (r["model_path"], r["gemm_quant_mode"], r["backend"]))
     dense = ("meta-llama/Llama-3.1-70B", "Qwen/Qwen3-32B", "meta-llama/Llama-3.1-8B-Instruct")
-    return sorted((m, w, b) for (m, w, b), found in rows.items() if m in dense and len(found) >= 10)  # type: ignore[misc]
+    return sorted((m, w, b) for (m, w, b), found in rows.items() if m in dense and len(found) >= 10)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from lockstep.planner import families
+from lockstep.planner import families, ops
 from lockstep.planner.families import Family, Sample
 from lockstep.planner.fit import group_by
 
@@ -57,10 +57,9 @@ def moe(routing: str) -> dict[str, Measured]:
     """Fused MoE of vLLM on H100 for each model shape, by tokens. routing: balanced or skewed (power law 1.2)."""
     columns = ("num_tokens", "hidden_size", "inter_size", "num_experts", "topk", "moe_tp_size", "moe_ep_size")
     rows = [r for r in table("moe_h100_bf16_sample") if r["distribution"].startswith("balanced") == (routing == "balanced")]
-    shapes = group_by(rows, lambda r: f"{r['num_experts']} experts of {r['hidden_size']}x{r['inter_size']}")
-    family = families.moe(routing)
+    shapes = group_by(rows, lambda r: ops.moe_shape(*_numbers(r, "hidden_size", "inter_size", "num_experts")))
     return {
-        str(shape): (family, [Sample(float(r["num_tokens"]), _numbers(r, *columns), float(r["us"]) * 1e-6) for r in found])
+        shape: (families.moe(routing, shape), [Sample(float(r["num_tokens"]), _numbers(r, *columns), float(r["us"]) * 1e-6) for r in found])
         for shape, found in shapes.items()
     }
 
