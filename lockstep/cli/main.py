@@ -24,11 +24,12 @@ VERBS = {
     "demo": ("lockstep.cli.demo", "the embedded model on two ranks, and proof that the split changes nothing"),
     "verify": ("lockstep.cli.verify", "run a model under several splits and compare every bit"),
     "bench": ("lockstep.cli.bench.main", "measure: latency, throughput, a server under load, collectives"),
+    "simulate": ("lockstep.cli.simulate", "parallelism on paper: tp, collectives, pipeline, data, experts, context"),
     "top": ("lockstep.cli.top", "the ranks of a running server, live"),
     "collect-env": ("lockstep.cli.collect_env", "versions, processor and variables, for a bug report"),
     "doctor": ("lockstep.cli.doctor", "what this machine has, and whether ranks can talk"),
 }
-LATER = ("complete", "plan", "simulate", "trace", "run-batch", "worker")
+LATER = ("complete", "plan", "trace", "run-batch", "worker")
 
 USER_ERRORS = ("ConfigError", "WeightError")  # that ranks raise
 
