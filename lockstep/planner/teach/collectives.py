@@ -150,7 +150,7 @@ def report(result: Result) -> str:
     o = result.options
     rows = [(p.name, p.steps, f"{p.most_sent} S", "yes" if p.correct else "NO", time_text(p.simulated_s), _same(p)) for p in result.played]
     parts = [
-        f"all-reduce over {o.nodes * o.per_node} ranks on {o.nodes} node(s), played message by message, S = {bytes_text(PLAYED_BYTES)}",
+        f"all-reduce over {o.nodes * o.per_node} ranks, {o.per_node} on each node, played message by message, S = {bytes_text(PLAYED_BYTES)}",
         "",
         table(("", "steps", "most sent by a rank", "sums right", "time", "equals its formula"), rows),
         "",
@@ -196,7 +196,7 @@ def _bound(result: Result) -> str:
 def picture(result: Result) -> str:
     """Time by size of every algorithm over all ranks, and of the best one inside a node."""
     o = result.options
-    canvas = Canvas(760, 420, f"All-reduce over {o.nodes * o.per_node} ranks on {o.nodes} node(s)")
+    canvas = Canvas(760, 420, f"All-reduce over {o.nodes * o.per_node} ranks, {o.per_node} on each of {o.nodes} nodes")
     sizes = [1 << exponent for exponent in range(10, 31)]
     series = [Series(name, [(size, float(line.seconds(size)) * 1e6) for size in sizes]) for name, line in result.over_all.items()]
     if result.inside and o.nodes > 1:

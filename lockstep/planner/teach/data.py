@@ -207,11 +207,10 @@ def report(result: Result) -> str:
     ]
     names = [x.policy for x in result.outcomes]
     curve = [(f"{share:g}", *(time_text(x.ttft_p99_s) for x in outcomes)) for share, outcomes in result.by_load]
-    known = "always up to date" if o.stale_ms == 0 else f"up to {o.stale_ms:g} ms old"
     return "\n".join(
         [
             f"{o.requests} requests over {o.replicas} replicas at {o.load:g} of what they can compute with nothing cached",
-            f"the router's knowledge is {known}",
+            f"the router's knowledge is {_known(o)}",
             "",
             table(("rule", "TTFT p50", "TTFT p99", "max / mean tokens", "prompt tokens cached"), rows),
             "",
@@ -221,9 +220,13 @@ def report(result: Result) -> str:
     )
 
 
+def _known(options: Options) -> str:
+    return "always up to date" if options.stale_ms == 0 else f"up to {options.stale_ms:g} ms old"
+
+
 def picture(result: Result) -> str:
     """The slowest hundredth of the first tokens, by load, one line for each rule."""
-    canvas = Canvas(760, 380, f"Routing over {result.options.replicas} replicas")
+    canvas = Canvas(760, 380, f"Routing over {result.options.replicas} replicas, by knowledge {_known(result.options)}")
     names = [x.policy for x in result.outcomes]
     series = [Series(name, [(share, outcomes[i].ttft_p99_s) for share, outcomes in result.by_load]) for i, name in enumerate(names)]
     across = Axis("offered load", LOADS[0], LOADS[-1], [(share, f"{share:g}") for share in LOADS])

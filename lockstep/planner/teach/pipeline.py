@@ -56,7 +56,7 @@ class Options:
         return numbers("hop", self.hop, zero=True)[0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there are hundreds of thousands, and freezing takes longer than playing
 class Task:
     """One micro-batch on one stage, from `start` until `end`. `round` counts the passes of a group that goes round."""
 

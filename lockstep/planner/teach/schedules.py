@@ -147,7 +147,9 @@ def picture(schedule: Schedule) -> str:
     """Ranks from left to right, steps from top to bottom; an arrow for each message, in its first chunk's colour."""
     apart, tall, left, top = 110.0, 46.0, 90.0, 84.0
     canvas = Canvas(
-        left + apart * (schedule.ranks - 1) + 60, top + tall * schedule.steps + 40, f"All-reduce: {schedule.name}, {schedule.ranks} ranks"
+        max(540, left + apart * (schedule.ranks - 1) + 60),
+        top + tall * schedule.steps + 40,
+        f"All-reduce: {schedule.name}, {schedule.ranks} ranks",
     )
     for rank in range(schedule.ranks):
         x = left + apart * rank

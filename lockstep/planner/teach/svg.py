@@ -91,7 +91,7 @@ def chart(
     canvas: Canvas, x: float, y: float, width: float, height: float, title: str, across: Axis, up: Axis, series: Sequence[Series]
 ) -> None:
     """A line chart whose axes' box has its top left at (x, y); the legend stands to its right."""
-    canvas.text(x, y - 12, title, kind="b")
+    canvas.text(x, y - 12, f"{title}, {up.name}", kind="b")
     for value, label in up.ticks:
         at = y + height * (1 - up.share(value))
         canvas.line(x, at, x + width, at)
@@ -101,7 +101,6 @@ def chart(
         canvas.line(at, y, at, y + height)
         canvas.text(at, y + height + 16, label, anchor="middle", kind="s")
     canvas.text(x + width / 2, y + height + 34, across.name, anchor="middle", kind="s")
-    canvas.text(x, y + height + 34, up.name, kind="s")
     for i, one in enumerate(series):
         colour = COLOURS[i % len(COLOURS)]
         canvas.polyline([(x + width * across.share(a), y + height * (1 - up.share(b))) for a, b in one.points], colour, dashed=one.dashed)
