@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_no_stage_does_two_things_at_once_and_no_micro_batch_is_in_two_places():
     for key in (lambda t: t.stage, lambda t: t.micro_batch):
         for group in {key(t) for t in tasks}:
             mine = sorted((t for t in tasks if key(t) == group), key=lambda t: t.start)
-            assert all(a.end <= b.start for a, b in zip(mine, mine[1:], strict=False))
+            assert all(a.end <= b.start for a, b in pairwise(mine))
 
 
 def test_the_published_table():

@@ -150,7 +150,7 @@ def report(result: Result) -> str:
     o = result.options
     rows = [(p.name, p.steps, f"{p.most_sent} S", "yes" if p.correct else "NO", time_text(p.simulated_s), _same(p)) for p in result.played]
     parts = [
-        f"all-reduce over {o.nodes * o.per_node} ranks, {o.per_node} on each node, played message by message, S = {bytes_text(PLAYED_BYTES)}",
+        f"all-reduce over {o.nodes * o.per_node} ranks, {o.per_node} on each node, message by message, S = {bytes_text(PLAYED_BYTES)}",
         "",
         table(("", "steps", "most sent by a rank", "sums right", "time", "equals its formula"), rows),
         "",
