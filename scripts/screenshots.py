@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lockstep.testing.server import running_server  # noqa: E402
-from tests.server.browser.setup import NoBrowserError, browser_folder, drive  # noqa: E402
+from tests.server.browser.setup import browser_folder, drive  # noqa: E402
+from tests.server.node import NoNodeError  # noqa: E402
 
 
 def main() -> int:
@@ -24,7 +25,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         browser_folder()
-    except NoBrowserError as e:
+    except NoNodeError as e:
         print(e, file=sys.stderr)
         return 1
     with running_server("--served-model-name", "demo") as server:

@@ -106,8 +106,12 @@ def note(text: str, quiet: bool = False) -> None:
 
 def memory_table(ranks: list[RankMemory], exact: bool = False) -> str:
     """What each rank holds, one row per rank; `exact`: to the byte, but for the peak, which differs each time."""
-    rows = [("rank", "weight bytes", "KV cache bytes", "peak memory") if exact else ("rank", "weights", "KV cache", "peak")]
+    replicas = any(r.replica for r in ranks)
+    head = ("rank", "weight bytes", "KV cache bytes", "peak memory") if exact else ("rank", "weights", "KV cache", "peak")
     show = "{:,}".format if exact else size
-    rows += [(str(r.rank), show(r.weight_bytes), show(r.kv_bytes), size(r.peak_bytes)) for r in ranks]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    rows = [("replica", *head) if replicas else head]
+    for r in ranks:
+        row = (str(r.rank), show(r.weight_bytes), show(r.kv_bytes), size(r.peak_bytes))
+        rows.append((str(r.replica), *row) if replicas else row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  " + "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)

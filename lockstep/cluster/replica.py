@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -169,6 +170,7 @@ def start_process(
         spec=spec,
         folder=str(folder),
         parent_pid=os.getpid(),
+        follow_thread=threading.current_thread() is threading.main_thread(),
         sys_path=[path or os.getcwd() for path in sys.path],
         router_fd=None if router is None else router.fileno(),
     )

@@ -153,7 +153,7 @@ def main() -> None:
     connection, death_fd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     channel: Channel[wire.Order] = Channel(connection, wire.decode_order)
     launch, orders = _launch(channel)
-    procs.die_with_parent(launch.parent_pid, death_fd, follow_thread=False)
+    procs.die_with_parent(launch.parent_pid, death_fd, follow_thread=launch.follow_thread)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the router's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.enable()

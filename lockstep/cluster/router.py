@@ -362,7 +362,8 @@ class DataParallelClient(Operated):
         return Recoveries(self.recoveries_s, self._returns_s)
 
     def ranks(self) -> list[RankMemory]:
-        return [rank for _, v in self._call("ranks", skip_lost=True) for rank in msgspec.msgpack.decode(v, type=list[RankMemory])]
+        found = [(replica, msgspec.msgpack.decode(v, type=list[RankMemory])) for replica, v in self._call("ranks", skip_lost=True)]
+        return [msgspec.structs.replace(rank, replica=replica) for replica, ranks in found for rank in ranks]
 
     def collective_rpc(self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
         answers = self._call("collective_rpc", method, list(args), kwargs)

@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from lockstep.cluster.health import EngineHealth
 from lockstep.config.model_spec import ModelSpec
@@ -27,6 +26,7 @@ from lockstep.engine.stats import EngineStats
 from lockstep.executor.contract import RankMemory
 from lockstep.frontend import engine_wire as wire
 from lockstep.frontend.collector import Collector
+from lockstep.frontend.engine_link import EngineLink
 from lockstep.frontend.inputs import InputProcessor, Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt
@@ -40,7 +40,6 @@ from lockstep.utils.frames import NO_MESSAGE
 
 LONG_TEXT = 20_000  # characters; longer prompts are tokenized beside the event loop
 CALL_S = 60.0
-HELLO_S = 5.0  # how long a greeting may be unanswered before it is said again
 LOOK_S = 0.1  # how often it is looked whether the engine's process lives
 RESTART_GRACE_S = 60.0  # beyond its start: until the former one is gone, and pauses between attempts
 MOST_REPLAYS = 5  # of one request: if every engine that takes it dies, it is the cause
@@ -57,8 +56,7 @@ class AsyncEngine:
 
     def __init__(self, endpoint: str, secret: str, spec: ModelSpec, folder: Path, tokenizer: Any, *, index: int = 0) -> None:
         """index: of this API process among all. `connect` before anything else."""
-        self._endpoint, self._secret, self._index = endpoint, secret, index
-        self.index = index
+        self.index, self._link = index, EngineLink(endpoint, secret, index)
         self.spec, self.folder, self.tokenizer = spec, folder, tokenizer
         self.observer: RequestSpans | None = None
         self.failure: EngineDeadError | None = None
@@ -66,9 +64,6 @@ class AsyncEngine:
         self._health: EngineHealth | None = None
         self._pulse_s = time.monotonic()  # when the engine last said how it is
         self.started_s = time.monotonic()
-        self._context: zmq.asyncio.Context = zmq.asyncio.Context()
-        self._linked = False
-        self._socket = self._new_socket()
         self._collector = Collector(tokenizer)
         self._streams: dict[str, Stream] = {}  # job -> its stream, until its end has been put there
         self._jobs: dict[str, Job] = {}
@@ -82,51 +77,15 @@ class AsyncEngine:
 
     async def connect(self, timeout_s: float = 30.0) -> None:
         """Prove the secret, and wait until the engine runs. Raises EngineDeadError when it does not in time."""
-        welcome = await self._link(timeout_s)
+        welcome = await self._link.greet(timeout_s)
         self.memory = welcome.memory
         self.config = welcome.config
+        self._pulse_s = time.monotonic()
         self._limits = limits_of(self.config, self.spec, self.memory)
-        seeded = replace(self.config.model, seed=self.config.model.seed + self._index * SEED_STRIDE)
+        seeded = replace(self.config.model, seed=self.config.model.seed + self.index * SEED_STRIDE)
         self._inputs = InputProcessor(replace(self.config, model=seeded), self.spec, self.folder, self.tokenizer)
         listener = asyncio.create_task(self._listen(), name="engine-outputs")
         self._tasks = [listener, asyncio.create_task(self._follow(), name="engine-restarts")]
-
-    def _new_socket(self) -> zmq.asyncio.Socket:
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, f"api-{self._index}".encode())
-        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_BYTES)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(self._endpoint)
-        return socket
-
-    async def _link(self, timeout_s: float) -> wire.Welcome:
-        """Greet until the engine answers. It may still be loading, or be another one by now: said again now and then.
-
-        Raises EngineDeadError when nobody does in time.
-        """
-        try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(min(HELLO_S, timeout_s)):
-                            welcome = await self._greet()
-                            self._linked, self._pulse_s = True, time.monotonic()
-                            return welcome
-        except TimeoutError:
-            raise EngineDeadError(f"the engine did not answer in {timeout_s:g} s.", kind="hung") from None
-
-    async def _greet(self) -> wire.Welcome:
-        mine = wire.nonce()
-        await self._socket.send(wire.encode(wire.Hello(mine)))
-        while True:
-            reply = wire.decode_reply(await self._socket.recv())
-            if isinstance(reply, wire.Challenge):
-                if wire.engine_proof(self._secret, mine, reply.nonce) == reply.proof:  # else of an earlier Hello, or not the engine's
-                    await self._socket.send(wire.encode(wire.Proof(wire.api_proof(self._secret, mine, reply.nonce))))
-            elif isinstance(reply, wire.Welcome):
-                return reply
 
     async def _follow(self) -> None:
         """When the engine's process dies, another one takes its place at the same endpoint: go on with that."""
@@ -139,21 +98,21 @@ class AsyncEngine:
             await self._unlink()
             limit_s = self.config.runtime.startup_timeout_seconds + RESTART_GRACE_S
             try:
-                await self._link(limit_s)
+                await self._link.greet(limit_s)
             except EngineDeadError as e:
                 self.fail(f"the engine's process died, and no other came: {e}")
                 return
+            self._pulse_s = time.monotonic()
             await self._replay()
             self._tasks[0] = asyncio.create_task(self._listen(), name="engine-outputs")
 
     async def _unlink(self) -> None:
-        self._linked, self._health = False, None
+        self._link.linked, self._health = False, None
         self.restarts += 1
         self._tasks[0].cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._tasks[0]
-        self._socket.close()
-        self._socket = self._new_socket()
+        self._link.renew()
         for waiting in self._answers.values():
             if not waiting.done():
                 waiting.set_exception(CallRefused("the engine's process died during the call, and is started again: call again."))
@@ -166,7 +125,7 @@ class AsyncEngine:
                 self._end(name, "error", f"request {name!r} was given up: {self._replays[name]} engines died while they ran it.")
                 continue
             for request in self._collector.resumed(job):
-                await self._send(wire.Add(request))
+                await self._link.send(wire.Add(request))
 
     async def close(self) -> None:
         """Hang up. Streams that have not ended, end with an error."""
@@ -178,8 +137,7 @@ class AsyncEngine:
         self._compiler.shutdown(wait=False, cancel_futures=True)
         if self.observer is not None:
             await asyncio.to_thread(self.observer.close)
-        self._socket.close()
-        self._context.term()
+        self._link.close()
 
     def fail(self, message: str) -> None:
         """The engine is gone: every stream ends with this, and nothing more is taken."""
@@ -246,7 +204,7 @@ class AsyncEngine:
         """
         self._raise_failure()
         self._count += 1
-        name = f"{self._index}-{self._count}"
+        name = f"{self.index}-{self._count}"
 
         def make() -> Job:
             return self._inputs.job(prompt, sampling, request_id=name, priority=priority, arrival_s=time.monotonic(), pooling=pooling)
@@ -280,7 +238,7 @@ class AsyncEngine:
         if self.observer is not None:
             self.observer.started(job.request_id, job.requests)
         for request in job.requests:
-            await self._send(wire.Add(request))
+            await self._link.send(wire.Add(request))
         return stream
 
     async def generate(self, prompt: Prompt, sampling: SamplingParams, **options: Any) -> AsyncIterator[RequestOutput]:
@@ -300,7 +258,7 @@ class AsyncEngine:
                 continue
             self._end(name, "abort", None)
             with contextlib.suppress(zmq.ZMQError):
-                await self._send(wire.Abort([request.request_id for request in job.requests]))
+                await self._link.send(wire.Abort([request.request_id for request in job.requests]))
 
     def _end(self, name: str, reason: FinishReason, error: str | None) -> None:
         """End a job from here: its stream gets a last output with what there is of each completion."""
@@ -320,13 +278,13 @@ class AsyncEngine:
     async def call(self, method: str, *args: Any, type: Any = Any, timeout_s: float = CALL_S) -> Any:
         """Call one of `engine_server.CALLS`. Raises CallRefused, ValueError for wrong arguments, TimeoutError, EngineDeadError."""
         self._raise_failure()
-        if not self._linked:
+        if not self._link.linked:
             raise CallRefused("the engine's process died, and is started again: call again in a moment.")
         self._count += 1
         number = self._count
         waiting = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
-            await self._send(wire.Call(number, method, list(args)))
+            await self._link.send(wire.Call(number, method, list(args)))
             value = await asyncio.wait_for(waiting, timeout_s)
         except TimeoutError:
             raise TimeoutError(f"the engine did not answer {method} in {timeout_s:g} s") from None
@@ -349,23 +307,28 @@ class AsyncEngine:
     async def _listen(self) -> None:
         while True:
             try:
-                reply = wire.decode_reply(await self._socket.recv())
+                replies = await self._link.receive()
             except NO_MESSAGE as e:
                 self.fail(f"the engine said something that is no message: {e}")
                 return
-            if isinstance(reply, wire.Outputs):
-                await self._take(reply)
-            elif isinstance(reply, wire.Pulse):
-                self._health, self._pulse_s = reply.health, time.monotonic()
-            elif isinstance(reply, wire.Answer | wire.Refused):
-                self._answer(reply)
-            elif isinstance(reply, wire.Dead):
-                self.fail(reply.message)
+            outputs = [output for reply in replies if isinstance(reply, wire.Outputs) for output in reply.outputs]
+            if outputs:
+                await self._take(outputs)
+            for reply in replies:
+                self._hear(reply)
 
-    async def _take(self, reply: wire.Outputs) -> None:
+    def _hear(self, reply: wire.Reply) -> None:
+        if isinstance(reply, wire.Pulse):
+            self._health, self._pulse_s = reply.health, time.monotonic()
+        elif isinstance(reply, wire.Answer | wire.Refused):
+            self._answer(reply)
+        elif isinstance(reply, wire.Dead):
+            self.fail(reply.message)
+
+    async def _take(self, news: list[EngineOutput]) -> None:
         if self.observer is not None:
-            self.observer.took(reply.outputs)
-        outputs, ended = self._collector.take(reply.outputs)
+            self.observer.took(news)
+        outputs, ended = self._collector.take(news)
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
@@ -376,7 +339,7 @@ class AsyncEngine:
                 del self._streams[output.request_id], self._jobs[output.request_id]
                 self._replays.pop(output.request_id, None)
         if ended:  # last: whoever cancels this here loses no output
-            await self._send(wire.Abort(ended))
+            await self._link.send(wire.Abort(ended))
 
     def _answer(self, reply: wire.Answer | wire.Refused) -> None:
         waiting = self._answers.get(reply.id)
@@ -386,11 +349,6 @@ class AsyncEngine:
             waiting.set_result(reply.value)
         else:
             waiting.set_exception(ValueError(reply.message) if reply.wrong else CallRefused(reply.message))
-
-    async def _send(self, order: wire.Order) -> None:
-        """Nothing is sent between two engines: the next one is told all that there is."""
-        if self._linked:
-            await self._socket.send(wire.encode(order))
 
     def _raise_failure(self) -> None:
         if self.failure is not None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -76,6 +77,7 @@ class EngineHandle:
             spec=spec,
             folder=str(folder),
             parent_pid=os.getpid(),
+            follow_thread=threading.current_thread() is threading.main_thread(),
             sys_path=[path or os.getcwd() for path in sys.path],
             endpoint=self.endpoint,
             secret=self.secret,

@@ -55,7 +55,7 @@ def main() -> None:
     connection, death_fd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     channel: Channel[wire.Launch] = Channel(connection, decode_launch)
     launch = _launch(channel)
-    procs.die_with_parent(launch.parent_pid, death_fd, follow_thread=False)
+    procs.die_with_parent(launch.parent_pid, death_fd, follow_thread=launch.follow_thread)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.enable()

@@ -29,6 +29,7 @@ class Launch(msgspec.Struct, tag="launch", array_like=True, kw_only=True):
     spec: ModelSpec
     folder: str
     parent_pid: int
+    follow_thread: bool  # whether the thread that started it lives as long as that process
     sys_path: list[str]
     endpoint: str
     secret: str

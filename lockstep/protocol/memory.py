@@ -14,3 +14,4 @@ class RankMemory(msgspec.Struct, kw_only=True):
     kv_bytes_per_block: int  # over all its layers; 0 only for a rank without attention layers
     kv_bytes: int = 0  # allocated, after initialize_kv_cache
     peak_bytes: int = 0  # peak resident (CPU) or allocated (CUDA) memory of the rank so far
+    replica: int = 0  # that the rank is of; written by the router

@@ -28,7 +28,7 @@ ROUTERS = (
 
 def create_app(state: ServerState) -> FastAPI:
     """All routes over `state`, whose engine is connected."""
-    app = FastAPI(title="lockstep", version=__version__, root_path=state.options.root_path)
+    app = FastAPI(title="lockstep", version=__version__, root_path=state.options.root_path, responses=errors.DOCUMENTED)
     app.state.server = state
     observe(app, state)
     errors.install(app)

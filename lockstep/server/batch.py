@@ -162,7 +162,10 @@ async def last(stream: Stream) -> RequestOutput:
 def raise_error(output: RequestOutput) -> None:
     """Raises ApiError for an output that failed."""
     if any(one.finish_reason == "error" for one in output.outputs):
-        raise ApiError(503, output.error or "the request failed in the engine.", code="engine_error")
+        said = output.error or "the request failed in the engine."
+        if said.startswith("structured_outputs"):  # found only beside the model: what was asked for cannot be written
+            raise ApiError(400, said, param="structured_outputs")
+        raise ApiError(503, said, code="engine_error")
 
 
 class Meter:

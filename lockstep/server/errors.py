@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from lockstep.engine.errors import RequestError
@@ -29,6 +30,28 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, dict(headers or {})
+
+
+class ErrorDetail(BaseModel):
+    """param: the field that is wrong. code: a word that programs can compare."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every answer is that is not a success."""
+
+    error: ErrorDetail
+
+
+# For OpenAPI, which would tell of FastAPI's own 422 otherwise.
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is wrong, or refused for now"},
+    "5XX": {"model": ErrorBody, "description": "It cannot be run now: see code"},
+}
 
 
 def body_of(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

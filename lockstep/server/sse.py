@@ -54,6 +54,10 @@ async def until_gone(receive: Receive, abort: Callable[[], Awaitable[None]]) -> 
         await abort()
 
 
+# For OpenAPI: what a route answers that can stream.
+DOCUMENTED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+
 class EventStream(Response):
     """Writes the events of an iterator, then [DONE]. An exception on the way becomes an event."""
 

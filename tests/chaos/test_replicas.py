@@ -28,6 +28,7 @@ from lockstep.executor.contract import ExecutorError
 from lockstep.llm import LLM
 from lockstep.protocol import EngineOutput, EngineRequest, SamplingParams
 from lockstep.testing.tiny import make_tiny
+from lockstep.utils import procs
 from tests.chaos.replica_jobs import PARAMS, PROMPTS, SMALL, STREAMS, TOKENS, kill_one, once, processes, streamed
 
 
@@ -377,3 +378,28 @@ def test_fifty_rounds_of_kill_9_at_random_moments() -> None:
         print(f"median {found[len(found) // 2]:.3f} s, p99 {found[int(len(found) * 0.99)]:.3f} s, longest {found[-1]:.3f} s")
         everyone = [pid for replica in client(llm).pids() if replica for pid in processes(replica)]
     assert not [pid for pid in everyone if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+
+
+PROGRAM = """
+import os
+from lockstep.llm import LLM
+sizes = dict(data_parallel_size=2, tensor_parallel_size=2, max_model_len=256, num_gpu_blocks_override=64)
+llm = LLM(cpu_binding=False, threads_per_rank=1, **sizes)
+print("ready", *llm._client.pids(), flush=True)
+os.read(0, 1)
+"""
+
+
+def test_a_stopped_replica_ends_with_its_killed_program() -> None:
+    """What is stopped reads no pipe: the kernel has to end it."""
+    command = [sys.executable, "-c", PROGRAM]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        word, *pids = program.stdout.readline().split()
+        assert word == "ready" and len(pids) == 2
+        everyone = [pid for replica in pids for pid in processes(int(replica))]
+        assert len(everyone) == 6
+        os.kill(int(pids[0]), signal.SIGSTOP)
+        program.kill()
+        program.wait(10)
+    assert procs.wait_gone(everyone, 10) == []

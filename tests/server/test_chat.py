@@ -128,6 +128,8 @@ def test_tokens_there_and_back(http: httpx.Client, llm: LLM) -> None:
     assert found["tokens"] == llm.get_tokenizer()(text)["input_ids"] and found["count"] == len(found["tokens"]) == len(found["token_strs"])
     assert post(http, "/detokenize", tokens=found["tokens"])["prompt"] == text
     assert found["max_model_len"] == 2048
+    info, tokenizer = http.get("/tokenizer_info").json(), llm.get_tokenizer()
+    assert (info["eos_token"], info["chat_template"]) == (tokenizer.eos_token, tokenizer.chat_template)
     for path, body in (("/tokenize", {}), ("/tokenize", {"prompt": "x", "messages": TALK}), ("/detokenize", {"tokens": [4096]})):
         assert http.post(path, json=body).status_code == 400
 

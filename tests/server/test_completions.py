@@ -170,7 +170,8 @@ def test_stream_options_and_interval(http: httpx.Client) -> None:
     counts = [e["usage"]["completion_tokens"] for e in always]
     assert counts == sorted(set(counts)) and counts[-1] == 12  # an event may bring several tokens
     slow = events(http, **GREEDY, stream_interval=5, logprobs=0)
-    assert [len(e["choices"][0]["logprobs"]["tokens"]) for e in slow] == [1, 5, 5, 1]
+    sizes = [len(e["choices"][0]["logprobs"]["tokens"]) for e in slow]
+    assert sum(sizes) == 12 and all(size >= 5 for size in sizes[1:-1])  # several tokens may have come at once
     text = "".join(e["choices"][0]["text"] for e in plain)
     assert "".join(e["choices"][0]["text"] for e in slow) == text
 

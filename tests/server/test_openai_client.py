@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import Iterator
+from typing import Any, Literal
 
+import httpx
+import numpy as np
+import openai
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
+from pydantic import BaseModel, ConfigDict
 
 from lockstep import LLM, SamplingParams
 from lockstep.testing.server import RunningServer
@@ -14,6 +21,23 @@ from lockstep.testing.server import RunningServer
 MODEL = "lockstep-demo"
 PROMPT = "def fibonacci(n):"
 ASK = [{"role": "user", "content": "Write a loop."}]
+ENOUGH = 400  # tokens: the demo model fills a shape with much white space
+
+
+class Forecast(BaseModel):
+    """What the demo model is made to write. Every value is one of a few: it would not end a text of its own."""
+
+    model_config = ConfigDict(extra="forbid")
+    city: Literal["Rome", "Oslo"]
+    days: Literal[1, 2, 3]
+
+
+class News(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    topic: Literal["sports", "weather"]
+
+
+SHAPES: dict[str, type[BaseModel]] = {"Forecast": Forecast, "News": News}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +108,109 @@ def test_many_at_once(server: RunningServer, text: str) -> None:
     assert asyncio.run(run()) == [text] * 24
 
 
+def test_tools(client: OpenAI) -> None:
+    """A named tool, and any: the grammar makes calls of what even the demo model writes."""
+    tools: Any = [openai.pydantic_function_tool(shape) for shape in SHAPES.values()]
+    asked: Any = {"model": MODEL, "messages": ASK, "tools": tools, "temperature": 0, "max_tokens": ENOUGH, "parallel_tool_calls": False}
+    for choice in ({"type": "function", "function": {"name": "News"}}, "required"):
+        found = client.chat.completions.create(**asked, tool_choice=choice).choices[0]
+        assert found.message.tool_calls and found.finish_reason == ("stop" if isinstance(choice, dict) else "tool_calls")
+        (call,) = found.message.tool_calls
+        assert call.type == "function" and isinstance(choice, str) | (call.function.name == "News")
+        SHAPES[call.function.name].model_validate_json(call.function.arguments)
+        with client.chat.completions.stream(**asked, tool_choice=choice) as stream:
+            (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or ()
+        assert (streamed.function.name, streamed.function.arguments) == (call.function.name, call.function.arguments)
+        assert isinstance(streamed.function.parsed_arguments, SHAPES[call.function.name])
+    told = [{"role": "assistant", "tool_calls": [call.model_dump()]}, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+    assert client.chat.completions.create(**{**asked, "messages": [*ASK, *told], "max_tokens": 4}, tool_choice="auto").choices
+
+
+def test_structured_output(client: OpenAI) -> None:
+    asked: Any = {"model": MODEL, "messages": ASK, "temperature": 0, "max_tokens": ENOUGH}
+    parsed = client.chat.completions.parse(**asked, response_format=Forecast).choices[0].message
+    assert isinstance(parsed.parsed, Forecast)
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": Forecast.model_json_schema(), "strict": True}}
+    plain = client.chat.completions.create(**asked, response_format=schema).choices[0].message.content or ""
+    assert Forecast.model_validate_json(plain) == parsed.parsed
+    with client.chat.completions.stream(**asked, response_format=Forecast) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == parsed.parsed
+    asked["max_tokens"] = 1000
+    anything = client.chat.completions.create(**asked, response_format={"type": "json_object"}).choices[0]
+    if anything.finish_reason == "stop":
+        assert isinstance(json.loads(anything.message.content or ""), dict)
+    assert (anything.message.content or "").startswith("{")
+    answer = client.responses.parse(model=MODEL, input="Write a loop.", temperature=0, max_output_tokens=ENOUGH, text_format=Forecast)
+    assert answer.output_parsed == parsed.parsed
+    with pytest.raises(BadRequestError):
+        broken: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+        client.chat.completions.create(**asked, response_format=broken)
+
+
+def test_embeddings(client: OpenAI) -> None:
+    texts = ["import os", "def f():"]
+    found = client.embeddings.create(model=MODEL, input=texts)
+    assert [np.linalg.norm(one.embedding) for one in found.data] == pytest.approx([1.0] * 2, abs=1e-5)
+    alone = client.embeddings.create(model=MODEL, input=texts[1], encoding_format="float")
+    assert found.data[1].embedding == alone.data[0].embedding
+
+
+def test_logprobs_of_the_prompt(client: OpenAI) -> None:
+    """What evaluation harnesses ask for: the prompt's tokens scored, whole or in two parts alike."""
+    found = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=1, temperature=0, logprobs=1, echo=True).choices[0].logprobs
+    assert found and found.tokens and found.token_logprobs and found.top_logprobs and "".join(found.tokens[:-1]) == PROMPT
+    assert found.token_logprobs[0] is None and all(p <= 0 for p in found.token_logprobs[1:])
+    assert all(max(top.values()) >= p for top, p in zip(found.top_logprobs[1:], found.token_logprobs[1:], strict=True))
+
+
+def test_16_chats_streamed_at_once(server: RunningServer, client: OpenAI) -> None:
+    asked: Any = {"model": MODEL, "temperature": 0, "max_tokens": 24}
+    talks: list[Any] = [[{"role": "user", "content": f"Write loop {i}."}] for i in range(16)]
+    whole = [client.chat.completions.create(**asked, messages=talk).choices[0].message.content for talk in talks]
+
+    async def run() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as several:
+
+            async def one(talk: Any) -> str:
+                stream = await several.chat.completions.create(**asked, messages=talk, stream=True)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+            return await asyncio.gather(*map(one, talks))
+
+    assert asyncio.run(run()) == whole
+
+
+def test_clients_that_leave_free_their_blocks(server: RunningServer) -> None:
+    """A stream that is closed, and a call that is cancelled while it waits."""
+    asked: Any = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
+
+    def load() -> dict[str, float]:
+        found: dict[str, float] = httpx.get(f"{server.url}/load", timeout=10).json()
+        return found
+
+    async def until_running(count: int) -> None:
+        give_up_s = time.monotonic() + 20
+        while load()["running"] != count:
+            assert time.monotonic() < give_up_s, load()
+            await asyncio.sleep(0.05)
+
+    async def run() -> None:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            stream = await client.completions.create(**asked, stream=True)
+            await anext(aiter(stream))
+            waiting = asyncio.create_task(client.completions.create(**asked))
+            await until_running(2)
+            assert load()["kv_cache_usage"] > 0
+            await stream.close()
+            await until_running(1)
+            waiting.cancel()
+            await until_running(0)
+
+    asyncio.run(run())
+    found = load()
+    assert (found["server_load"], found["kv_cache_usage"]) == (0, 0)
+
+
 def test_responses(client: OpenAI) -> None:
     plain = client.chat.completions.create(model=MODEL, messages=ASK, temperature=0, max_tokens=10).choices[0]
     found = client.responses.create(model=MODEL, input="Write a loop.", temperature=0, max_output_tokens=10)
@@ -133,6 +260,9 @@ def test_langchain(server: RunningServer, client: OpenAI) -> None:
     settings = {"model": MODEL, "base_url": f"{server.url}/v1", "api_key": SecretStr("none"), "temperature": 0, "max_retries": 0}
     expected = client.chat.completions.create(model=MODEL, messages=ASK, temperature=0, max_tokens=8).choices[0].message.content
     chat = ChatOpenAI(**settings, max_tokens=8)
+    shaped = ChatOpenAI(**settings, max_tokens=ENOUGH)
+    for method in ("json_schema", "function_calling"):
+        assert isinstance(shaped.with_structured_output(Forecast, method=method).invoke("Write a loop."), Forecast)
     assert chat.invoke("Write a loop.").content == expected
     assert "".join(str(piece.content) for piece in chat.stream("Write a loop.")) == expected
     whole = client.completions.create(model=MODEL, prompt=PROMPT, temperature=0, max_tokens=8).choices[0].text

@@ -17,7 +17,8 @@ from fastapi.testclient import TestClient
 from lockstep.server.routes import web
 from lockstep.testing.server import running_server
 from tests.server.browser.fake_server import KEY, fake_server
-from tests.server.browser.setup import NoBrowserError, browser_folder, drive
+from tests.server.browser.setup import browser_folder, drive
+from tests.server.node import NoNodeError
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = re.findall(r"^  async (\w+)\(", (Path(__file__).parent / "browser" / "scenarios.mjs").read_text(), re.MULTILINE)
@@ -90,7 +91,7 @@ def results() -> dict[str, dict[str, Any]]:
     with fake_server() as fake:
         try:
             return {result["name"]: result for result in drive("scenarios.mjs", [fake.url, *FAKE], timeout_s=150)}
-        except NoBrowserError as e:
+        except NoNodeError as e:
             pytest.skip(str(e))
 
 
@@ -103,7 +104,7 @@ def test_in_a_browser_with_a_real_server() -> None:
     """The demo model over two ranks, from the page to the engine and back. The page itself comes without the key."""
     try:
         browser_folder()
-    except NoBrowserError as e:
+    except NoNodeError as e:
         pytest.skip(str(e))
     with running_server("--api-key", KEY) as server:
         for path in ("/", *(f"/web/{name}" for name in web.assets()), "/favicon.ico"):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import lockstep.llm
@@ -362,6 +363,8 @@ def test_memory_is_shown_in_readable_units() -> None:
     ]
     rank = RankMemory(rank=1, weight_bytes=2048, free_bytes=1, kv_bytes_per_block=1, kv_bytes=4096, peak_bytes=2**20)
     assert memory_table([rank]).splitlines()[1].split() == ["1", "2.0", "KiB", "4.0", "KiB", "1.0", "MiB"]
+    head, first, second = (line.split() for line in memory_table([rank, msgspec.structs.replace(rank, replica=3)]).splitlines())
+    assert (head[0], first[:2], second[:2]) == ("replica", ["0", "1"], ["3", "1"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

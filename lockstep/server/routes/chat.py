@@ -21,14 +21,14 @@ from lockstep.server.routes.models import check_model
 from lockstep.server.sampling import sampling_params
 from lockstep.server.schemas.chat import ChatRequest
 from lockstep.server.schemas.wire import Chat, ChatChoice, ChatChunk, ChatLogprobs, ChatMessage, ChunkChoice, Delta, Usage, encode
-from lockstep.server.sse import EventStream, event
+from lockstep.server.sse import DOCUMENTED, EventStream, event
 from lockstep.server.state import ServerState, State
 from lockstep.server.talk import prompt_of
 
 router = APIRouter(prefix="/v1", tags=["chat"])
 
 
-@router.post("/chat/completions", response_model=None)
+@router.post("/chat/completions", response_model=None, responses=DOCUMENTED)
 async def chat_completions(body: ChatRequest, state: State, request: Request) -> Response:
     """Answer a conversation."""
     check_model(state, body.model)

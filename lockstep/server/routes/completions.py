@@ -21,13 +21,13 @@ from lockstep.server.routes.models import check_model
 from lockstep.server.sampling import sampling_params
 from lockstep.server.schemas.completions import CompletionRequest
 from lockstep.server.schemas.wire import Completion, CompletionChoice, CompletionLogprobs, Usage, encode
-from lockstep.server.sse import EventStream, event
+from lockstep.server.sse import DOCUMENTED, EventStream, event
 from lockstep.server.state import ServerState, State
 
 router = APIRouter(prefix="/v1", tags=["completions"])
 
 
-@router.post("/completions", response_model=None)
+@router.post("/completions", response_model=None, responses=DOCUMENTED)
 async def completions(body: CompletionRequest, state: State, request: Request) -> Response:
     """Continue each prompt."""
     check_model(state, body.model)

@@ -19,7 +19,7 @@ from lockstep.server.sampling import sampling_params
 from lockstep.server.schemas.common import SamplingFields, StructuredOutputsFields
 from lockstep.server.schemas.generate import GenerateRequest
 from lockstep.server.schemas.wire import encode
-from lockstep.server.sse import EventStream, event
+from lockstep.server.sse import DOCUMENTED, EventStream, event
 from lockstep.server.state import ServerState, State
 
 router = APIRouter(tags=["generate"])
@@ -29,7 +29,7 @@ SAME = (
 )
 
 
-@router.post("/generate", response_model=None)
+@router.post("/generate", response_model=None, responses=DOCUMENTED)
 async def generate(body: GenerateRequest, state: State, request: Request) -> Response:
     """Continue each prompt. A stream's events hold all text so far."""
     if (body.text is None) == (body.input_ids is None):

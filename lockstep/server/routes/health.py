@@ -19,6 +19,9 @@ from lockstep.version import __version__
 router = APIRouter(tags=["server"])
 
 
+UNWELL: dict[int | str, dict[str, Any]] = {503: {"description": "It does not: status and problems"}}
+
+
 def _answer(fine: bool, status: str, state: ServerState) -> JSONResponse:
     body: dict[str, Any] = {"status": status}
     if not fine:
@@ -26,7 +29,7 @@ def _answer(fine: bool, status: str, state: ServerState) -> JSONResponse:
     return JSONResponse(body, 200 if fine else 503)
 
 
-@router.get("/livez")
+@router.get("/livez", responses=UNWELL)
 async def livez(state: State) -> JSONResponse:
     """200 as long as this process can serve, or will again by itself."""
     alive = state.engine.failure is None
@@ -39,8 +42,8 @@ async def startupz() -> dict[str, str]:
     return {"status": "started"}
 
 
-@router.get("/ready")
-@router.get("/readyz")
+@router.get("/ready", responses=UNWELL)
+@router.get("/readyz", responses=UNWELL)
 async def ready(state: State) -> JSONResponse:
     """200 when a request would be run now."""
     health = state.engine.health
@@ -54,7 +57,7 @@ async def ready(state: State) -> JSONResponse:
     return _answer(fine, "ready" if fine else "unready", state)
 
 
-@router.get("/health")
+@router.get("/health", responses=UNWELL)
 async def health(state: State) -> JSONResponse:
     """200 when every rank of every replica gave a sign of life lately."""
     fine = not state.engine.problems()

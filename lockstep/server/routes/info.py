@@ -16,8 +16,8 @@ from lockstep.version import __version__
 router = APIRouter(tags=["server"])
 
 
-@router.get("/ping")
-@router.post("/ping")
+@router.get("/ping", responses=health.UNWELL)
+@router.post("/ping", responses=health.UNWELL)
 async def ping(state: State) -> JSONResponse:
     """What load balancers of some platforms ask; the same as /health."""
     return await health.health(state)

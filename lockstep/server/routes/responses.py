@@ -23,13 +23,13 @@ from lockstep.server.routes.models import check_model
 from lockstep.server.schemas.chat import Message
 from lockstep.server.schemas.responses import Item, NamedTool, ResponsesRequest
 from lockstep.server.schemas.wire import Usage, encode
-from lockstep.server.sse import EventStream
+from lockstep.server.sse import DOCUMENTED, EventStream
 from lockstep.server.state import ServerState, State
 
 router = APIRouter(prefix="/v1", tags=["responses"])
 
 
-@router.post("/responses", response_model=None)
+@router.post("/responses", response_model=None, responses=DOCUMENTED)
 async def responses(body: ResponsesRequest, state: State, request: Request) -> Response:
     """Answer an input."""
     check_model(state, body.model)

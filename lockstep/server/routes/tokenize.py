@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`: the model's tokens, without running it."""
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`: the model's tokens, without running it."""
 
 from __future__ import annotations
 
@@ -44,3 +44,15 @@ async def detokenize(body: DetokenizeRequest, state: State) -> dict[str, str]:
     if wrong is not None:
         raise ApiError(400, f"tokens holds {wrong}, outside the vocabulary: ids go from 0 to {size - 1}.", param="tokens")
     return {"prompt": decoder_of(state.engine.tokenizer, skip_special_tokens=False)(body.tokens)}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(state: State) -> dict[str, Any]:
+    """What evaluation harnesses need to know of the tokenizer when they have no copy of it."""
+    tokenizer = state.engine.tokenizer
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "vocab_size": state.engine.spec.vocab_size,
+        "max_model_len": state.engine.config.model.max_model_len,
+        **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")},
+    }
