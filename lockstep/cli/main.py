@@ -24,12 +24,14 @@ VERBS = {
     "demo": ("lockstep.cli.demo", "the embedded model on two ranks, and proof that the split changes nothing"),
     "verify": ("lockstep.cli.verify", "run a model under several splits and compare every bit"),
     "bench": ("lockstep.cli.bench.main", "measure: latency, throughput, a server under load, collectives"),
+    "plan": ("lockstep.cli.plan", "which split of a model over which devices, at what speed and cost"),
+    "calibrate": ("lockstep.cli.calibrate", "measure this machine for the planner, in less than a minute"),
     "simulate": ("lockstep.cli.simulate", "parallelism on paper: tp, collectives, pipeline, data, experts, context"),
     "top": ("lockstep.cli.top", "the ranks of a running server, live"),
     "collect-env": ("lockstep.cli.collect_env", "versions, processor and variables, for a bug report"),
     "doctor": ("lockstep.cli.doctor", "what this machine has, and whether ranks can talk"),
 }
-LATER = ("complete", "plan", "trace", "run-batch", "worker")
+LATER = ("complete", "trace", "run-batch", "worker")
 
 USER_ERRORS = ("ConfigError", "WeightError")  # that ranks raise
 

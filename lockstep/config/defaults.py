@@ -6,7 +6,7 @@ Pure functions of the configuration, the model and, where the caller knows it, t
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig, ParallelConfig
@@ -19,6 +19,15 @@ ACTIVATION_SHARE = 1 / 16  # of a rank's memory, that the activations of one ste
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+class Widths(Protocol):
+    """What decides how wide a token is; `ModelSpec` has it, and so do the shapes of models that only the planner knows."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
 class TokenBytes(NamedTuple):
     """What one token of a step holds at once, in bytes on one rank: the residual stream always, then attention or the MLP."""
 
@@ -27,7 +36,7 @@ class TokenBytes(NamedTuple):
     mlp: int
 
     @classmethod
-    def of(cls, spec: ModelSpec, heads: int, kv_heads: int, columns: int, itemsize: int) -> TokenBytes:
+    def of(cls, spec: Widths, heads: int, kv_heads: int, columns: int, itemsize: int) -> TokenBytes:
         """An upper bound, for a rank with so many heads and MLP columns.
 
         stream      6 x hidden           residual, normed (and its float32 form), layer output, embedding

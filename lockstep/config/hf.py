@@ -144,8 +144,11 @@ def load_spec(folder: str | Path) -> ModelSpec:
     Raises ConfigError for an architecture not in SUPPORTED_ARCHITECTURES, a missing or impossible key, and any feature that
     this engine does not compute, by name.
     """
-    path = Path(folder) / "config.json"
-    outer = read_config_json(folder)
+    return spec_of(read_config_json(folder), Path(folder) / "config.json")
+
+
+def spec_of(outer: dict[str, Any], path: Path) -> ModelSpec:
+    """`load_spec` of a config that is already read; `path` is what errors name."""
     architecture = _architecture(outer, path)
     family = _FAMILIES[architecture]
     inner = outer.get("text_config")

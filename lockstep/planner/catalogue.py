@@ -1,44 +1,123 @@
-"""Devices and clusters by name: the shipped catalogue, a YAML file of six numbers, and strings such as 2x8xH100."""
+"""Devices and clusters by name or file: 2x8xH100, 8xH200, A100, cpu, or the path of a YAML or JSON file.
+
+Names come from `data/devices.json` (made by scripts/fit_planner.py) and from the user's folder of calibrated devices, which
+wins: what was measured here is better than what was measured elsewhere.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lockstep.planner.hardware import Cluster, Device, Link, make_cluster
+from lockstep.config.errors import ConfigError
+from lockstep.planner.entry import from_entry, link_of, to_entry
+from lockstep.planner.hardware import Cluster, Device, make_cluster
+from lockstep.utils import env
 
-DATA = Path(__file__).parent / "data"
+SHIPPED = Path(__file__).parent / "data" / "devices.json"
 _CLUSTER = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?([A-Za-z][\w.+-]*)")
+_FILES = (".yaml", ".yml", ".json")
 
 
 def cluster(text: str) -> Cluster:
-    """ "2x8xH100": 2 nodes of 8; "8xH200": one node of 8; "H100": one device. Raises ValueError for what is neither."""
-    found = _CLUSTER.fullmatch(text.strip())
+    """ "2x8xH100": 2 nodes of 8; "8xH200": one node of 8; "H100": one device; or a file. Raises ConfigError for what is neither."""
+    text = text.strip()
+    if text.endswith(_FILES):
+        return cluster_file(Path(text))
+    found = _CLUSTER.fullmatch(text)
     if not found:
-        raise ValueError(f"cluster {text!r}: write NODESxDEVICESxDEVICE, as in 2x8xH100 or 8xH200.")
+        raise ConfigError(f"cluster {text!r}: write NODESxDEVICESxDEVICE, as in 2x8xH100 or 8xH200, or the name of a YAML file.")
     first, second, name = found.groups()
     nodes, per_node = (int(first), int(second)) if second else (1, int(first or 1))
     return make_cluster(device(name), nodes, per_node)
 
 
-@cache
 def device(name: str) -> Device:
-    """A device of the catalogue by its name or an alias, in any case."""
-    raw = _DEVICES.get(name.upper())
-    if raw is None:
-        raise ValueError(f"device {name!r} is not in the catalogue, which has {', '.join(sorted(_DEVICES))}: give its six numbers in a file.")
-    return Device(**raw)
+    """A device by its name or an alias, in any case. Raises ConfigError, listing the names, for one that nobody described."""
+    own = user_file(name)
+    if own.exists():
+        return _device_of(own, own.stat().st_mtime_ns)
+    return _shipped(name.upper())
 
 
-_DEVICES: dict[str, dict[str, Any]] = {
-    "H100": {
-        "name": "H100",
-        "flops": {"bfloat16": 989e12, "fp8": 1978e12, "float32": 67e12},
-        "memory_bandwidth": 3.35e12,
-        "capacity_bytes": 81559 << 20,
-        "scale_up": Link(4.2e-6, 0.09e-6, 305e9),
-        "scale_out": Link(19.5e-6, 1e-6, 36e9),
-    }
-}
+@cache
+def _shipped(name: str) -> Device:
+    entry = _entries().get(name)
+    if entry is None:
+        raise ConfigError(
+            f"device {name!r} is not in the catalogue, which has {', '.join(names())}: describe it by six numbers in a YAML file "
+            "(docs/planner.md), or run `lockstep calibrate` on it."
+        )
+    return from_entry(entry, device_shipped)
+
+
+def device_shipped(name: str) -> Device:
+    """A device of the shipped catalogue, whatever was calibrated here."""
+    return _shipped(name.upper())
+
+
+@cache
+def _entries() -> dict[str, dict[str, Any]]:
+    """Entries by name and by alias, in capitals."""
+    entries = json.loads(SHIPPED.read_text(encoding="utf-8"))["devices"]
+    return {alias.upper(): entry for entry in entries for alias in (entry["name"], *entry.get("aliases", ()))}
+
+
+def names() -> list[str]:
+    """The shipped devices, by their first names."""
+    return sorted({entry["name"] for entry in _entries().values()})
+
+
+def user_file(name: str) -> Path:
+    """Where a device that was calibrated here is kept."""
+    return env.cache_folder() / "devices" / f"{name.lower()}.json"
+
+
+def save(device: Device) -> Path:
+    """Keep a calibrated device under its name, from where `device` and `cluster` find it first."""
+    path = user_file(device.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(to_entry(device), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+@cache
+def _device_of(path: Path, changed: int) -> Device:
+    """The device of a file as it was at `changed`."""
+    del changed
+    return from_entry(_read(path), device_shipped)
+
+
+def cluster_file(path: Path) -> Cluster:
+    """A file with `device` (a name, or an entry) and optionally nodes, devices_per_node, and links that replace the device's own."""
+    raw = _read(path)
+    if "device" not in raw:
+        return make_cluster(from_entry(raw, device_shipped))  # a device alone: one node of it
+    unknown = sorted(set(raw) - {"device", "nodes", "devices_per_node", "intra", "inter"})
+    if unknown:
+        raise ConfigError(f"{path}: unknown keys {', '.join(unknown)}: a cluster has device, nodes, devices_per_node, intra and inter.")
+    found = device(raw["device"]) if isinstance(raw["device"], str) else from_entry(raw["device"], device_shipped)
+    made = make_cluster(found, int(raw.get("nodes", 1)), int(raw.get("devices_per_node", found.per_node)))
+    links = {key: link_of(str(path), key, raw[key]) for key in ("intra", "inter") if key in raw}
+    return made.with_links(**links)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """A JSON or YAML file's mapping. Raises ConfigError for a file that is not there or holds something else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): give the file of a device or a cluster.") from error
+    if path.suffix == ".json":
+        raw = json.loads(text)
+    else:
+        import yaml
+
+        raw = yaml.safe_load(text)
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}: it must be a mapping with the keys of a device or a cluster.")
+    return raw

@@ -8,22 +8,36 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lockstep.planner.hardware import Cluster, Link
+from lockstep.planner.hardware import DTYPE_BYTES, Cluster, Device, Link
+
+# How often a collective passes (n-1)/n of its data on, in n-1 steps each time: once to scatter sums, once to gather them.
+ROUNDS = {"all_reduce": 2, "all_reduce_nccl": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 
 
-def _inside(cluster: Cluster, op: str, ranks: int, size_bytes: float, steps: int, traffic: float) -> float:
-    """One collective among `ranks` devices of a node, by its own fit for that many ranks or else by the bare link."""
+def measured_s(device: Device, op: str, ranks: int, size_bytes: float) -> float:
+    """Seconds by the device's own constants for `op` among `ranks`; KeyError where there are none."""
+    link = device.collectives[op][ranks]
+    if op in ROUNDS:
+        seconds = ring_s(link, ranks, size_bytes, ROUNDS[op])
+    else:  # a message, or an exchange whose size is what one rank sends
+        seconds = link.seconds(size_bytes, size_bytes)
+    return device.corrected(f"{op} n={ranks}", seconds, size_bytes)
+
+
+def ring_s(link: Link, ranks: int, size_bytes: float, rounds: int) -> float:
+    """`rounds` passes of (n-1)/n of the data around n ranks."""
     if ranks <= 1 or size_bytes <= 0:
         return 0.0
-    link = cluster.device.collectives.get(op, {}).get(ranks, cluster.intra)
-    return link.seconds(size_bytes, traffic, steps)
+    return link.seconds(size_bytes, rounds * (ranks - 1) / ranks * size_bytes, rounds * (ranks - 1))
 
 
-def _between(link: Link, nodes: int, size_bytes: float, rounds: int) -> float:
-    """A ring over `nodes` devices, one of each node: `rounds` passes of (n-1)/n of the data."""
-    if nodes <= 1 or size_bytes <= 0:
+def _inside(cluster: Cluster, op: str, ranks: int, size_bytes: float) -> float:
+    """One collective among `ranks` devices of a node, by its own constants for that many ranks or else by the bare link."""
+    if ranks <= 1 or size_bytes <= 0:
         return 0.0
-    return link.seconds(size_bytes, rounds * (nodes - 1) / nodes * size_bytes, rounds * (nodes - 1))
+    if ranks in cluster.device.collectives.get(op, {}):
+        return measured_s(cluster.device, op, ranks, size_bytes)
+    return ring_s(cluster.intra, ranks, size_bytes, ROUNDS[op])
 
 
 def all_reduce_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: float, library: str = "custom") -> float:
@@ -31,10 +45,10 @@ def all_reduce_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: 
     r = ranks_per_node
     op = "all_reduce" if library == "custom" else f"all_reduce_{library}"
     if nodes == 1:
-        return _inside(cluster, op, r, size_bytes, 2 * (r - 1), 2 * (r - 1) / r * size_bytes)
+        return _inside(cluster, op, r, size_bytes)
     return (
         reduce_scatter_s(cluster, r, 1, size_bytes)
-        + _between(cluster.inter, nodes, size_bytes / r, 2)
+        + ring_s(cluster.inter, nodes, size_bytes / r, 2)
         + all_gather_s(cluster, r, 1, size_bytes)
     )
 
@@ -42,21 +56,21 @@ def all_reduce_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: 
 def all_gather_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: float) -> float:
     """launch + (n-1)/n * S / B; across nodes first between them, then inside."""
     r = ranks_per_node
-    inside = _inside(cluster, "all_gather", r, size_bytes, r - 1, (r - 1) / r * size_bytes)
-    return inside + _between(cluster.inter, nodes, size_bytes / r, 1)
+    inside = _inside(cluster, "all_gather", r, size_bytes)
+    return inside + ring_s(cluster.inter, nodes, size_bytes / r, 1)
 
 
 def reduce_scatter_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: float) -> float:
     """The all-gather run backwards, with its own constants."""
     r = ranks_per_node
-    inside = _inside(cluster, "reduce_scatter", r, size_bytes, r - 1, (r - 1) / r * size_bytes)
-    return inside + _between(cluster.inter, nodes, size_bytes / r, 1)
+    inside = _inside(cluster, "reduce_scatter", r, size_bytes)
+    return inside + ring_s(cluster.inter, nodes, size_bytes / r, 1)
 
 
 def all_to_all_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: float) -> float:
     """Each rank sends 1/n of its `size_bytes` to each of n ranks; what leaves the node goes over the outer link at the same time."""
     r, n = ranks_per_node, ranks_per_node * nodes
-    inside = _inside(cluster, "all_to_all", r, size_bytes / nodes, r - 1, (r - 1) / n * size_bytes)
+    inside = _inside(cluster, "all_to_all", r, size_bytes / nodes)
     if nodes == 1:
         return inside
     outside = (n - r) / n * size_bytes
@@ -65,25 +79,24 @@ def all_to_all_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: 
 
 def p2p_s(cluster: Cluster, size_bytes: float, where: Literal["inside", "between"] = "inside") -> float:
     """One message from a device to another of the same node (`inside`) or of another node (`between`)."""
-    link = cluster.device.collectives.get("p2p", {}).get(2, cluster.intra) if where == "inside" else cluster.inter
-    return link.seconds(size_bytes, size_bytes)
+    if where == "inside" and "p2p" in cluster.device.collectives:
+        return measured_s(cluster.device, "p2p", 2, size_bytes)
+    return (cluster.intra if where == "inside" else cluster.inter).seconds(size_bytes, size_bytes)
 
 
 def dispatch_s(cluster: Cluster, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, dtype: str = "fp8") -> float:
     """Expert-parallel dispatch: each rank's `tokens` tokens go to the ranks of their `topk` experts."""
-    return _expert_exchange(cluster, "dispatch", ranks_per_node, nodes, tokens, hidden, topk, dtype)
+    return _expert_exchange(cluster, "deepep_dispatch", ranks_per_node, nodes, tokens, hidden, topk, dtype)
 
 
 def combine_s(cluster: Cluster, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, dtype: str = "bfloat16") -> float:
     """Expert-parallel combine: the experts' results return to the rank that owns the token."""
-    return _expert_exchange(cluster, "combine", ranks_per_node, nodes, tokens, hidden, topk, dtype)
+    return _expert_exchange(cluster, "deepep_combine", ranks_per_node, nodes, tokens, hidden, topk, dtype)
 
 
-def _expert_exchange(
-    cluster: Cluster, op: str, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, dtype: str
-) -> float:
-    from lockstep.planner.hardware import DTYPE_BYTES
-
+def _expert_exchange(cluster: Cluster, op: str, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, dtype: str) -> float:
     size = tokens * hidden * topk * DTYPE_BYTES[dtype]
-    fit = cluster.device.collectives.get(f"deepep_{op}", {}).get(nodes)
-    return fit.seconds(size, size) if fit else all_to_all_s(cluster, ranks_per_node, nodes, size)
+    whole_nodes = ranks_per_node == cluster.device.per_node
+    if whole_nodes and nodes in cluster.device.collectives.get(op, {}):
+        return measured_s(cluster.device, op, nodes, size)
+    return all_to_all_s(cluster, ranks_per_node, nodes, size)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from lockstep.planner.tables import Table
+
 DTYPE_BYTES: Mapping[str, float] = MappingProxyType(
     {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5, "int4": 0.5}
 )
@@ -41,42 +43,52 @@ class Link:
 
 @dataclass(frozen=True)
 class Roofline:
-    """launch_s + max(flop / (peak * flop_efficiency), bytes / (bandwidth * byte_efficiency))."""
+    """launch_s + max(c, m) + exposed * min(c, m) with c = flop / (peak * flop_efficiency), m = bytes / (bandwidth * byte_efficiency).
+
+    `exposed` is the share of the shorter of the two that does not hide behind the longer one.
+    """
 
     launch_s: float
     flop_efficiency: float
     byte_efficiency: float
+    exposed: float = 0.0
+
+    def seconds(self, compute_s: float, memory_s: float) -> float:
+        """compute_s and memory_s: what the data sheet's peaks would take."""
+        c, m = compute_s / self.flop_efficiency, memory_s / self.byte_efficiency
+        return self.launch_s + max(c, m) + self.exposed * min(c, m)
 
 
 @dataclass(frozen=True)
 class PrefillFit(Roofline):
-    """A roofline whose flops run at full rate only when the tiles fill the device `waves` times over, and rows are long.
+    """A roofline whose compute rate grows with the blocks of work: blocks / (blocks + wave * cores) of it is reached.
 
-    `ramp_tokens`: the prompt length at which half of the peak rate is reached; `tile`: query rows per block of work;
-    `wave`: how much of the last, partly filled wave is paid for (0: nothing, 1: all of it).
+    A block is one head of one sequence times `tile` query rows; with few of them the last wave leaves cores idle.
     """
 
-    ramp_tokens: float = 0.0
-    tile: int = 128
     wave: float = 0.0
+    tile: int = 128
 
 
 @dataclass(frozen=True)
 class DecodeFit:
-    """launch_s + bytes / (bandwidth * byte_efficiency) + a cost for each (sequence, KV head) and each query head of it."""
+    """launch_s + bytes / (bandwidth * byte_efficiency) + per_head_s for each (sequence, KV head)."""
 
     launch_s: float
     byte_efficiency: float
     per_head_s: float = 0.0
-    per_query_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class MoeFit(Roofline):
-    """A roofline over the experts that are expected to be hit, plus a pass over the unrouted tokens (routing, permuting)."""
+    """A roofline over the experts that are expected to be hit, plus a pass over all rows, this rank's or not.
 
-    pass_launch_s: float = 0.0
-    pass_byte_efficiency: float = 1.0
+    The pass (activation and the sum over experts) reaches `pass_efficiency` of the memory bandwidth. Routing that is not
+    even loads the fullest of n expert ranks n ** skew times the mean.
+    """
+
+    pass_efficiency: float = 1.0
+    skew: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ ZERO_CALIBRATION = ErrorBand(operation=0.20, tpot=0.30, ttft=0.50)
 
 @dataclass(frozen=True, eq=False)
 class Device:
-    """One accelerator (or CPU). flops in 1/s by dtype, memory_bandwidth in bytes/s; `sms` is the number of cores that share
+    """One accelerator (or CPU). flops in 1/s by dtype, memory_bandwidth in bytes/s; `cores` is the number of cores that share
     the work; `price_per_hour` in dollars where the user gave one. Compared and hashed by identity, so usable as a cache key."""
 
     name: str
@@ -104,13 +116,14 @@ class Device:
     scale_up: Link
     scale_out: Link
     per_node: int = 8
-    sms: int = 132
+    cores: int = 132
     gemm: Mapping[str, Roofline] = field(default_factory=dict)
-    prefill: PrefillFit = PrefillFit(12.6e-6, 0.70, 0.80)
-    decode: DecodeFit = DecodeFit(11.5e-6, 0.92)
-    moe: MoeFit = MoeFit(12e-6, 0.70, 0.80)
+    prefill: PrefillFit = PrefillFit(12.2e-6, 0.69, 0.42, 0.86, 0.50)
+    decode: DecodeFit = DecodeFit(11.7e-6, 0.93, 1.6e-8)
+    moe: Mapping[str, MoeFit] = field(default_factory=dict)
     elementwise: Roofline = Roofline(3e-6, 1.0, 0.75)
     collectives: Mapping[str, Mapping[int, Link]] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
     calibrated: bool = False
     band: ErrorBand = ZERO_CALIBRATION
     price_per_hour: float | None = None
@@ -118,15 +131,26 @@ class Device:
 
     def peak(self, dtype: str) -> float:
         """Flops per second for `dtype`, or for the next wider one that the device computes in."""
-        while dtype not in self.flops:
-            if dtype not in _WIDER:
-                raise ValueError(f"dtype {dtype!r}: {self.name} lists no flops for it: give `flops` with one of {sorted(DTYPE_BYTES)}.")
+        if dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype {dtype!r} is unknown: it must be one of {', '.join(sorted(DTYPE_BYTES))}.")
+        while dtype not in self.flops and dtype in _WIDER:
             dtype = _WIDER[dtype]
-        return self.flops[dtype]
+        if dtype in self.flops:
+            return self.flops[dtype]
+        return max(self.flops.values()) / 2  # float32 where the table starts at 16 bits: tensor units run TF32 at half the rate
+
+    def corrected(self, family: str, seconds: float, *args: float) -> float:
+        """A formula's seconds at `args`, moved to the measured samples of `family` where the device carries them."""
+        table = self.tables.get(family)
+        return seconds * table.correction(*args) if table else seconds
 
     def roofline(self, dtype: str) -> Roofline:
         """The GEMM constants for `dtype`; those of bfloat16 where it has none of its own."""
         return self.gemm.get(dtype) or self.gemm.get("bfloat16") or Roofline(3.9e-6, 0.80, 0.86)
+
+    def experts(self, routing: str) -> MoeFit:
+        """The constants of a fused MoE layer under `routing`: "balanced" or "skewed"."""
+        return self.moe.get(routing) or self.moe.get("balanced") or MoeFit(30.8e-6, 0.68, 0.89, 0.28, pass_efficiency=0.54)
 
 
 @dataclass(frozen=True, eq=False)

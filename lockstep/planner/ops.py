@@ -24,9 +24,8 @@ def gemm_s(device: Device, m: int, n: int, k: int, dtype: str = "bfloat16", weig
         return 0.0
     flops, moved = gemm_work(m, n, k, dtype, weight_dtype)
     fit = device.roofline(dtype)
-    return fit.launch_s + max(
-        flops / (device.peak(dtype) * fit.flop_efficiency), moved / (device.memory_bandwidth * fit.byte_efficiency)
-    )
+    seconds = fit.seconds(flops / device.peak(dtype), moved / device.memory_bandwidth)
+    return device.corrected(f"gemm {dtype}", seconds, m, n, k)
 
 
 def prefill_work(
@@ -64,7 +63,10 @@ def prefill_attention_s(
         return 0.0
     flops, moved = prefill_work(batch, tokens, heads, kv_heads, head_dim, context, dtype, window)
     fit = device.prefill
-    return fit.launch_s + max(flops / (device.peak(dtype) * fit.flop_efficiency), moved / (device.memory_bandwidth * fit.byte_efficiency))
+    blocks = batch * heads * math.ceil(tokens / fit.tile)
+    filled = blocks / (blocks + fit.wave * device.cores)
+    seconds = fit.seconds(flops / (device.peak(dtype) * filled), moved / device.memory_bandwidth)
+    return device.corrected("prefill attention", seconds, batch, tokens, heads, kv_heads, head_dim)
 
 
 def decode_work(
@@ -90,7 +92,8 @@ def decode_attention_s(
         return 0.0
     _, moved = decode_work(batch, context, heads, kv_heads, head_dim, kv_dtype, window)
     fit = device.decode
-    return fit.launch_s + moved / (device.memory_bandwidth * fit.byte_efficiency) + fit.per_head_s * batch * kv_heads
+    seconds = fit.launch_s + moved / (device.memory_bandwidth * fit.byte_efficiency) + fit.per_head_s * batch * kv_heads
+    return device.corrected("decode attention", seconds, batch, max(context, 1.0), heads, kv_heads, head_dim)
 
 
 def active_experts(experts: float, topk: float, tokens: float) -> float:
@@ -99,24 +102,51 @@ def active_experts(experts: float, topk: float, tokens: float) -> float:
 
 
 def moe_work(
-    tokens: int, hidden: int, inter: int, experts: int, topk: int, tp: int = 1, ep: int = 1, dtype: str = "bfloat16"
+    tokens: int,
+    hidden: int,
+    inter: int,
+    experts: int,
+    topk: int,
+    tp: int = 1,
+    ep: int = 1,
+    dtype: str = "bfloat16",
+    routing: str = "uniform",
+    skew: float = 0.0,
 ) -> tuple[float, float]:
-    """(flops, bytes) on one rank of a gated fused MoE layer whose experts are cut `tp` ways in width and shared by `ep` ranks."""
-    width, local = DTYPE_BYTES[dtype], experts / ep
-    rows, mid = tokens * topk / ep, inter / tp
-    weights = min(local, active_experts(experts, topk, tokens) / ep) * 3 * hidden * mid * width
-    return 6.0 * rows * hidden * mid, weights + rows * (2 * hidden + 3 * mid) * width
+    """(flops, weight bytes) on the fullest rank of a gated MoE layer, experts cut `tp` ways in width and shared by `ep` ranks.
+
+    routing: "balanced" (tokens in turn over all experts, as micro-benchmarks do) or anything else for independent choices.
+    """
+    hit = min(experts, tokens * topk) if routing == "balanced" else active_experts(experts, topk, tokens)
+    local = min(experts / ep, max(1.0, hit / ep))
+    rows, columns = tokens * topk / ep ** (1 - skew), inter / tp
+    return 6.0 * rows * hidden * columns, local * 3 * hidden * columns * DTYPE_BYTES[dtype]
 
 
 def moe_s(
-    device: Device, tokens: int, hidden: int, inter: int, experts: int, topk: int, tp: int = 1, ep: int = 1, dtype: str = "bfloat16"
+    device: Device,
+    tokens: int,
+    hidden: int,
+    inter: int,
+    experts: int,
+    topk: int,
+    tp: int = 1,
+    ep: int = 1,
+    dtype: str = "bfloat16",
+    routing: str = "uniform",
 ) -> float:
-    """Seconds of one MoE layer's routed experts on one rank; `tokens` are all tokens that the `ep` ranks route together."""
+    """Seconds of one MoE layer's routed experts on one rank; `tokens` are all tokens that the `ep` ranks route together.
+
+    routing: "balanced", "uniform" (independent even choices) or "skewed" (a power law, as real gates tend to).
+    """
     if tokens <= 0:
         return 0.0
-    flops, moved = moe_work(tokens, hidden, inter, experts, topk, tp, ep, dtype)
-    fit = device.moe
-    return fit.launch_s + max(flops / (device.peak(dtype) * fit.flop_efficiency), moved / (device.memory_bandwidth * fit.byte_efficiency))
+    fit = device.experts(routing)
+    flops, weights = moe_work(tokens, hidden, inter, experts, topk, tp, ep, dtype, routing, fit.skew if routing == "skewed" else 0.0)
+    unrouted = tokens * topk * (3 * inter / tp + 2 * hidden) * 2.0  # activations are 16 bits wide whatever the weights are
+    passed = unrouted / (device.memory_bandwidth * fit.pass_efficiency)
+    seconds = fit.seconds(flops / device.peak(dtype), weights / device.memory_bandwidth) + passed
+    return device.corrected(f"MoE {routing}", seconds, tokens, hidden, inter, experts, topk, tp, ep)
 
 
 def elementwise_s(device: Device, moved_bytes: float, launches: int = 1) -> float:

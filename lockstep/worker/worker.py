@@ -11,7 +11,7 @@ import hashlib
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -35,7 +35,7 @@ from lockstep.utils import env
 from lockstep.utils.cores import RankCores
 from lockstep.weights.dummy import fill_dummy
 from lockstep.weights.loader import load_weights
-from lockstep.worker import kv, memory, profile, sleep, tracing
+from lockstep.worker import kv, memory, profile, rates, sleep, tracing
 from lockstep.worker.agreement import check_kernels
 from lockstep.worker.batch import BatchState
 from lockstep.worker.meter import Meter
@@ -261,6 +261,19 @@ class Worker(Recorded):
         """Stop; the spans since the start, and how many more there was no room for."""
         self._watch.close()
         return super().take_timeline()
+
+    def operation_seconds(
+        self, spec: dict[str, Any], cases: list[list[int]], seconds: float, alone: bool, only: int | None
+    ) -> list[dict[str, float]]:
+        """For calibration: see `worker.rates`. alone: a whole model on each rank, all at the same time, instead of one cut over
+        them. only: so many ranks measure, the others wait."""
+        self.groups.tp.barrier()
+        if only is not None and self.rank >= only:
+            return []
+        return rates.operation_seconds(
+            spec, [(a, b, c) for a, b, c in cases], seconds, groups=ParallelGroups.solo() if alone else self.groups, dtype=self.dtype,
+            block_size=self.config.cache.block_size, quantization=self.config.model.quantization,
+        )  # fmt: skip
 
     def shutdown(self) -> None:
         """Leave torch's threads as they were: the process may be the user's."""

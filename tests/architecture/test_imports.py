@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "lockstep"
 FLOORS = {
     "version": 0, "utils": 0, "protocol": 1, "config": 1, "observability": 2, "grammar": 2, "kernels": 3, "distributed": 4,
     "attention": 5, "planner": 5, "layers": 6, "weights": 7, "models": 8, "worker": 9, "executor": 10,
-    "engine": 11, "simulation": 11, "cluster": 12, "frontend": 13,
+    "engine": 11, "simulation": 11.5, "cluster": 12, "frontend": 13,
     "server": 14, "llm": 14, "cli": 15,
 }  # fmt: skip
 # protocol and config share a floor, and stay apart all the same; attention and planner likewise
@@ -30,7 +30,7 @@ TORCH_FREE = [
     "lockstep.distributed.message_queue",
     "lockstep.executor.contract", "lockstep.executor.factory", "lockstep.executor.multiproc", "lockstep.executor.node_agent",
     "lockstep.frontend.inputs",
-    "lockstep.grammar.compiled",
+    "lockstep.grammar.compiled", "lockstep.planner", "lockstep.cli.plan",
     "lockstep.frontend.tokenizer", "lockstep.cli.main", "lockstep.cli.flags", "lockstep.utils.net", "lockstep.observability.logging",
 ]  # fmt: skip
 

@@ -69,7 +69,7 @@ def _of(name: str, value: str, known: tuple[str, ...]) -> list[str]:
 def collectives(args: CollectivesArgs) -> int:
     """Run the ranks and print what they find. Exit code 0, or 1 when a rank failed."""
     table = _Table()
-    for line in _lines(args.plan()):
+    for line in measure(args.plan()):
         if args.json:
             print(json.dumps(line), flush=True)
         else:
@@ -77,7 +77,7 @@ def collectives(args: CollectivesArgs) -> int:
     return 0
 
 
-def _lines(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def measure(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Rank 0's results as they come. Raises RuntimeError with the last line that a failing rank wrote."""
     from lockstep.utils.net import Listener
 

@@ -1,0 +1,145 @@
+"""`lockstep calibrate`: measure this machine for the planner with the engine's own kernels, ranks and steps.
+
+Writes a catalogue entry, which `lockstep plan --cluster this` reads, and prints what it found. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lockstep.cli.bench import collectives, machine
+from lockstep.cli.errors import UsageError
+from lockstep.planner import calibration
+from lockstep.planner.calibration import Calibration, Mode
+from lockstep.planner.cpu import per_weight_s
+from lockstep.utils.cores import usable_cores
+from lockstep.utils.host_memory import host_available_bytes
+
+SIZES = (256, 2048, 16384, 131072, 1048576, 8388608)
+COLLECTIVES_S = 4.0
+LEAST_S = 4.0  # for the operations, however busy the machine
+STARTS_S = 12.0  # processes started, models made: not spent on measuring
+CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+USUAL_CACHE = 32 << 20
+
+
+def run(argv: list[str]) -> int:
+    """Measure, write, print. Raises UsageError for an impossible flag, ConfigError where there are no kernels for this machine."""
+    parser = argparse.ArgumentParser(prog="lockstep calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=None, help="the entry's file; default: where `--cluster this` finds it")
+    parser.add_argument("--budget-seconds", type=float, default=55.0, help="about how long it may take in all")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of weights and activations")
+    args = parser.parse_args(argv)
+    least = COLLECTIVES_S + STARTS_S + LEAST_S
+    if args.budget_seconds < least:
+        raise UsageError(f"--budget-seconds={args.budget_seconds:g} is too short: give at least {least:.0f}.")
+    found = calibrate(args.budget_seconds, args.dtype)
+    path = args.out or calibration.path_of()
+    calibration.save(found, path)
+    print(table(found))
+    print(f"\nwritten to {path} ({found.seconds:.0f} s)")
+    return 0
+
+
+def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
+    """This machine, measured in about so many seconds."""
+    from lockstep.kernels.library import library
+    from lockstep.simulation.calibrate import hops, machine_modes
+
+    if (kernels := library()) is None:  # compiled on first use, which is not part of the budget
+        raise UsageError("`lockstep calibrate` measures the CPU kernels, and there are none here: `lockstep doctor` says why.")
+    begun = time.monotonic()
+    cores = len(usable_cores())
+    sums, exchanges = _exchanges()
+    left = max(LEAST_S, seconds - (time.monotonic() - begun) - STARTS_S)
+    modes = [hops(mode, exchanges) for mode in machine_modes(left, _bandwidth, _say, dtype)]
+    about = machine.describe()
+    return Calibration(
+        name="this",
+        machine=f"{about['cpu']}, {cores} cores, torch {about['torch']}",
+        cores=cores,
+        kernels=str(kernels.variant()),
+        dtype=dtype,
+        capacity_bytes=host_available_bytes(),
+        memory_bandwidth=_bandwidth(cores),
+        cache_bytes=last_cache_bytes(),
+        flops={dtype: peak_flops(modes)},
+        all_reduce=sums,
+        send_recv=exchanges,
+        modes=modes,
+        seconds=round(time.monotonic() - begun, 1),
+    )
+
+
+def peak_flops(modes: list[Mode]) -> float:
+    """The best rate of any measured product, all ranks together."""
+    return max(2 * p.rows / work * m.busy for m in modes for p in m.products for _, work in p.work if work > 0)
+
+
+def last_cache_bytes() -> int:
+    """Of the last level of this machine's caches; a usual size where the system does not say."""
+    sizes = []
+    for file in CACHE.glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] if text[-1] in "KM" else int(text))
+    return max(sizes, default=USUAL_CACHE)
+
+
+def _bandwidth(threads: int) -> float:
+    return machine.read_bandwidth_gbps(threads, mib=128, repeats=5) * 1e9
+
+
+def _exchanges() -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(bytes, seconds) of all-reduce and of send and receive between two ranks."""
+    _say("2 ranks: all-reduce, send and receive ...")
+    args = collectives.CollectivesArgs(
+        ops="all_reduce,send_recv", sizes=",".join(map(str, SIZES)), dtypes="bfloat16", communicators="shm", budget_seconds=COLLECTIVES_S
+    )
+    found: dict[str, list[tuple[int, float]]] = {"all_reduce": [], "send_recv": []}
+    for line in collectives.measure(args.plan()):
+        found[line["op"]].append((int(line["bytes"]), line["median_us"] * 1e-6))
+    return found["all_reduce"], found["send_recv"]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(found: Calibration) -> str:
+    """The entry for people."""
+    lines = [
+        f"{found.machine}; kernels {found.kernels}",
+        f"memory {found.memory_bandwidth / 1e9:.1f} GB/s, {found.dtype} {found.flops[found.dtype] / 1e9:.0f} GFLOP/s at best",
+        "",
+        f"{'bytes':>9}  {'all-reduce us':>13}  {'send and receive us':>19}",
+    ]
+    both = zip(found.all_reduce, found.send_recv, strict=False)
+    lines += [f"{size:>9}  {sums * 1e6:>13.1f}  {exchange * 1e6:>19.1f}" for (size, sums), (_, exchange) in both]
+    for mode in found.modes:
+        busy = f", {mode.busy} at work" if mode.busy != mode.ranks else ""
+        lines += ["", f"{mode.ranks} rank(s) of {mode.threads} thread(s){busy}: a rank reads {mode.bandwidth / 1e9:.1f} GB/s"]
+        lines += [f"  step {_line(mode.step)} a request, {mode.prompt_token_s * 1e6:.2f} us a prompt token", _products(mode)]
+        if mode.combine.base_s or mode.combine.per_s:
+            lines.append(f"  sum over the ranks {_line(mode.combine, 1e9)} a 1000 values")
+    return "\n".join(lines)
+
+
+def _line(line: Any, scale: float = 1e6) -> str:
+    return f"{line.base_s * 1e6:.1f} us + {line.per_s * scale:.2f} us"
+
+
+def _products(mode: Mode) -> str:
+    head = "  rows   GFLOP/s (weights in the caches)   GB/s (weights from memory)"
+    rows = [head]
+    for p in mode.products:
+        small, large = p.work[0][1], per_weight_s(p, p.work[-1][0])
+        rows.append(f"  {p.rows:>4}   {_rate(2 * p.rows, small):>9.0f}   {_rate(2, large):>28.1f}")
+    return "\n".join(rows)
+
+
+def _rate(amount: float, seconds: float) -> float:
+    return amount / seconds / 1e9 if seconds else float("inf")

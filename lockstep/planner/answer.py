@@ -1,0 +1,245 @@
+"""`plan`: the question put together, the search run, and the answer with all that explains it."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from lockstep.config.errors import ConfigError
+from lockstep.planner.catalogue import cluster as find_cluster
+from lockstep.planner.command import Command, Limits, commands
+from lockstep.planner.crossover import Crossover, tp_or_pp
+from lockstep.planner.explain import Runner, runners_up
+from lockstep.planner.find import find_model
+from lockstep.planner.hardware import Cluster
+from lockstep.planner.layer import Setting
+from lockstep.planner.layout import Layout
+from lockstep.planner.load import Point, Replica, Serving, Workload
+from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
+from lockstep.planner.model import ModelShape
+from lockstep.planner.pareto import Mark, frontier
+from lockstep.planner.search import Candidate, Search, loads, request_blocks
+from lockstep.planner.step import Pricer
+from lockstep.planner.terms import Term, total_s
+from lockstep.utils.sizes import size
+
+DRAWN = 200  # layouts whose points may be on the frontier: the best ones
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer. Times in seconds, rates in requests per second, memory in bytes of the fullest rank."""
+
+    model: str
+    cluster: str
+    work: Workload
+    layout: Layout
+    limits: Limits
+    point: Point  # one replica's load
+    meets: bool
+    misses: list[str]  # in words
+    ttft_s: float
+    tpot_s: float
+    ttft_terms: list[Term]
+    tpot_terms: list[Term]
+    longest_gap_s: float
+    utilisation: float
+    rate: float  # carried by the whole plan at this point
+    tokens_per_device_s: float  # output tokens
+    cost_per_million: float | None  # output tokens, dollars
+    price_per_hour: float | None  # of one device
+    memory: RankMemory
+    kv_bytes: int  # of the requests this plan runs at once, at full length
+    kv_room: int  # bytes free for the KV cache
+    admits: dict[str, float]  # the largest rate within TTFT alone, TPOT alone, both
+    runners: list[Runner]
+    commands: list[Command]
+    calibrated: bool
+    band: dict[str, float]
+    pareto: list[Mark]
+    crossover: Crossover | None
+    considered: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def mark(self) -> Mark:
+        """The plan's own point of the trade-off."""
+        return Mark(str(self.layout), self.point.concurrency, 1 / self.tpot_s, self.tokens_per_device_s, self.ttft_s)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        found = asdict(self)
+        found["layout"]["devices"] = self.layout.devices
+        found["crossover"] = (
+            None if self.crossover is None else {"from_requests": self.crossover.from_requests, "words": str(self.crossover)}
+        )
+        return found
+
+
+def plan(
+    model: str | ModelShape, cluster: str | Cluster, *, input_len: int = 1024, output_len: int = 256, rate: float | None = None,
+    ttft: float | None = None, tpot: float | None = None, price: float | None = None, quantization: str = "",
+    memory_share: float = 0.9, fixed: dict[str, int] | None = None, startable: bool = False,
+    hosts: list[str] | None = None, serving: Serving | None = None,
+) -> Plan:  # fmt: skip
+    """The best layout of `model` on `cluster` for requests of `input_len` + `output_len` tokens. Seconds, requests per second.
+
+    fixed: axes that are given, like {"tp": 16}. startable: only what this version of the engine runs (no EP, no CP).
+    price: dollars per device-hour. quantization: "int8" or "fp8" weights.
+    Promises that cannot be kept give the nearest plan, with `meets` False. Raises ConfigError for a setting that cannot be, and
+    where no layout has the memory for one request: its message says how much is missing and what would fit.
+    """
+    start = time.perf_counter()
+    shape, name = find_model(model) if isinstance(model, str) else (model, model.name)
+    where = find_cluster(cluster) if isinstance(cluster, str) else cluster
+    work = check(Workload(input_len, output_len, rate, ttft, tpot), shape, memory_share, quantization)
+    setting = Setting(shape, where, weight_dtype=quantization)
+    search = Search(Pricer(setting), work, serving or Serving(), memory_share)
+    wanted = (dict.fromkeys(("ep", "cp", "dcp"), 1) if startable else {}) | (fixed or {})
+    everything = search.all(lambda layout: all(getattr(layout, axis) == size for axis, size in wanted.items() if axis != "dp"))
+    everything = [c for c in everything if "dp" not in wanted or wanted["dp"] % c.layout.dp == 0]
+    ordered = [c for c in search.order(everything) if "dp" not in wanted or c.needed(rate) * c.layout.dp <= wanted["dp"]]
+    if not any(c.fits for c in everything):
+        raise ConfigError(_nothing_fits(search, everything, wanted))
+    best = search.refined(ordered[0] if ordered else search.nearest(everything)[0])
+    count = (wanted["dp"] // best.layout.dp if "dp" in wanted else best.needed(rate)) or best.at_most
+    found = answer(search, best, count, ordered, everything, price)
+    names = hosts or [f"node{i}" for i in range(where.nodes)]
+    if len(names) < where.nodes:
+        raise ConfigError(f"hosts={','.join(names)} names {len(names)} hosts, and {where} has {where.nodes} nodes: name each of them.")
+    lines = commands(name, found.layout, found.limits, names, where.devices_per_node, quantization=quantization, share=memory_share)
+    return replace(found, commands=lines, seconds=time.perf_counter() - start)
+
+
+def check(work: Workload, shape: ModelShape, memory_share: float, quantization: str) -> Workload:
+    """The workload, every rule checked."""
+    for name, value in (("input_len", work.input_len), ("output_len", work.output_len)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1: give a number of tokens.")
+    for name, number in (("rate", work.rate), ("ttft", work.ttft_s), ("tpot", work.tpot_s)):
+        if number is not None and not (number > 0 and math.isfinite(number)):
+            raise ConfigError(f"{name}={number:g} must be more than 0: give {'requests per second' if name == 'rate' else 'seconds'}.")
+    if work.tokens > shape.max_position_embeddings:
+        raise ConfigError(
+            f"input_len={work.input_len} and output_len={work.output_len} make {work.tokens} tokens, more than the "
+            f"{shape.max_position_embeddings} positions of {shape.name}: use less."
+        )
+    if not 0 < memory_share <= 1:
+        raise ConfigError(f"gpu_memory_utilization={memory_share:g} must be greater than 0 and at most 1.")
+    if quantization not in ("", "int8", "fp8"):
+        raise ConfigError(f"quantization={quantization!r} is not one of int8, fp8.")
+    return work
+
+
+def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate], everything: list[Candidate], price: float | None) -> Plan:
+    """The plan of `count` deployments of a candidate, with what explains it; commands are not in it yet."""
+    setting, work = search.pricer.setting, search.work
+    layout, replica = best.placed(count), search.replica(best.layout, best.chunk)
+    point = search.loaded(best, count)
+    ttft_terms, tpot_terms = replica.ttft_terms(point.concurrency), replica.tpot_terms(point.concurrency)
+    rate = min(point.rate * layout.dp, work.rate or math.inf)
+    tokens = rate * work.output_len / layout.devices
+    paid = price if price is not None else setting.device.price_per_hour
+    admits = _admits(search, best, replica, layout.dp)
+    seqs = max(best.best.concurrency if best.best else point.concurrency, point.concurrency)
+    room, memory = search.fullest(best.layout, best.chunk, -(-seqs // layout.pp))
+    misses = _misses(work, point, rate)
+    band = setting.device.band
+    return Plan(
+        model=setting.shape.name, cluster=str(setting.cluster), work=work, layout=layout,
+        limits=Limits(seqs, max(best.chunk, seqs), work.tokens),
+        point=point, meets=not misses, misses=misses, ttft_s=total_s(ttft_terms), tpot_s=total_s(tpot_terms),
+        ttft_terms=ttft_terms, tpot_terms=tpot_terms, longest_gap_s=replica.longest_gap_s,
+        utilisation=replica.utilisation(point.concurrency), rate=rate, tokens_per_device_s=tokens,
+        cost_per_million=None if paid is None else paid / 3600 / tokens * 1e6, price_per_hour=paid,
+        memory=memory, kv_bytes=seqs * request_blocks(work.tokens, layout) * BLOCK_TOKENS * memory.kv_per_token, kv_room=room,
+        admits=admits, runners=runners_up(search, best, count, ordered, everything), commands=[],
+        calibrated=setting.device.calibrated and search.serving.calibrated,
+        band={"tpot": band.tpot, "ttft": band.ttft, "operation": band.operation},
+        pareto=_frontier(search, everything), crossover=tp_or_pp(search.pricer, work.decode_context),
+        considered=len(everything), seconds=0.0, notes=_notes(setting, layout),
+    )  # fmt: skip
+
+
+def _misses(work: Workload, point: Point, rate: float) -> list[str]:
+    """Promises that the point breaks, with both numbers."""
+    found = []
+    if work.ttft_s is not None and point.ttft_s > work.ttft_s:
+        found.append(f"TTFT is {point.ttft_s:.3g} s, {work.ttft_s:g} s was asked for")
+    if work.tpot_s is not None and point.tpot_s > work.tpot_s:
+        found.append(f"TPOT is {point.tpot_s * 1e3:.3g} ms, {work.tpot_s * 1e3:g} ms was asked for")
+    if work.rate is not None and rate < work.rate * (1 - 1e-9):
+        found.append(f"the whole cluster carries {rate:.3g} requests/s, {work.rate:g} were asked for")
+    return found
+
+
+def _admits(search: Search, c: Candidate, replica: Replica, replicas: int) -> dict[str, float]:
+    """The largest rate of this layout within each promise alone and within all; 0 where a single request breaks it."""
+    work, found = search.work, {}
+    for name, asked in (("ttft", replace(work, tpot_s=None)), ("tpot", replace(work, ttft_s=None)), ("both", work)):
+        most = search.exact(replica, c.fits, lambda p, asked=asked: not asked.misses(p))  # type: ignore[misc]
+        found[name] = replica.at(most).rate * replicas if most else 0.0
+    return found
+
+
+def _frontier(search: Search, everything: list[Candidate]) -> list[Mark]:
+    """What nothing beats, among the best layouts of the space at every load."""
+    shown = sorted((c for c in everything if c.fits), key=lambda c: -c.rate / c.layout.devices)[:DRAWN]
+    marks = []
+    for c in shown:
+        replica = search.replica(c.layout, c.chunk)
+        for b in loads(c.layout.pp, c.fits):
+            p = replica.at(b)
+            marks.append(Mark(str(c.layout), b, 1 / p.tpot_s, p.rate * search.work.output_len / c.layout.replica_size, p.ttft_s))
+    return frontier(marks)
+
+
+def _nothing_fits(search: Search, everything: list[Candidate], wanted: dict[str, int]) -> str:
+    """How much is missing on the layout that lacks least, and what would fit."""
+    s = search.pricer.setting
+    if not everything:
+        given = ", ".join(f"{axis}={size}" for axis, size in wanted.items())
+        rule = f"groups must lie evenly on nodes of {s.cluster.devices_per_node} devices, and the model must have as many heads and layers"
+        return f"no layout of {s.shape.name} on {s.cluster} has {given or 'one device'}: {rule}."
+    least = min(everything, key=lambda c: (c.lacking, c.layout))
+    remedies = []
+    for dtype in () if s.weight_dtype else ("int8", "fp8"):
+        other = replace(search, pricer=Pricer(replace(s, weight_dtype=dtype)))
+        if any(other.room(c.layout, c.chunk)[0] for c in everything):
+            remedies.append(dtype)
+            break
+    for factor in (2, 4, 8, 16, 32):
+        larger = Cluster(s.cluster.nodes * factor, s.cluster.devices_per_node, s.device, s.cluster.intra, s.cluster.inter)
+        wide = replace(search, pricer=Pricer(replace(s, cluster=larger)))
+        fitting = [c.layout for c in wide.all(lambda x: x.dp == 1 and x.cp == 1 and x.dcp == 1) if c.fits]
+        if fitting:
+            remedies.append(f"{min(fitting, key=lambda x: (x.devices, -x.tp))} on {min(x.devices for x in fitting)} devices")
+            break
+    if wanted and any(c.fits for c in search.all()):
+        free = min((c.layout for c in search.all() if c.fits), key=lambda x: (x.devices, -x.tp))
+        remedies.insert(0, str(free))
+    words = " or ".join(remedies)
+    return (
+        f"{s.shape.name} does not fit on {s.cluster}: {least.layout} needs {size(least.lacking)} more per rank for one request of "
+        f"{search.work.tokens} tokens" + (f"; {words} fits." if words else "; use fewer tokens or more devices.")
+    )
+
+
+def _notes(setting: Setting, layout: Layout) -> list[str]:
+    """What a reader should know about these numbers."""
+    shape, found = setting.shape, []
+    missing = [name for name, there in (("MoE", shape.moe is not None), ("MLA", shape.mla is not None)) if there]
+    missing += [
+        name for name, there in (("expert parallelism", layout.ep > 1), ("context parallelism", layout.cp * layout.dcp > 1)) if there
+    ]
+    if missing:
+        words = "" if shape.moe or shape.mla else "; --startable leaves such layouts out"
+        found.append(f"this version of the engine does not run {' and '.join(missing)} yet: planned and priced, not startable{words}")
+    if shape.quantized and not setting.weight_dtype:
+        found.append(f"the public checkpoint is quantized ({shape.quantized}); priced as {shape.dtype}, see --quantization")
+    if setting.weight_dtype == "fp8":
+        found.append("fp8 weights are priced, not run by this version of the engine")
+    return found

@@ -1,0 +1,165 @@
+"""What `lockstep calibrate` found on a machine: a catalogue entry as JSON, read as a device and as the engine's step times.
+
+One file is one machine. Its first part are the six numbers that every device has; `modes` are the engine's own operations,
+measured with so many ranks at work at once, each with its share of the cores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from lockstep.config.errors import ConfigError
+from lockstep.planner.hardware import DecodeFit, Device, ErrorBand, Link, PrefillFit, Roofline
+from lockstep.utils import env
+
+FORMAT = 1
+MEASURED = ErrorBand(operation=0.10, tpot=0.15, ttft=0.15)  # on the machine that was measured, see docs/planner_cpu.md
+
+
+class Line(msgspec.Struct, frozen=True):
+    """base_s + per_s * x."""
+
+    base_s: float = 0.0
+    per_s: float = 0.0
+
+    def at(self, x: float) -> float:
+        return self.base_s + self.per_s * x
+
+
+class ProductRates(msgspec.Struct, frozen=True):
+    """Packed products of so many rows: launch_s + edge_s * (n + k) + work * n * k, and what follows a product in place.
+
+    work: (bytes of all weights that a step reads, seconds per weight), ascending: small models stay in the caches.
+    """
+
+    rows: int
+    launch_s: float
+    edge_s: float
+    work: list[tuple[float, float]]
+    gate_s: float  # per output of a gated product: activation
+    finish_s: float  # per output of a row-parallel one: residual and norm
+
+
+class AttentionRates(msgspec.Struct, frozen=True):
+    """base_s + byte_s * bytes of keys and values + pair_s * (query, key) pairs x head width x query heads + row_s * such rows."""
+
+    base_s: float
+    byte_s: float
+    pair_s: float
+    row_s: float
+
+
+class Mode(msgspec.Struct, frozen=True):
+    """Costs on one of `ranks` ranks that share the machine, while `busy` of them work. Lines are over elements, unless they say so."""
+
+    ranks: int
+    busy: int
+    threads: int  # of each rank
+    bandwidth: float  # bytes/s that each rank reads meanwhile
+    products: list[ProductRates]  # by rows, ascending
+    decode: AttentionRates
+    prefill: AttentionRates
+    rope: Line  # tokens x width of queries, keys and values
+    angles: Line  # tokens x head width
+    embed: Line  # tokens x hidden
+    norm: Line  # tokens x hidden
+    choose: Line  # rows x vocabulary: from logits to a token
+    combine: Line = Line()  # tokens x hidden: what summing over the ranks adds to a row-parallel product
+    exchange: Line = Line()  # rows x vocabulary: what the exchange of the best tokens adds
+    step: Line = Line()  # rows: what the engine, the executor and the worker add to each step
+    prompt_token_s: float = 0.0  # what they add for each token of a prompt
+    hop: Line = Line()  # bytes: from one pipeline stage to the next
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """One machine's entry. bandwidth in bytes/s of all cores together, flops in 1/s likewise."""
+
+    name: str
+    machine: str
+    cores: int
+    kernels: str
+    dtype: str
+    capacity_bytes: int
+    memory_bandwidth: float
+    cache_bytes: int  # the last-level cache: weights beyond it are read from memory
+    flops: dict[str, float]
+    all_reduce: list[tuple[int, float]]  # (bytes, seconds) between 2 ranks
+    send_recv: list[tuple[int, float]]
+    modes: list[Mode]
+    seconds: float = 0.0  # that calibration took
+    format: int = FORMAT
+
+    def mode(self, ranks: int, busy: int | None = None) -> Mode:
+        """The measured mode nearest to `ranks` ranks on this machine, `busy` of them (default: all) at work at once."""
+        return min(self.modes, key=lambda m: (abs(m.ranks - ranks), abs(m.busy - (busy or m.ranks))))
+
+    def device(self) -> Device:
+        """The machine as one device of a cluster: what the general cost model needs."""
+        mode = self.mode(1)
+        dense = max(mode.products, key=lambda p: p.rows)
+        flops = self.flops[self.dtype]
+        link = link_of(self.all_reduce)
+        return Device(
+            name=self.name,
+            flops=self.flops,
+            memory_bandwidth=self.memory_bandwidth,
+            capacity_bytes=self.capacity_bytes,
+            scale_up=link,
+            scale_out=link,
+            per_node=1,
+            sms=self.cores,
+            gemm={self.dtype: Roofline(min(p.launch_s for p in mode.products), _efficiency(dense, flops), 1.0)},
+            prefill=PrefillFit(mode.prefill.base_s, min(1.0, 4 / max(mode.prefill.pair_s * flops, 4.0)), 1.0, tile=1),
+            decode=DecodeFit(mode.decode.base_s, min(1.0, 1 / max(mode.decode.byte_s * self.memory_bandwidth, 1.0)), 0.0, 0.0),
+            elementwise=Roofline(mode.norm.base_s, 1.0, 1.0),
+            calibrated=True,
+            band=MEASURED,
+            source=f"lockstep calibrate on {self.machine}",
+        )
+
+
+def _efficiency(rates: ProductRates, flops: float) -> float:
+    per_weight = rates.work[-1][1]
+    return min(1.0, 2 * rates.rows / (per_weight * flops)) if per_weight else 1.0
+
+
+def link_of(table: list[tuple[int, float]]) -> Link:
+    """The line through a table of (bytes, seconds): its smallest size is the launch, its largest gives the bandwidth."""
+    if not table:
+        return Link(0.0, 0.0, 1e9)
+    (_, launch_s), (most, slowest_s) = table[0], table[-1]
+    return Link(launch_s, 0.0, most / max(slowest_s - launch_s, 1e-9))
+
+
+def folder() -> Path:
+    """Where entries of this user's machines are."""
+    return env.cache_folder() / "devices"
+
+
+def path_of(name: str = "this") -> Path:
+    """The file of an entry by its name."""
+    return folder() / f"{name}.json"
+
+
+def save(found: Calibration, path: Path) -> None:
+    """Write an entry, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    part.replace(path)
+
+
+def load(path: Path | None = None) -> Calibration:
+    """An entry; by default this machine's. Raises ConfigError when there is none, or it is of another version."""
+    path = path or path_of()
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is not there: run `lockstep calibrate` on this machine first (it takes less than a minute).") from None
+    except (OSError, msgspec.DecodeError) as e:
+        raise ConfigError(f"{path} is no calibration ({e}): run `lockstep calibrate` again.") from None
+    if found.format != FORMAT:
+        raise ConfigError(f"{path} has format {found.format}, and this version reads {FORMAT}: run `lockstep calibrate` again.")
+    return found

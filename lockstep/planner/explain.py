@@ -1,0 +1,90 @@
+"""Why a layout lost: one line made of the terms that differ, at the same number of requests per device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lockstep.planner import collectives
+from lockstep.planner.layout import Layout, Span, tp_span
+from lockstep.planner.load import Point
+from lockstep.planner.search import Candidate, Search
+from lockstep.utils.sizes import size
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A layout that is not the plan, what it would give, and why it lost."""
+
+    layout: Layout
+    point: Point | None  # at the rate asked for; None where it does not fit
+    rate: float  # requests per second within the promises, on as many devices as the plan has, or its own at least
+    reason: str
+
+
+def runners_up(
+    search: Search, winner: Candidate, count: int, ordered: list[Candidate], everything: list[Candidate], most: int = 3
+) -> list[Runner]:
+    """The best layouts of other kinds than the winner's, and TP across nodes where the cluster has nodes."""
+    kinds = {_kind(winner)}
+    found: list[Candidate] = []
+    for c in [*ordered, *search.nearest(c for c in everything if c.best is None or c not in ordered)[:50]]:
+        if len(found) < most and _kind(c) not in kinds:
+            kinds.add(_kind(c))
+            found.append(c)
+    d = search.pricer.setting.cluster.devices_per_node
+    wide = [c for c in everything if c.layout.tp > d and _kind(c) not in kinds]
+    if wide:
+        found.append(max(wide, key=lambda c: (c.fits > 0, c.rate / c.layout.devices, -c.layout.devices)))
+    return [_runner(search, winner, count, c) for c in found]
+
+
+def _kind(c: Candidate) -> tuple[int, int, int, bool]:
+    return c.layout.tp, c.layout.pp, c.layout.cp, c.layout.ep > 1
+
+
+def _runner(search: Search, winner: Candidate, count: int, c: Candidate) -> Runner:
+    if not c.fits:
+        return Runner(c.layout, None, 0.0, f"does not fit: needs {size(c.lacking)} more per rank")
+    mine, rate = winner.layout.devices * count, search.work.rate
+    used = c.needed(rate) or min(c.at_most, max(1, mine // c.layout.devices))
+    point, placed = search.loaded(c, used), c.placed(used)
+    parts = [*_shortfall(search, winner, count, c, placed, point), *_messages(search, placed), _terms(search, winner, count, c)]
+    return Runner(placed, point, c.rate * used, "; ".join(part for part in parts if part))
+
+
+def _shortfall(search: Search, winner: Candidate, count: int, c: Candidate, placed: Layout, point: Point) -> list[str]:
+    """In what it is worse: promises broken, devices, or load."""
+    broken = [f"misses {name.upper()}" for name in search.work.misses(point)]
+    carried, mine, devices = c.rate * (placed.dp // c.layout.dp), winner.rate * count, winner.layout.devices * count
+    if c.best is None:
+        return broken or ["keeps no promise under load"]
+    if placed.devices > devices:
+        return [*broken, f"needs {placed.devices} devices, not {devices}"]
+    per_device = c.rate / c.layout.devices / (winner.rate / winner.layout.devices) - 1 if winner.rate else 0.0
+    if search.work.rate is not None and carried < search.work.rate:
+        return [*broken, f"carries {carried:.3g} of {search.work.rate:g} requests/s"]
+    return [*broken, f"carries {carried:.3g} requests/s, not {mine:.3g} ({per_device:+.0%} per device)"]
+
+
+def _messages(search: Search, placed: Layout) -> list[str]:
+    """What its all-reduce costs because the group leaves the node."""
+    cluster, shape = search.pricer.setting.cluster, search.pricer.setting.shape
+    span = tp_span(placed, cluster.devices_per_node)
+    if span.nodes == 1:
+        return []
+    wide = float(32 * shape.hidden_size * shape.itemsize)
+    across, inside = (collectives.all_reduce_s(cluster, *group, wide) for group in (span, Span(span.ranks_per_node, 1)))
+    cost = f"{across * 1e6:.0f} us between nodes, {inside * 1e6:.0f} us inside"
+    return [f"TP={placed.tp} spans {span.nodes} nodes: an all-reduce of 32 tokens costs {cost}"]
+
+
+def _terms(search: Search, winner: Candidate, count: int, c: Candidate) -> str:
+    """The largest differences per output token, with as many requests on each device as the winner has."""
+    here = search.replica(winner.layout, winner.chunk)
+    running = search.loaded(winner, count).concurrency
+    there = search.replica(c.layout, c.chunk)
+    same = max(1, min(c.fits, round(running * c.layout.replica_size / winner.layout.replica_size)))
+    mine, its = ({t.name: t.seconds for t in r.tpot_terms(b)} for r, b in ((here, running), (there, same)))
+    differences = sorted(((its.get(name, 0.0) - mine.get(name, 0.0), name) for name in {*mine, *its}), key=lambda each: -abs(each[0]))
+    shown = [f"{seconds * 1e3:+.2f} ms {name}" for seconds, name in differences[:2] if abs(seconds) > 5e-6]
+    return f"per token at equal load {', '.join(shown)}" if shown else ""

@@ -1,0 +1,218 @@
+"""The terms of one decoder layer on one rank: products, attention, experts, and the messages between ranks.
+
+Everything is priced on the rank with the largest shares (rank 0: first ranks get one atom more). docs/planner.md has the
+table of formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lockstep.distributed.partition import head_shard, shard
+from lockstep.planner import collectives, ops
+from lockstep.planner.hardware import DTYPE_BYTES, Cluster, Device
+from lockstep.planner.layout import Layout, Span, cp_span, ep_span, tp_span
+from lockstep.planner.model import ModelShape
+from lockstep.planner.terms import Term
+
+LAUNCHES = 4  # memory-bound kernels of a layer: two norms with the residual, rope with the KV write, the activation
+MLA_FLOP_SHARE = 0.6  # of peak, that latent decode attention reaches when its heads make it compute-bound
+GEMM, ATTENTION, MOE = "docs/planner.md#products", "docs/planner.md#attention", "docs/planner.md#experts"
+MESSAGES, MEMORY = "docs/planner.md#collectives", "docs/planner.md#elementwise"
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What is the same for all layouts: the model, the cluster, and how weights and the KV cache are stored."""
+
+    shape: ModelShape
+    cluster: Cluster
+    weight_dtype: str = ""  # int8 (weights only), fp8 (weights and products), or empty: as the model is
+    kv_dtype: str = ""
+
+    @property
+    def device(self) -> Device:
+        return self.cluster.device
+
+    @property
+    def compute(self) -> str:
+        """The type in which matrices are multiplied."""
+        return "fp8" if self.weight_dtype == "fp8" else self.shape.dtype
+
+    @property
+    def stored(self) -> str:
+        """The type in which matrices are read."""
+        return self.weight_dtype or self.shape.dtype
+
+
+class Work(NamedTuple):
+    """What a step does: `tokens` new tokens; decode: one for each of as many requests, of `context` cached tokens on average;
+    prefill: a chunk of one prompt after `context` tokens (the mean over its chunks, so that their sum is exact)."""
+
+    decode: bool
+    tokens: int
+    context: float
+
+
+class Groups(NamedTuple):
+    """Where the groups of a layout lie."""
+
+    tp: Span
+    cp: Span
+    ep: Span
+
+    @classmethod
+    def of(cls, layout: Layout, devices_per_node: int) -> Groups:
+        return cls(*(span(layout, devices_per_node) for span in (tp_span, cp_span, ep_span)))
+
+
+def layer_terms(s: Setting, layout: Layout, groups: Groups, work: Work, routed: bool, window: int) -> list[Term]:
+    """Every term of one layer."""
+    here = work.tokens if work.decode else -(-work.tokens // layout.cp)  # tokens that this rank computes
+    terms = [*_projections(s, layout, here), *_attention(s, layout, groups, work, here, window)]
+    wide = here * s.shape.hidden_size * s.shape.itemsize
+    terms.append(all_reduce(s, groups.tp, wide, "all-reduce after attention"))
+    terms += _routed(s, layout, groups, here) if routed else _dense(s, layout, groups, here)
+    columns = s.shape.moe.columns * s.shape.moe.per_token if routed and s.shape.moe else s.shape.intermediate_size
+    moved = 8.0 * wide + 3.0 * here * columns / layout.tp * s.shape.itemsize
+    seconds = ops.elementwise_s(s.device, moved, LAUNCHES)
+    terms.append(Term("norms, rope, activation", seconds, 0.0, moved, "4 t0 + bytes / (BW e_b)", MEMORY))
+    return [t for t in terms if t.seconds > 0]
+
+
+def product(s: Setting, name: str, m: int, n: int, k: int) -> Term:
+    """[m, k] @ [k, n] with a weight."""
+    flops, moved = ops.gemm_work(m, n, k, s.compute, s.stored)
+    return Term(name, ops.gemm_s(s.device, m, n, k, s.compute, s.stored), flops, moved, "t0 + max(2mnk / (F e_f), bytes / (BW e_b))", GEMM)
+
+
+def all_reduce(s: Setting, span: Span, size: float, name: str) -> Term:
+    """The sum over a group of `size` bytes."""
+    seconds = collectives.all_reduce_s(s.cluster, *span, size) if span.size > 1 else 0.0
+    across = " hierarchical: reduce-scatter and all-gather inside, ring across" if span.nodes > 1 else ""
+    sent = 2 * (span.size - 1) / span.size * size
+    return Term(name, seconds, 0.0, sent, f"launch + steps * step * knee + 2(n-1)/n * S / B,{across or ' one node'}", MESSAGES)
+
+
+def _projections(s: Setting, layout: Layout, tokens: int) -> Iterator[Term]:
+    shape, tp = s.shape, layout.tp
+    if shape.mla is None:
+        heads = head_shard(shape.num_heads, shape.num_kv_heads, tp, 0)
+        q = heads.q.size
+        yield product(s, "QKV projection", tokens, (q + 2 * heads.kv.size) * shape.head_dim, shape.hidden_size)
+    else:
+        mla, q = shape.mla, shard(shape.num_heads, tp, 0).size
+        if mla.q_rank:
+            yield product(s, "QKV projection", tokens, mla.q_rank, shape.hidden_size)
+        yield product(s, "QKV projection", tokens, q * (mla.nope_dim + mla.rope_dim), mla.q_rank or shape.hidden_size)
+        yield product(s, "QKV projection", tokens, mla.cached, shape.hidden_size)
+        yield product(s, "latent projection", tokens, q * (mla.nope_dim + mla.v_dim), mla.kv_rank)
+    yield product(s, "output projection", tokens, shape.hidden_size, q * shape.v_head_dim)
+
+
+def _attention(s: Setting, layout: Layout, groups: Groups, work: Work, here: int, window: int) -> Iterator[Term]:
+    if work.decode:
+        yield from _decode_attention(s, layout, groups, work, window)
+    else:
+        yield from _prefill_attention(s, layout, groups, work, here, window)
+
+
+def _heads(s: Setting, tp: int) -> tuple[int, int]:
+    """(query, KV) heads of a rank; a latent is one KV head that all query heads read."""
+    if s.shape.mla is not None:
+        return shard(s.shape.num_heads, tp, 0).size, 1
+    heads = head_shard(s.shape.num_heads, s.shape.num_kv_heads, tp, 0)
+    return heads.q.size, heads.kv.size
+
+
+def _prefill_attention(s: Setting, layout: Layout, groups: Groups, work: Work, here: int, window: int) -> Iterator[Term]:
+    """A context group shares the chunk out evenly (each rank early and late tokens): its mean query sees half of the others."""
+    q, kv = _heads(s, layout.tp)
+    q, kv = (q, q) if s.shape.mla is not None else (q, kv)  # a prompt's latent is expanded to whole heads
+    width = (s.shape.q_head_dim + s.shape.v_head_dim) // 2
+    context = round(work.context + (work.tokens - here) / 2)
+    limit, dtype = window or None, s.shape.dtype
+    flops, moved = ops.prefill_work(1, here, q, kv, width, context, dtype, limit)
+    seconds = ops.prefill_attention_s(s.device, 1, here, q, kv, width, context, dtype, limit)
+    yield Term("attention", seconds, flops, moved, "t0 + max(4 pairs heads dim / (F e_f), bytes / (BW e_b))", ATTENTION)
+    if layout.cp > 1:
+        size = work.tokens * s.shape.kv_elements_per_token * s.shape.itemsize * (1 if s.shape.mla else kv / s.shape.num_kv_heads)
+        seconds = collectives.all_gather_s(s.cluster, *groups.cp, size)
+        yield Term("KV all-gather over the context group", seconds, 0.0, size, "launch + (n-1)/n * S / B", MESSAGES)
+
+
+def _decode_attention(s: Setting, layout: Layout, groups: Groups, work: Work, window: int) -> Iterator[Term]:
+    """Context ranks each read their part of the cache, with the query heads of all DCP ranks, and merge by log-sum-exp."""
+    q, kv = _heads(s, layout.tp)
+    share = layout.cp * layout.dcp
+    seen = min(work.context, window) if window else work.context
+    context, batch, kv_dtype = seen / share, work.tokens, s.kv_dtype or s.shape.dtype
+    heads = q * layout.dcp
+    if s.shape.mla is None:
+        flops, moved = ops.decode_work(batch, context, heads, kv, s.shape.head_dim, kv_dtype)
+        seconds = ops.decode_attention_s(s.device, batch, context, heads, kv, s.shape.head_dim, kv_dtype)
+        formula = "t0 + bytes / (BW e_b) + per (sequence, KV head)"
+    else:  # one vector per token, read once as key and value: half a width stands for each
+        mla = s.shape.mla
+        flops = 2.0 * batch * heads * context * (mla.cached + mla.kv_rank)
+        _, moved = ops.decode_work(batch, context, heads, 1, mla.cached // 2, kv_dtype)
+        reading = ops.decode_attention_s(s.device, batch, context, heads, 1, mla.cached // 2, kv_dtype)
+        seconds = max(reading, flops / (s.device.peak(s.shape.dtype) * MLA_FLOP_SHARE))
+        formula = "max(t0 + bytes / (BW e_b), flop / (0.6 F))"
+    yield Term("attention", seconds, flops, moved, formula, ATTENTION)
+    if share > 1:
+        yield _merge(s, layout, groups, batch, heads)
+
+
+def _merge(s: Setting, layout: Layout, groups: Groups, batch: int, heads: int) -> Term:
+    """Queries gathered over the DCP group; partial results and their log-sum-exp reduced over both context groups."""
+    result = batch * heads * (s.shape.v_head_dim * s.shape.itemsize + 4.0)
+    query = batch * heads * s.shape.q_head_dim * s.shape.itemsize
+    seconds = 0.0
+    if layout.dcp > 1:
+        inside = min(layout.dcp, groups.tp.ranks_per_node)
+        span = Span(inside, layout.dcp // inside)
+        seconds += collectives.all_gather_s(s.cluster, *span, query) + collectives.reduce_scatter_s(s.cluster, *span, result)
+    if layout.cp > 1:
+        seconds += collectives.all_reduce_s(s.cluster, *groups.cp, result)
+    return Term("context merge", seconds, 0.0, query + result, "all-gather(q) + reduce-scatter(out, lse)", MESSAGES)
+
+
+def _dense(s: Setting, layout: Layout, groups: Groups, tokens: int) -> Iterator[Term]:
+    columns = shard(s.shape.intermediate_size, layout.tp, 0).size
+    yield product(s, "MLP", tokens, 2 * columns, s.shape.hidden_size)
+    yield product(s, "MLP", tokens, s.shape.hidden_size, columns)
+    yield all_reduce(s, groups.tp, tokens * s.shape.hidden_size * s.shape.itemsize, "all-reduce after the MLP")
+
+
+def _routed(s: Setting, layout: Layout, groups: Groups, tokens: int) -> Iterator[Term]:
+    """Experts cut over TP (ep = 1), or whole ones on the ranks of the expert group, with tokens sent to them and back."""
+    shape, moe = s.shape, s.shape.moe
+    assert moe is not None
+    yield product(s, "router", tokens, moe.experts, shape.hidden_size)
+    if moe.shared_columns:
+        columns = shard(moe.shared_columns, layout.tp, 0).size
+        yield product(s, "shared expert", tokens, 2 * columns, shape.hidden_size)
+        yield product(s, "shared expert", tokens, shape.hidden_size, columns)
+    spread = layout.ep > 1
+    senders = layout.ep // layout.tp if spread else 1  # TP groups whose tokens meet in the expert group
+    tp, together = (1 if spread else layout.tp), tokens * senders
+    args = (together, shape.hidden_size, moe.columns, moe.experts, moe.per_token, tp, layout.ep, s.stored)
+    flops, moved = ops.moe_work(*args)
+    formula = "t0 + max(flop / (F e_f), E(1-(1-k/E)^T) expert bytes / (BW e_b))"
+    yield Term("experts", ops.moe_s(s.device, *args), flops, moved, formula, MOE)
+    wide = tokens * shape.hidden_size * shape.itemsize
+    if senders == 1:
+        yield all_reduce(s, groups.tp, wide, "all-reduce after the MLP")
+        return
+    mine = -(-tokens // layout.tp)  # each TP rank sends its part of the tokens
+    where = (*groups.ep, mine, shape.hidden_size, moe.per_token)
+    sent = float(mine * shape.hidden_size * moe.per_token)
+    out, back = collectives.dispatch_s(s.cluster, *where), collectives.combine_s(s.cluster, *where)
+    yield Term("dispatch to experts", out, 0.0, sent * DTYPE_BYTES["fp8"], "launch + T k h / B (fp8)", MESSAGES)
+    yield Term("combine from experts", back, 0.0, sent * shape.itemsize, "launch + T k h / B", MESSAGES)
+    if layout.tp > 1:
+        gather = collectives.all_gather_s(s.cluster, *groups.tp, wide)
+        yield Term("all-gather after the experts", gather, 0.0, wide, "launch + (n-1)/n * S / B", MESSAGES)

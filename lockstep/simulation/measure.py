@@ -1,0 +1,168 @@
+"""Asks ranks for the seconds of their operations, and sorts the answers by what they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from lockstep.config.model_spec import ModelSpec
+from lockstep.distributed.partition import ShardMap
+from lockstep.executor.contract import Executor
+from lockstep.planner.calibration import Line, Mode
+from lockstep.planner.cpu import pairs_of, product_s
+from lockstep.planner.layout import Layout
+from lockstep.planner.memory import weight_bytes
+from lockstep.planner.model import ModelShape, from_spec
+from lockstep.simulation import rates_fit
+from lockstep.simulation.rates_fit import Product
+
+Case = tuple[int, int, int]  # rows, tokens that each computes, tokens that each holds afterwards
+# Decode over rows and contexts, then prompts: each of these rows is a point of the products' table.
+DECODE: tuple[Case, ...] = (
+    (1, 1, 64),
+    (1, 1, 1024),
+    (2, 1, 256),
+    (4, 1, 128),
+    (8, 1, 64),
+    (8, 1, 768),
+    (16, 1, 128),
+    (32, 1, 64),
+    (32, 1, 512),
+)
+PREFILL: tuple[Case, ...] = ((1, 64, 64), (1, 128, 128), (4, 64, 64), (1, 512, 512), (1, 128, 640), (2, 512, 512))
+TIMEOUT_S = 120.0
+
+
+def model(hidden: int, columns: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocab: int) -> ModelSpec:
+    """A Llama of these sizes."""
+    return ModelSpec(
+        "LlamaForCausalLM", hidden, layers, heads, kv_heads, head_dim, columns, vocab, 4096,
+        layer_kinds=("full",) * layers, dtype="bfloat16",
+    )  # fmt: skip
+
+
+# From one that stays in the caches of any core to one that must be read from memory. Shapes and head groups differ.
+MODELS = (
+    model(192, 512, 4, 6, 2, 32, 2048),
+    model(384, 1024, 6, 6, 6, 64, 6144),
+    model(768, 2560, 6, 12, 3, 64, 12288),
+    model(1280, 4608, 6, 20, 4, 64, 24576),
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one rank measured of one model: the seconds of each kind of operation, by case."""
+
+    shape: ModelShape
+    tp: int
+    cases: Sequence[Case]
+    times: Sequence[dict[str, float]]
+
+    @property
+    def work(self) -> int:
+        """Bytes of the weights that a step reads."""
+        return weight_bytes(self.shape, Layout(tp=self.tp))
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Widths of queries, of keys, and columns of the MLP on the first rank."""
+        assert self.shape.spec is not None
+        part = ShardMap.of(self.shape.spec, self.tp, 0)
+        return part.heads.q.size * self.shape.head_dim, part.heads.kv.size * self.shape.head_dim, part.mlp.size
+
+
+def ask(
+    executor: Executor, spec: ModelSpec, cases: Sequence[Case], seconds: float, *, tp: int, alone: bool, only: int | None = None
+) -> Answer:
+    """What rank 0 finds, all ranks measuring at the same time (`only`: this many of them)."""
+    args = (msgspec.to_builtins(spec), [list(case) for case in cases], seconds, alone, only)
+    answers = executor.collective_rpc("operation_seconds", args, timeout=TIMEOUT_S + 4 * seconds)
+    return Answer(from_spec(spec, "calibration"), tp, cases, answers[0])
+
+
+def product_samples(answer: Answer) -> list[Product]:
+    """Every product of every case."""
+    q, kv, columns = answer.sizes()
+    hidden, found = answer.shape.hidden_size, []
+    for (rows, tokens, _), times in zip(answer.cases, answer.times, strict=True):
+        for kind, n, k, gated, row in (
+            ("qkv", q + 2 * kv, hidden, False, False),
+            ("out", hidden, q, False, True),
+            ("gate_up", 2 * columns, hidden, True, False),
+            ("down", hidden, columns, False, True),
+        ):
+            if kind in times:
+                found.append(Product(rows * tokens, n, k, answer.work, gated=gated, row=row, seconds=times[kind]))
+    return found
+
+
+def attention_samples(answers: Sequence[Answer], *, decode: bool) -> tuple[list[list[float]], list[float]]:
+    """Rows of (bytes, pairs, query rows) and their seconds."""
+    features, seconds = [], []
+    for answer in answers:
+        q, kv, _ = answer.sizes()
+        for (rows, tokens, length), times in zip(answer.cases, answer.times, strict=True):
+            if "attention" in times and (tokens == 1) == decode:
+                size = 2 * kv * answer.shape.itemsize * rows * length
+                features.append([float(size), float(rows * pairs_of(tokens, length) * q), float(rows * tokens * q)])
+                seconds.append(times["attention"])
+    return features, seconds
+
+
+def over_tokens(answers: Sequence[Answer], kind: str, width: Any) -> Line:
+    """A line over tokens x `width(answer)`."""
+    return rates_fit.line(
+        (rows * tokens * width(answer), times[kind])
+        for answer in answers
+        for (rows, tokens, _), times in zip(answer.cases, answer.times, strict=True)
+        if kind in times
+    )
+
+
+def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, bandwidth: float) -> Mode:
+    """The constants of models that are whole on their rank."""
+    products = rates_fit.products([p for answer in answers for p in product_samples(answer)])
+    return Mode(
+        ranks=ranks,
+        busy=busy,
+        threads=threads,
+        bandwidth=bandwidth,
+        products=products,
+        decode=rates_fit.attention(*attention_samples(answers, decode=True)),
+        prefill=rates_fit.attention(*attention_samples(answers, decode=False)),
+        rope=over_tokens(answers, "rope", lambda a: a.sizes()[0] + 2 * a.sizes()[1]),
+        angles=over_tokens(answers, "angles", lambda a: a.shape.head_dim),
+        embed=over_tokens(answers, "embed", lambda a: a.shape.hidden_size),
+        norm=over_tokens(answers, "norm", lambda a: a.shape.hidden_size),
+        choose=rates_fit.line(_heads(answers, products)),
+    )
+
+
+def _heads(answers: Sequence[Answer], products: Any) -> list[tuple[float, float]]:
+    """(rows x vocabulary, seconds beyond the product) of each case's logits and choice."""
+    found = []
+    for answer in answers:
+        vocab = answer.shape.vocab_size // answer.tp
+        for (rows, _, _), times in zip(answer.cases, answer.times, strict=True):
+            if "head" in times:
+                product = product_s(products, rows, vocab, answer.shape.hidden_size, answer.work)
+                found.append((float(rows * vocab), max(times["head"] - product, 1e-7)))
+    return found
+
+
+def with_collectives(mode: Mode, answers: Sequence[Answer]) -> Mode:
+    """The mode, and what summing over the ranks and choosing among them adds to models that are cut over them."""
+    sums = []
+    for answer in answers:
+        q, _, columns = answer.sizes()
+        hidden = answer.shape.hidden_size
+        for (rows, tokens, _), times in zip(answer.cases, answer.times, strict=True):
+            both = [(name, k) for name, k in (("out", q), ("down", columns)) if name in times]
+            plain = sum(product_s(mode.products, rows * tokens, hidden, k, answer.work, row=True) for _, k in both)
+            if both:
+                sums.append((float(rows * tokens * hidden), max(sum(times[name] for name, _ in both) - plain, 1e-7) / len(both)))
+    heads = [(x, max(t - mode.choose.at(x), 1e-7)) for x, t in _heads(answers, mode.products)]
+    return msgspec.structs.replace(mode, combine=rates_fit.line(sums), exchange=rates_fit.line(heads))

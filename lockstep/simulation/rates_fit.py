@@ -1,0 +1,76 @@
+"""From measured operations to the constants of `planner.calibration`: least squares of relative errors, nothing below zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lockstep.planner.calibration import AttentionRates, Line, ProductRates
+
+F64 = npt.NDArray[np.float64]
+ROUNDS = 400  # of coordinate descent; the columns are few and scaled
+
+
+def fit(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """w >= 0 that makes sum(((x w - t) / t) ** 2) small: coordinate descent on the normal equations (Lawson and Hanson's problem).
+
+    Columns may differ by any scale; one that is all zero gets 0.
+    """
+    t = np.asarray(seconds, np.float64)
+    x: F64 = np.asarray(features, np.float64) / t[:, None]
+    scale = np.linalg.norm(x, axis=0)
+    scale[scale == 0] = 1.0
+    x = x / scale
+    gram, right = x.T @ x, x.T @ np.ones(len(t))
+    w = np.zeros(x.shape[1])
+    for _ in range(ROUNDS):
+        for j in range(len(w)):
+            if gram[j, j] > 0:
+                w[j] = max(0.0, w[j] + (right[j] - gram[j] @ w) / gram[j, j])
+    return [float(v) for v in w / scale]
+
+
+def line(points: Iterable[tuple[float, float]]) -> Line:
+    """base + per * x through (x, seconds)."""
+    found = [(x, max(t, 1e-9)) for x, t in points]
+    return Line(*fit([(1.0, x) for x, _ in found], [t for _, t in found])) if found else Line()
+
+
+class Product:
+    """One measured product: `rows`, `n`, `k`, which class of model (its weights in bytes), what follows in place, seconds."""
+
+    __slots__ = ("gated", "k", "n", "row", "rows", "seconds", "work")
+
+    def __init__(self, rows: int, n: int, k: int, work: float, *, gated: bool, row: bool, seconds: float) -> None:
+        self.rows, self.n, self.k, self.work, self.gated, self.row, self.seconds = rows, n, k, work, gated, row, seconds
+
+
+def products(found: Sequence[Product]) -> list[ProductRates]:
+    """The constants for each number of rows that was measured."""
+    table = []
+    for rows in sorted({p.rows for p in found}):
+        here = [p for p in found if p.rows == rows]
+        works = sorted({p.work for p in here})
+        features = [
+            [1.0, p.n + p.k, p.n / 2 if p.gated else 0.0, p.n if p.row else 0.0, *(p.n * p.k if p.work == w else 0.0 for w in works)]
+            for p in here
+        ]
+        launch, edge, gate, finish, *work = fit(features, [p.seconds for p in here])
+        table.append(ProductRates(rows, launch, edge, list(zip(works, work, strict=True)), gate, finish))
+    return table
+
+
+def attention(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> AttentionRates:
+    """From rows of (bytes, pairs, query rows)."""
+    if not seconds:
+        return AttentionRates(0.0, 0.0, 0.0, 0.0)
+    return AttentionRates(*fit([(1.0, *row) for row in features], seconds))
+
+
+def middle(tables: Sequence[dict[str, Any]], name: str) -> float:
+    """The median of one number over several measurements that have it."""
+    values = [float(t[name]) for t in tables if name in t]
+    return float(np.median(values)) if values else 0.0

@@ -1,0 +1,106 @@
+"""How long each kind of operation takes on this rank: the engine's own program over a model made for the purpose.
+
+What calibration asks a rank for. The model has the shape that is asked for and random weights, its KV cache is spread over
+blocks as a real one's is, and it is gone afterwards. Collective where the model is cut over the TP group.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from lockstep.attention.batch import AttentionBatch
+from lockstep.config.model_spec import ModelSpec
+from lockstep.distributed.groups import ParallelGroups
+from lockstep.models.decoder import DecoderModel
+from lockstep.models.registry import build_model
+from lockstep.worker import kv
+
+MOST_RUNS = 100
+_LAYER = re.compile(r"layers\.\d+\.")
+Case = tuple[int, int, int]  # rows, tokens that each computes, tokens that each holds afterwards
+
+
+def operation_seconds(
+    spec: dict[str, Any], cases: Sequence[Case], seconds: float, *, groups: ParallelGroups, dtype: torch.dtype, block_size: int,
+    quantization: str | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """For each case the median seconds of one operation of each kind, and "head" (logits and the choice of a token).
+
+    seconds: about how long all cases may take; one for which there is no time any more is empty. Small cases should come first.
+    """
+    return Rehearsal(msgspec.convert(spec, ModelSpec), cases, groups, dtype, block_size, quantization).run(cases, seconds)
+
+
+class Rehearsal:
+    """A model of random weights with room for `cases`."""
+
+    def __init__(
+        self, spec: ModelSpec, cases: Sequence[Case], groups: ParallelGroups, dtype: torch.dtype, block_size: int, quantization: str | None
+    ) -> None:
+        self.groups, self.block_size = groups, block_size
+        self.model: DecoderModel = build_model(spec, groups, dtype, "cpu")
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.uniform_(-0.05, 0.05, generator=generator)
+        self.model.pack(max(rows * tokens for rows, tokens, _ in cases), quantization)
+        self.blocks = max(rows * -(-length // block_size) for rows, _, length in cases)
+        caches = kv.allocate(self.model.kv_layers(), self.blocks, block_size, dtype=dtype, device=torch.device("cpu"))
+        for cache in caches:
+            cache.zero_()  # so that every page is memory of its own
+        self.model.bind_kv(caches)
+        assert self.model.native is not None
+        self.model.native.time_operations(True)
+
+    @torch.inference_mode()
+    def run(self, cases: Sequence[Case], seconds: float) -> list[dict[str, float]]:
+        """See `operation_seconds`."""
+        found: list[dict[str, float]] = []
+        left, turns = seconds, len(cases)
+        for case in cases:
+            times, spent = self._case(case, left / turns) if left > 0 else ({}, 0.0)
+            found.append(times)
+            left, turns = left - spent, turns - 1
+        return found
+
+    def _case(self, case: Case, seconds: float) -> tuple[dict[str, float], float]:
+        """Its times, and what finding them took. The first run does not count, unless it alone takes longer than there is time."""
+        rows, tokens, length = case
+        width = -(-length // self.block_size)
+        tables = np.random.default_rng(0).permutation(self.blocks)[: rows * width].reshape(rows, width)
+        batch = AttentionBatch.build([tokens] * rows, [length] * rows, tables, self.block_size)
+        ids = torch.zeros(rows * tokens, dtype=torch.int64)
+        began = time.perf_counter()
+        took = [self._once(ids, batch, rows)]
+        once = self._slowest(time.perf_counter() - began)
+        if (runs := int(min(MOST_RUNS, seconds / once - 1))) > 0:
+            took = [self._once(ids, batch, rows) for _ in range(runs)]
+        return {kind: median(one[kind] for one in took) for kind in took[0]}, once * (1 + max(runs, 0))
+
+    def _slowest(self, seconds: float) -> float:
+        """The longest of the ranks' times: all must come to the same number of runs."""
+        return max(float(self.groups.tp.all_gather(torch.tensor([seconds], dtype=torch.float64), 0).max()), 1e-6)
+
+    def _once(self, ids: torch.Tensor, batch: AttentionBatch, rows: int) -> dict[str, float]:
+        """One step: by kind, the mean over its operations."""
+        native = self.model.native
+        assert native is not None
+        hidden = native.forward(ids, batch, None)
+        assert isinstance(hidden, torch.Tensor)
+        middle = time.perf_counter()
+        self.model.compute_top_tokens(hidden[:rows])
+        ended = time.perf_counter()
+        kinds: dict[str, list[float]] = defaultdict(list)
+        for name, start, stop in native.operation_times():
+            kinds[_LAYER.sub("", name).partition(".")[0]].append(stop - start)
+        found = {kind: sum(values) / len(values) for kind, values in kinds.items()}
+        return found | {"head": ended - middle}

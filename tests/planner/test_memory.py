@@ -1,0 +1,77 @@
+"""Bytes per rank: the reference table, the models' parameter counts, and the engine's own shard map."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from lockstep.config.hf import spec_of
+from lockstep.config.model_spec import read_config_json
+from lockstep.config.source import DEMO_FOLDER
+from lockstep.distributed.partition import ShardMap, stage_layers
+from lockstep.planner.find import catalogue, find_model
+from lockstep.planner.layout import Layout
+from lockstep.planner.memory import kv_bytes_per_token, rank_params, rank_parts, stages, weight_bytes
+from lockstep.planner.model import from_config
+
+TABLE = list(csv.DictReader((Path(__file__).parent / "data" / "memory_per_rank.csv").open()))
+BY_HUB_NAME = {entry["hf_id"].split("/")[1]: name for name, entry in catalogue().items()}
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_parameters_are_those_of_the_instantiated_model(name):
+    shape = find_model(name)[0]
+    assert (shape.params, shape.active_params) == (catalogue()[name]["params_total"], catalogue()[name]["params_active"])
+
+
+@pytest.mark.parametrize("model", sorted({row["model"] for row in TABLE}))
+def test_every_split_equals_the_reference_table(model):
+    shape = find_model(BY_HUB_NAME[model])[0]
+    rows = [row for row in TABLE if row["model"] == model]
+    assert rows
+    for row in rows:
+        tp, pp = int(row["tp"]), int(row["pp"])
+        layout = Layout(tp=tp, pp=pp, ep=tp if row["expert_sharding"] == "ep" else 1)
+        params = [[rank_params(shape, layout, stage, rank, "reference") for rank in range(tp)] for stage in range(pp)]
+        kv = max(kv_bytes_per_token(shape, layout, stage, 0, "reference") for stage in range(pp))
+        assert "/".join(str(part.size) for part in stages(shape, pp, "reference")) == row["layers_per_stage"]
+        assert max(map(max, params)) == int(row["max_params_per_rank"]), row
+        assert sum(map(sum, params)) - shape.params == int(row["replicated_or_padded_params_all_ranks"]), row
+        assert kv == int(row["max_kv_bytes_per_token_per_rank_bf16"]), row
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (3, 2), (5, 1), (7, 3), (8, 4)])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-0.6b"])
+def test_the_engines_shard_map_holds_as_much(name, tp, pp):
+    """Counted again from the map that loader and layers use, with uneven TP and the engine's default partition."""
+    raw = catalogue()[name]["config"]
+    spec, shape = spec_of(raw, Path(name)), from_config(raw, name)
+    for stage, layers in enumerate(stage_layers(spec, pp)):
+        for rank in range(tp):
+            cut = ShardMap.of(spec, tp, rank)
+            q, kv, h = cut.heads.q.size * spec.head_dim, cut.heads.kv.size * spec.head_dim, spec.hidden_size
+            layer = h * (2 * q + 2 * kv) + 3 * h * cut.mlp.size + 2 * h + (2 * spec.head_dim if spec.qk_norm else 0)
+            first, last = stage == 0, stage == pp - 1
+            ends = cut.vocab.size * h * (first + (last and not (first and spec.tie_word_embeddings))) + h * last
+            layout = Layout(tp=tp, pp=pp)
+            assert rank_params(shape, layout, stage, rank, "balanced") == layers.size * layer + ends
+            assert weight_bytes(shape, layout, stage, rank, "balanced") == 2 * (layers.size * layer + ends)
+            assert kv_bytes_per_token(shape, layout, stage, rank, "balanced") == layers.size * 2 * kv * 2
+
+
+def test_int8_keeps_a_scale_for_each_output():
+    shape = from_config(read_config_json(DEMO_FOLDER), "demo")
+    whole, narrow = weight_bytes(shape, Layout()), weight_bytes(shape, Layout(), weight_dtype="int8")
+    spec = shape.spec
+    rows = spec.num_layers * ((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim + 2 * spec.hidden_size + 2 * spec.intermediate_size)
+    matrices = spec.num_layers * (
+        spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads) + 3 * spec.hidden_size * spec.intermediate_size
+    )
+    assert whole - narrow == matrices * (shape.itemsize - 1) - 4 * rows
+
+
+def test_whole_experts_are_dealt_out_evenly_first_ranks_one_more():
+    shape = find_model("mixtral-8x7b")[0]
+    expert = 3 * shape.hidden_size * shape.moe.columns * shape.num_layers
+    held = [sum(p.params for p in rank_parts(shape, Layout(tp=3, ep=3), 0, rank) if p.name == "experts") for rank in range(3)]
+    assert [params / expert for params in held] == [3, 3, 2]
