@@ -26,11 +26,12 @@ VERBS = {
     "bench": ("lockstep.cli.bench.main", "measure: latency, throughput, a server under load, collectives"),
     "plan": ("lockstep.cli.plan", "which split of a model over which devices, at what speed and cost"),
     "calibrate": ("lockstep.cli.calibrate", "measure this machine for the planner, in less than a minute"),
+    "simulate": ("lockstep.cli.simulate", "parallelism on paper: tp, collectives, pipeline, data, experts, context"),
     "top": ("lockstep.cli.top", "the ranks of a running server, live"),
     "collect-env": ("lockstep.cli.collect_env", "versions, processor and variables, for a bug report"),
     "doctor": ("lockstep.cli.doctor", "what this machine has, and whether ranks can talk"),
 }
-LATER = ("complete", "simulate", "trace", "run-batch", "worker")
+LATER = ("complete", "trace", "run-batch", "worker")
 
 USER_ERRORS = ("ConfigError", "WeightError")  # that ranks raise
 
