@@ -6,8 +6,8 @@
 Needs a calibration (`lockstep calibrate`, on the same quiet machine, minutes before; or --calibrate runs it first). Each setting is
 an engine of its own, a batch of equal prompts given at once, measured `--repetitions` times (medians); right before and after it
 the memory bandwidth is measured, and predictions are scaled by it. The prediction is the event simulation: the real scheduler,
-with step times of planner/cpu.py. Two figures for each number: as calibrated, and after fitting one factor for the steps of a TTFT and
-one for those of a TPOT on the settings marked `fit`; every second setting, and all with PP=2, are held out from that.
+with step times of planner/cpu.py. Two figures for each number: as calibrated, and after fitting one factor for each figure
+on the settings marked `fit`; every second setting, and all with PP=2, are held out from that.
 Exits 1 when the median error of the held-out settings is above 10 % or their mean above 15 %.
 """
 
@@ -142,7 +142,7 @@ def predict(llm: LLM, setting: Setting, found: Calibration, scale: float) -> dic
     layout = Layout(tp=setting.tp, pp=setting.pp, dp=setting.dp)
     busy = min(setting.batch, setting.pp * setting.dp) * setting.tp
     model = CpuModel(found, from_spec(llm.spec, setting.model), layout, bandwidth_scale=scale, alone=busy == setting.tp)
-    limits = limits_of(llm.config, llm.spec, llm._client.memory)  # noqa: SLF001 - the engine's own numbers, which no method gives
+    limits = limits_of(llm.config, llm.spec, llm._client.memory)
     report = simulate(
         lambda clock: Scheduler(limits, prefix_caching=False, stages=setting.pp, clock=clock),
         CalibratedCost(model),

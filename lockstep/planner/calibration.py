@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from lockstep.config.errors import ConfigError
+from lockstep.planner.entry import to_entry
 from lockstep.planner.hardware import DecodeFit, Device, ErrorBand, Link, PrefillFit, Roofline
 from lockstep.utils import env
 
@@ -96,7 +97,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         return min(self.modes, key=lambda m: (abs(m.ranks - ranks), abs(m.busy - (busy or m.ranks))))
 
     def device(self) -> Device:
-        """The machine as one device of a cluster: what the general cost model needs."""
+        """The machine, one rank on all of its cores, as one device of a cluster: what the general cost model needs."""
         mode = self.mode(1)
         dense = max(mode.products, key=lambda p: p.rows)
         flops = self.flops[self.dtype]
@@ -110,9 +111,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
             scale_out=link,
             per_node=1,
             cores=self.cores,
-            gemm={self.dtype: Roofline(min(p.launch_s for p in mode.products), _efficiency(dense, flops), 1.0)},
-            prefill=PrefillFit(mode.prefill.base_s, min(1.0, 4 / max(mode.prefill.pair_s * flops, 4.0)), 1.0, tile=1),
-            decode=DecodeFit(mode.decode.base_s, min(1.0, 1 / max(mode.decode.byte_s * self.memory_bandwidth, 1.0))),
+            gemm={self.dtype: Roofline(dense.launch_s, _share(2 * dense.rows / flops, dense.work[-1][1]), 1.0)},
+            prefill=PrefillFit(mode.prefill.base_s, _share(4 / flops, mode.prefill.pair_s), 1.0),
+            decode=DecodeFit(mode.decode.base_s, _share(1 / self.memory_bandwidth, mode.decode.byte_s)),
             elementwise=Roofline(mode.norm.base_s, 1.0, 1.0),
             calibrated=True,
             band=MEASURED,
@@ -120,9 +121,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def _efficiency(rates: ProductRates, flops: float) -> float:
-    per_weight = rates.work[-1][1]
-    return min(1.0, 2 * rates.rows / (per_weight * flops)) if per_weight else 1.0
+def _share(least_s: float, seconds: float) -> float:
+    """Which share of the peak something reaches that at best takes `least_s`: at most all of it."""
+    return min(1.0, least_s / seconds) if seconds > 0 else 1.0
 
 
 def link_of(table: list[tuple[int, float]]) -> Link:
@@ -133,29 +134,28 @@ def link_of(table: list[tuple[int, float]]) -> Link:
     return Link(launch_s, 0.0, most / max(slowest_s - launch_s, 1e-9))
 
 
-def folder() -> Path:
-    """Where entries of this user's machines are."""
-    return env.cache_folder() / "devices"
-
-
 def path_of(name: str = "this") -> Path:
-    """The file of an entry by its name."""
-    return folder() / f"{name}.json"
+    """The file of an entry by its name, where `catalogue.device` looks for it."""
+    return env.cache_folder() / "devices" / f"{name}.json"
 
 
 def save(found: Calibration, path: Path) -> None:
-    """Write an entry, whole or not at all."""
+    """Write the catalogue entry, with all that was measured under `engine`; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(msgspec.json.format(msgspec.json.encode({**to_entry(found.device()), "engine": found}), indent=1))
     part.replace(path)
 
 
+class _Entry(msgspec.Struct):
+    engine: Calibration
+
+
 def load(path: Path | None = None) -> Calibration:
-    """An entry; by default this machine's. Raises ConfigError when there is none, or it is of another version."""
+    """What was measured of an entry; by default this machine's. Raises ConfigError when there is none, or it is of another version."""
     path = path or path_of()
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
+        found = msgspec.json.decode(path.read_bytes(), type=_Entry).engine
     except FileNotFoundError:
         raise ConfigError(f"{path} is not there: run `lockstep calibrate` on this machine first (it takes less than a minute).") from None
     except (OSError, msgspec.DecodeError) as e:

@@ -32,7 +32,7 @@ from lockstep.planner.hardware import (
 
 LIKE = "H100"
 _NEEDED = ("name", "flops", "memory_bandwidth", "capacity_bytes", "scale_up")
-_OPTIONAL = ("scale_out", "per_node", "cores", "price_per_hour", "source", "like", "calibrated", "band", "fits", "aliases")
+_OPTIONAL = ("scale_out", "per_node", "cores", "price_per_hour", "source", "like", "calibrated", "band", "fits", "aliases", "engine")
 
 
 def from_entry(entry: Mapping[str, Any], lookup: Callable[[str], Device]) -> Device:

@@ -1,0 +1,56 @@
+"""Calibration on real ranks: every kind of operation is found, and the whole verb writes an entry that prices a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from lockstep.cli import main as cli
+from lockstep.config.tree import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from lockstep.executor.factory import make_executor
+from lockstep.planner import calibration
+from lockstep.planner.cpu import CpuModel
+from lockstep.planner.layout import Layout
+from lockstep.planner.model import from_spec
+from lockstep.simulation import measure
+from lockstep.simulation.calibrate import TINY
+
+KINDS = {"angles", "embed", "norm", "qkv", "rope", "attention", "out", "gate_up", "down", "head"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_time_every_kind_of_operation(ranks: int, tmp_path: Path):
+    config = EngineConfig(
+        model=ModelConfig(dtype="bfloat16", load_format="dummy", max_model_len=256),
+        parallel=ParallelConfig(tensor_parallel_size=ranks, threads_per_rank=1),
+        cache=CacheConfig(num_gpu_blocks_override=16),
+        scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=256),
+        runtime=RuntimeConfig(device="cpu"),
+    )
+    executor = make_executor(config, TINY, tmp_path)
+    try:
+        whole = measure.ask(executor, TINY, [(1, 1, 64), (4, 16, 32)], 0.2, tp=1, alone=True)
+        cut = measure.ask(executor, TINY, [(2, 1, 8)], 0.1, tp=ranks, alone=False)
+        lone = measure.ask(executor, TINY, [(1, 1, 8)], 0.1, tp=1, alone=True, only=1)
+    finally:
+        executor.shutdown()
+    for times in (*whole.times, *cut.times, *lone.times):
+        assert set(times) == KINDS and all(value > 0 for value in times.values())
+    mode = measure.mode_of([whole], ranks=ranks, busy=ranks, threads=1, bandwidth=1e10)
+    assert [rates.rows for rates in mode.products] == [1, 64]
+
+
+@pytest.mark.full
+def test_the_verb_writes_an_entry_that_prices_a_step(tmp_path: Path):
+    path = tmp_path / "here.json"
+    assert cli.main(["calibrate", "--budget-seconds", "30", "--out", str(path)]) == 0
+    found = calibration.load(path)
+    assert [(mode.ranks, mode.busy) for mode in found.modes] == [(1, 1), (2, 2), (2, 1)]
+    assert found.device().calibrated and min(s for _, s in (*found.all_reduce, *found.send_recv)) > 0
+    shape = from_spec(msgspec.convert(msgspec.to_builtins(measure.MODELS[1]), type(TINY)), "another")
+    for layout in (Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2)):
+        model = CpuModel(found, shape, layout)
+        one, many = sum(model.stage_s([1], [64], 1)), sum(model.stage_s([1] * 16, [64] * 16, 16))
+        assert 0 < one < many

@@ -1,0 +1,142 @@
+"""Calibration's arithmetic: constants are found again, entries kept, steps add up. What ranks measure is tested in tests/parity."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from lockstep.cli import main as cli
+from lockstep.cli.calibrate import peak_flops, table
+from lockstep.config.errors import ConfigError
+from lockstep.config.model_spec import ModelSpec
+from lockstep.planner import calibration, catalogue
+from lockstep.planner.calibration import AttentionRates, Calibration, Line, Mode, ProductRates
+from lockstep.planner.cpu import CpuModel, attention_s, pairs_of, product_s
+from lockstep.planner.layout import Layout
+from lockstep.planner.model import from_spec
+from lockstep.simulation import rates_fit
+from lockstep.simulation.rates_fit import Product
+
+SPEC = ModelSpec("LlamaForCausalLM", 256, 6, 8, 4, 32, 768, 8000, 4096, layer_kinds=("full",) * 6, dtype="bfloat16")
+SHAPE = from_spec(SPEC, "small")
+
+
+def mode(ranks: int = 1, busy: int | None = None, **more: object) -> Mode:
+    """Round numbers: a weight costs 1 ns at one row, in caches and from memory alike."""
+    rates = [ProductRates(r, 1e-6, 0.0, [(1e6, 1e-9 * r), (1e9, 1e-9 * r)], 0.0, 0.0) for r in (1, 8, 64)]
+    flat, none = AttentionRates(1e-6, 1e-10, 1e-12, 0.0), Line()
+    settings = {"rope": none, "angles": none, "embed": none, "norm": none, "choose": none, **more}
+    return Mode(ranks=ranks, busy=busy or ranks, threads=2 // ranks, bandwidth=1e10, products=rates, decode=flat, prefill=flat, **settings)
+
+
+def machine(*modes: Mode, cache: int = 1 << 40) -> Calibration:
+    return Calibration(
+        name="this", machine="a test", cores=2, kernels="none", dtype="bfloat16", capacity_bytes=1 << 30, memory_bandwidth=2e10,
+        cache_bytes=cache, flops={"bfloat16": 1e12}, all_reduce=[(256, 2e-6), (1 << 20, 1e-4)], send_recv=[(256, 3e-6), (1 << 20, 8e-5)],
+        modes=list(modes),
+    )  # fmt: skip
+
+
+def test_constants_are_found_again():
+    """Products made from known constants, of shapes and sets that calibration uses: other shapes are predicted within 1 %."""
+    truth = [
+        ProductRates(rows, 2e-6, 3e-10 * rows, [(1e6, rows * 2e-12 + 4e-12), (1e8, rows * 2e-12 + 5e-11)], 1e-9 * rows, 2e-9 * rows)
+        for rows in (1, 8, 64, 512)
+    ]
+    shapes = [(256, 256), (512, 256), (256, 768), (1536, 1024), (1024, 4096), (8192, 1024)]
+    samples = [
+        Product(rates.rows, n, k, work, gated=gated, row=row, seconds=product_s([rates], rates.rows, n, k, work, gated=gated, row=row))
+        for rates, (n, k), (work, _), (gated, row) in itertools.product(truth, shapes, truth[0].work, ((0, 0), (1, 0), (0, 1)))
+    ]
+    found = rates_fit.products(samples)
+    for rows, (n, k) in itertools.product((1, 8, 64, 512), ((320, 640), (2048, 512))):
+        for gated, row in ((True, False), (False, True)):
+            want = product_s(truth, rows, n, k, 1e7, gated=gated, row=row)
+            assert product_s(found, rows, n, k, 1e7, gated=gated, row=row) == pytest.approx(want, rel=0.01)
+
+
+def test_no_constant_is_negative():
+    weights = rates_fit.fit([(1.0, x) for x in (1.0, 2.0, 3.0)], [3.0, 2.0, 1.0])
+    assert min(weights) == 0.0 and max(weights) > 0
+    assert rates_fit.line([(x, 5.0 + 2.0 * x) for x in (1.0, 10.0, 100.0)]).at(1000) == pytest.approx(2005, rel=1e-3)
+    assert rates_fit.line([]) == Line()
+
+
+def test_between_measured_rows_seconds_lie_between():
+    table_ = mode().products
+    assert product_s(table_, 1, 100, 100, 1e6) == pytest.approx(11e-6)
+    assert product_s(table_, 1, 100, 100, 1e6) < product_s(table_, 3, 100, 100, 1e6) < product_s(table_, 8, 100, 100, 1e6)
+    assert product_s(table_, 128, 100, 100, 1e6) == pytest.approx(2 * product_s(table_, 64, 100, 100, 1e6)), "beyond: in proportion"
+
+
+def test_pairs_are_counted_as_attention_sees_them():
+    for queries, context, window in itertools.product((1, 3, 7), (7, 20), (0, 5)):
+        by_hand = sum(1 for q in range(context - queries, context) for k in range(q + 1) if not window or q - k < window)
+        assert pairs_of(queries, context, window) == by_hand
+
+
+def test_a_step_is_the_sum_of_what_is_in_it():
+    """Every product by hand: launch of 1 us, 1 ns a weight and row."""
+    model = CpuModel(machine(mode(step=Line(1e-4, 1e-5))), SHAPE, Layout())
+    weights = 256 * (512 + 256 + 1536) + 256 * 768
+    attention = attention_s(mode().decode, 100 * 2 * 128 * 2, 100 * 256, 0)
+    want = (1e-4 + 1e-5) + 6 * (4e-6 + weights * 1e-9 + attention) + (1e-6 + 8000 * 256 * 1e-9)
+    assert sum(model.stage_s([1], [100], 1)) == pytest.approx(want)
+    assert sum(model.stage_s([1], [100], 0)) == pytest.approx(want - (1e-6 + 8000 * 256 * 1e-9)), "nothing is sampled: no head"
+
+
+def test_stages_share_the_layers_and_hops_have_a_price():
+    whole = CpuModel(machine(mode(), mode(2)), SHAPE, Layout())
+    halves = CpuModel(machine(mode(), mode(2, hop=Line(1e-5, 1e-9))), SHAPE, Layout(pp=2))
+    assert len(halves.stage_s([1], [50], 1)) == 2
+    assert sum(halves.stage_s([1], [50], 1)) == pytest.approx(sum(whole.stage_s([1], [50], 1)))
+    assert halves.hop_s(10) == pytest.approx(1e-5 + 10 * 512 * 1e-9) and whole.hop_s(10) == 0
+
+
+def test_ranks_that_share_a_layer_pay_for_sums():
+    plain, summed = mode(2), mode(2, combine=Line(1e-5))
+    seconds = [sum(CpuModel(machine(mode(), m), SHAPE, Layout(tp=2)).stage_s([1], [50], 1)) for m in (plain, summed)]
+    assert seconds[1] - seconds[0] == pytest.approx((2 * 6 + 1) * 1e-5), "two sums a layer, and the embedding's"
+    assert seconds[0] < sum(CpuModel(machine(mode(), plain), SHAPE, Layout()).stage_s([1], [50], 1)), "half of each matrix"
+
+
+def test_who_works_alone_has_a_mode_of_its_own():
+    found = machine(mode(), mode(2), mode(2, busy=1))
+    assert (found.mode(2).busy, found.mode(2, 1).busy, found.mode(4).ranks) == (2, 1, 2)
+    assert CpuModel(found, SHAPE, Layout(pp=2), alone=True).mode.busy == 1
+
+
+def test_bandwidth_now_scales_what_is_read_from_memory_only():
+    def step(scale: float, cache: int) -> float:
+        return sum(CpuModel(machine(mode(), cache=cache), SHAPE, Layout(), bandwidth_scale=scale).stage_s([1], [1], 1))
+
+    assert step(0.5, 1 << 40) == pytest.approx(step(1.0, 1 << 40), rel=0.01), "weights in the caches"
+    assert 1.1 * step(1.0, 0) < step(0.5, 0) < 2 * step(1.0, 0)
+
+
+def test_an_entry_is_kept_and_read_as_a_device(tmp_path: Path):
+    found, path = machine(mode(), mode(2)), tmp_path / "devices" / "here.json"
+    calibration.save(found, path)
+    assert calibration.load(path) == found and [p.name for p in path.parent.iterdir()] == ["here.json"]
+    device = catalogue.cluster(str(path)).device
+    assert device.calibrated and device.memory_bandwidth == 2e10 and device.peak("float16") == 1e12
+    assert 0 < device.roofline("bfloat16").flop_efficiency <= 1
+    assert device.scale_up.seconds(1 << 20, 1 << 20) == pytest.approx(1e-4, rel=0.01)
+    assert "GB/s" in table(found) and peak_flops(found.modes) == pytest.approx(2 * 2e9)
+
+
+def test_what_is_no_entry_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="run `lockstep calibrate`"):
+        calibration.load(tmp_path / "none.json")
+    for text in (b"{", b"[]", msgspec.json.encode({"engine": msgspec.structs.replace(machine(mode()), format=99)})):
+        (tmp_path / "bad.json").write_bytes(text)
+        with pytest.raises(ConfigError, match="calibrate` again"):
+            calibration.load(tmp_path / "bad.json")
+
+
+def test_too_little_time_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["calibrate", "--budget-seconds", "1"]) == 2
+    assert "--budget-seconds=1 is too short: give at least" in capsys.readouterr().err
