@@ -25,6 +25,8 @@ NAP_S = 1.0  # longest wait of a `step` with nothing to do
 class LocalClient(EngineClient):
     """See EngineClient. Steps run on the caller's thread."""
 
+    ticks = False
+
     def __init__(self, core: EngineCore) -> None:
         self.core, self.config, self.memory = core, core.config, core.memory
         self._watched: int | None = None
