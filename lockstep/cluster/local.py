@@ -57,6 +57,9 @@ class LocalClient(EngineClient):
             select.select([self._watched], [], [], NAP_S)
         return self.core.step()
 
+    def gathered(self) -> list[EngineOutput]:
+        return self.core.scheduler.take_outputs()
+
     def watch(self, fd: int) -> None:
         self._watched = fd
 
