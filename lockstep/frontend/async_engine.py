@@ -28,14 +28,14 @@ from lockstep.frontend import engine_wire as wire
 from lockstep.frontend.collector import Collector
 from lockstep.frontend.engine_link import EngineLink
 from lockstep.frontend.inputs import InputProcessor, Job
-from lockstep.frontend.outputs import CompletionOutput, RequestOutput
+from lockstep.frontend.outputs import RequestOutput, bare_end
+from lockstep.frontend.problems import problems_of
 from lockstep.frontend.prompts import Prompt
 from lockstep.frontend.replays import Replays
 from lockstep.frontend.streams import CallRefused, EngineDeadError, Stream, submitted
 from lockstep.observability.logging import get_logger
 from lockstep.observability.otel import RequestSpans
 from lockstep.protocol import EngineOutput, FinishReason, Pooling, SamplingParams
-from lockstep.protocol.health import QUIET_S, SILENT_S
 from lockstep.utils import procs
 from lockstep.utils.frames import NO_MESSAGE
 
@@ -123,7 +123,7 @@ class AsyncEngine:
         """The engine that was is not ours any more: it died, or has dropped us."""
         self._link.linked, self._health = False, None
         self._tasks[0].cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError, Exception):  # `_task_ended` has told it
             await self._tasks[0]
         if self._dropped and (health is None or procs.alive(health.pid, health.born)):
             _log.error("the engine dropped this process, which did not read: %d requests are given to it anew", len(self._jobs))
@@ -152,7 +152,7 @@ class AsyncEngine:
         self.fail("the server is shutting down.")
         for task in reversed(self._tasks):
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, Exception):  # `_task_ended` has told it
                 await task
         self._compiler.shutdown(wait=False, cancel_futures=True)
         if self.observer is not None:
@@ -185,18 +185,7 @@ class AsyncEngine:
 
     def problems(self) -> list[dict[str, Any]]:
         """What is not well, in words and numbers, worst first; empty when every rank answers. Asks nobody: it is known here."""
-        if self.failure is not None:
-            return [{"process": "engine", "state": "dead", "why": str(self.failure).partition("\n")[0]}]
-        health, silent_s = self._health, time.monotonic() - self._pulse_s
-        if health is None:
-            return [
-                {"process": "engine", "state": "starting", "for_s": round(silent_s, 2), "why": "the engine's process died: another starts"}
-            ]
-        stopped = silent_s > QUIET_S and procs.state(health.pid) in ("T", "")
-        if stopped or silent_s > SILENT_S:
-            kind, why = "stopped" if stopped else "silent", f"the engine's process has given no sign of life for {silent_s:.1f} s"
-            return [{"process": "engine", "pid": health.pid, "state": kind, "for_s": round(silent_s, 2), "why": why}]
-        return health.problems()
+        return problems_of(self.failure, self._health, time.monotonic() - self._pulse_s)
 
     @property
     def takes_requests(self) -> bool:
@@ -294,7 +283,7 @@ class AsyncEngine:
         except Exception:  # it ends anyhow
             _log.exception("the end of request %s could not be made", name)
             self._collector.forget([request.request_id for request in job.requests])
-            last = [RequestOutput(name, job.prompt, job.prompt_token_ids, _bare_ends(job, reason), True, error=error)]
+            last = [bare_end(name, job.prompt, job.prompt_token_ids, job.sampling.n, reason, error)]
         for output in last:
             stream.put(output)
             self._observe_end(output)
@@ -402,8 +391,3 @@ class AsyncEngine:
     def _raise_failure(self) -> None:
         if self.failure is not None:
             raise self.failure
-
-
-def _bare_ends(job: Job, reason: FinishReason) -> list[CompletionOutput]:
-    """Ends of a job's completions, without what they were."""
-    return [CompletionOutput(i, finish_reason=reason) for i in range(job.sampling.n)]

@@ -86,11 +86,18 @@ class Serving:
                 if failure is not None:
                     raise ExecutorError(str(failure))
                 if self._signals and not connecting.done():
+                    await self._leave(connecting)
                     return False
             connecting.result()
-        finally:
-            connecting.cancel()
+        except BaseException:
+            await self._leave(connecting)
+            raise
         return True
+
+    async def _leave(self, connecting: asyncio.Task[None]) -> None:
+        connecting.cancel()
+        await asyncio.wait([connecting])
+        await self._state.engine.close()
 
     def _signal(self, number: int) -> None:
         self._signals.append(number)

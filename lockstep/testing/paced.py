@@ -65,7 +65,7 @@ class PacedClient(EngineClient):
     def add_request(self, request: EngineRequest) -> None:
         phase = phase_s(len(request.prompt_token_ids))
         self._due.setdefault(phase, {})[request.request_id] = request
-        self._made[request.request_id] = 0
+        self._made[request.request_id] = len(request.output_token_ids)
         if phase not in self._next:
             now = time.monotonic()
             self._next[phase] = now - (now - phase) % PERIOD_S + PERIOD_S
