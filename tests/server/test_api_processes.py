@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -15,7 +16,11 @@ from lockstep.testing.server import RunningServer, running_server
 
 def processes(server: RunningServer, module: str) -> list[psutil.Process]:
     """The processes right below the server that run this module."""
-    return [process for process in psutil.Process(server.pid).children() if module in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process(server.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            found += [process] if module in " ".join(process.cmdline()) else []
+    return found
 
 
 @pytest.mark.timeout(180)
