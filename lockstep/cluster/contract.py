@@ -29,7 +29,8 @@ class EngineClient(ABC):
     memory: MemoryPlan
     failure: ExecutorError | None
     timeline: Timeline  # of this process
-    tick: Callable[[], None] = staticmethod(lambda: None)  # called in every wait, at least a few times a second where it can be
+    tick: Callable[[], None] = staticmethod(lambda: None)  # called in every wait, at least a few times a second where `ticks`
+    ticks: bool = True  # False: a `step` takes as long as it takes; `health` may be asked from another thread meanwhile
 
     @abstractmethod
     def check_request(self, request: EngineRequest) -> None:
@@ -46,6 +47,10 @@ class EngineClient(ABC):
     @abstractmethod
     def step(self) -> list[EngineOutput]:
         """Wait for news of requests and return it; [] when there is nothing to wait for, or after a moment without any."""
+
+    def gathered(self) -> list[EngineOutput]:
+        """What came while something else than `step` waited, for a `tick` to pass on at once; no later step returns it again."""
+        return []
 
     @abstractmethod
     def watch(self, fd: int) -> None:

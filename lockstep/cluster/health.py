@@ -149,7 +149,7 @@ class HealthBook:
                     restarts=life.starts - 1,
                     silent_s=now_s - entry.heard_s,
                     ranks=[] if pulse is None else pulse.ranks,
-                    stats=None if pulse is None else pulse.stats,
+                    stats=None if pulse is None else pulse.report.stats,
                     lost_why="" if lost is None else str(lost).partition("\n")[0],
                     lost_rank=None if lost is None else lost.rank,
                     lost_phase="" if lost is None else lost.phase,

@@ -25,6 +25,8 @@ NAP_S = 1.0  # longest wait of a `step` with nothing to do
 class LocalClient(EngineClient):
     """See EngineClient. Steps run on the caller's thread."""
 
+    ticks = False
+
     def __init__(self, core: EngineCore) -> None:
         self.core, self.config, self.memory = core, core.config, core.memory
         self._watched: int | None = None
@@ -54,6 +56,9 @@ class LocalClient(EngineClient):
         if self._watched is not None and self.core.failure is None and not self.core.has_unfinished():
             select.select([self._watched], [], [], NAP_S)
         return self.core.step()
+
+    def gathered(self) -> list[EngineOutput]:
+        return self.core.scheduler.take_outputs()
 
     def watch(self, fd: int) -> None:
         self._watched = fd

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.cluster import wire
@@ -21,7 +21,7 @@ from lockstep.protocol import EngineRequest
 SLEEP_LEVELS = (1, 2)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Mode:
     """How all replicas are to be."""
 
@@ -69,13 +69,13 @@ class Operated(EngineClient):
         return sorted(found, key=lambda info: -info.age_s)
 
     def pause(self) -> None:
-        self.mode.paused = True
+        self.mode = replace(self.mode, paused=True)
         self._call("pause", skip_lost=True)
 
     def resume(self) -> None:
         if self.mode.sleep_level:
             raise ValueError(f"the engine sleeps (level {self.mode.sleep_level}): wake it up instead.")
-        self.mode.paused = False
+        self.mode = Mode()
         self._call("resume", skip_lost=True)
 
     def sleep(self, level: int = 1) -> None:

@@ -37,8 +37,7 @@ from lockstep.utils.frames import Channel
 
 LOST_ROUTER = 3  # exit code: the router is gone, or cannot be reached
 LOOK_S = 0.25  # so often, with nothing to do, whether every rank lives
-REPORT_S = 0.02  # at most so often the router is told what this replica carries,
-LIVE_S = 0.5  # and so often, idle or not, how it does
+REPORT_S = 0.02  # at most so often the router is told what this replica carries
 
 # What the router may call: name -> how it is done.
 CALLS: dict[str, Callable[..., Any]] = {
@@ -67,7 +66,7 @@ class Replica:
         self.core, self.channel, self._keeper = core, channel, keeper
         self._worked = False
         self.ticket = 0
-        self._reported_s = self._live_s = 0.0
+        self._reported_s = 0.0
         self._speaking = threading.Lock()  # the main thread and the heart's
 
     def run(self, orders: Sequence[wire.Order] = ()) -> None:
@@ -79,8 +78,6 @@ class Replica:
             if self.channel.wait(0.0 if busy else LOOK_S):
                 for order in self.channel.receive():
                     self._take(order)
-            elif not busy and time.monotonic() - self._live_s >= LIVE_S:
-                self._send([], report=False)
             if not busy:
                 self.core.check_health()  # a rank that dies while there is nothing to do is told at once
             if self.core.has_unfinished():
@@ -99,10 +96,7 @@ class Replica:
 
     def _send(self, outputs: list[EngineOutput], report: bool) -> None:
         load = self.core.scheduler.load() if report else None
-        live, now_s = None, time.monotonic()
-        if now_s - self._live_s >= LIVE_S:
-            live, self._live_s = self.core.report(), now_s
-        self.say(wire.News(outputs, load, self.ticket, live))
+        self.say(wire.News(outputs, load, self.ticket))
         if not self._worked and any(output.new_token_ids for output in outputs):
             self._worked = True
             if self._keeper is not None:
@@ -164,6 +158,7 @@ def main() -> None:
     if launch.router_fd is not None:
         keeper, channel = channel, Channel(socket.socket(fileno=launch.router_fd), wire.decode_order)
     core: EngineCore | None = None
+    replica: Replica | None = None
     try:
         executor = make_executor(launch.config, launch.spec, Path(launch.folder))
         core = EngineCore(launch.config, launch.spec, executor)
@@ -182,8 +177,11 @@ def main() -> None:
         code = 1
         failed = _failed(e, core, launch.config)
         with contextlib.suppress(ConnectionError):
-            channel.send(wire.encode(failed))
-            channel.drain()
+            if replica is not None:
+                replica.say(failed)  # the heart may be speaking
+            else:
+                channel.send(wire.encode(failed))
+                channel.drain()
     if core is not None:
         core.shutdown()
     sys.stderr.flush()

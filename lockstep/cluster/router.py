@@ -129,13 +129,16 @@ class DataParallelClient(Operated):
                 if live.replica >= 0:
                     self._fleet.send(live.replica, wire.Abort([live.alias]))
 
+    def gathered(self) -> list[EngineOutput]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
     def step(self) -> list[EngineOutput]:
         if self.failure is not None and not self._outputs:
             raise self.failure
         if not self._outputs:
             self._pump(NAP_S if self._live or self.supervisor.repairing or self._watched else 0.0)
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        return self.gathered()
 
     def watch(self, fd: int) -> None:
         self._watched = True
@@ -217,10 +220,9 @@ class DataParallelClient(Operated):
             if reply.load is not None:
                 load = reply.load
                 self.book.reconcile(replica, load.waiting_tokens, load.running_tokens, load.requests, reply.ticket)
-            if reply.report is not None:
-                self._reports.heard(replica, reply.report)
         elif isinstance(reply, wire.Pulse):
             self.health_book.heard(replica, reply)
+            self._reports.heard(replica, reply.report)
         elif isinstance(reply, wire.Ready):
             self._ready(replica, reply)
         elif isinstance(reply, wire.Answer | wire.Refused) and reply.id in self._answers:

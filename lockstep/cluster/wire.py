@@ -9,7 +9,7 @@ import msgspec
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.engine.sizing import MemoryPlan
-from lockstep.engine.stats import EngineLoad, EngineReport, EngineStats
+from lockstep.engine.stats import EngineLoad, EngineReport
 from lockstep.protocol import EngineOutput, EngineRequest
 from lockstep.protocol.health import RankHealth
 
@@ -65,14 +65,13 @@ class News(msgspec.Struct, tag="news", array_like=True):
     outputs: list[EngineOutput]
     load: EngineLoad | None
     ticket: int
-    report: EngineReport | None = None  # twice a second
 
 
 class Pulse(msgspec.Struct, tag="pulse", array_like=True):
-    """How the replica is, every `PULSE_S` seconds, also while it has nothing to do."""
+    """How the replica is and what it came to, every `PULSE_S` seconds, also while it has nothing to do, or is in a step."""
 
     ranks: list[RankHealth]
-    stats: EngineStats
+    report: EngineReport
 
 
 class Answer(msgspec.Struct, tag="answer", array_like=True):

@@ -54,7 +54,8 @@ class EngineCore:
         self._meter = StepMeter(clock)
         self._in_flight: deque[tuple[ScheduledStep, StepFuture, float]] = deque()  # oldest first, with when it was issued
         self.flight = FlightRecorder("engine")
-        self.busy_since_s: float | None = None  # monotonic time at which the `step` (or pause, sleep, ...) under way began
+        self.busy_since_s: float | None = None  # monotonic time at which the `step` (or sleep, wake_up) under way began
+        self.moving_memory = False  # whether that gives memory back or takes it again: weights may be read, as in a start
         self.paused, self.sleep_level = False, 0
 
     def add_request(self, request: EngineRequest) -> None:
@@ -183,11 +184,14 @@ class EngineCore:
     def _at_work(self) -> Iterator[None]:
         """A rank that fails inside fails the engine, as in a step: no engine is left half asleep."""
         self._raise_failure()
+        self.busy_since_s, self.moving_memory = time.monotonic(), True
         try:
             yield
         except ExecutorError as error:
             self._fail(error)
             raise
+        finally:
+            self.busy_since_s, self.moving_memory = None, False
 
     def check_health(self) -> None:
         """Raise the ExecutorError if the engine can no longer run."""

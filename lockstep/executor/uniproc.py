@@ -97,7 +97,7 @@ class UniprocExecutor(InProcessExecutor):
 
     def live(self) -> list[RankLive]:
         self._times.memory(resident_bytes())
-        return [self._times.live(0, phase="idle", beat_age_s=0.0)]  # who asks is the rank's own thread
+        return [self._times.live(0, phase=self._place[0], beat_age_s=0.0)]  # who asks is in the rank's own process
 
     @contextlib.contextmanager
     def _ending(self, phase: str) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +28,14 @@ from lockstep.frontend import engine_wire as wire
 from lockstep.frontend.collector import Collector
 from lockstep.frontend.engine_link import EngineLink
 from lockstep.frontend.inputs import InputProcessor, Job
-from lockstep.frontend.outputs import RequestOutput
+from lockstep.frontend.outputs import RequestOutput, bare_end
+from lockstep.frontend.problems import problems_of
 from lockstep.frontend.prompts import Prompt
+from lockstep.frontend.replays import Replays
 from lockstep.frontend.streams import CallRefused, EngineDeadError, Stream, submitted
 from lockstep.observability.logging import get_logger
 from lockstep.observability.otel import RequestSpans
 from lockstep.protocol import EngineOutput, FinishReason, Pooling, SamplingParams
-from lockstep.protocol.health import QUIET_S, SILENT_S
 from lockstep.utils import procs
 from lockstep.utils.frames import NO_MESSAGE
 
@@ -42,7 +43,6 @@ LONG_TEXT = 20_000  # characters; longer prompts are tokenized beside the event 
 CALL_S = 60.0
 LOOK_S = 0.1  # how often it is looked whether the engine's process lives
 RESTART_GRACE_S = 60.0  # beyond its start: until the former one is gone, and pauses between attempts
-MOST_REPLAYS = 5  # of one request: if every engine that takes it dies, it is the cause
 SEED_STRIDE = 1 << 32  # API processes draw seeds from ranges of their own
 
 _log = get_logger(__name__)
@@ -60,7 +60,7 @@ class AsyncEngine:
         self.spec, self.folder, self.tokenizer = spec, folder, tokenizer
         self.observer: RequestSpans | None = None
         self.failure: EngineDeadError | None = None
-        self.restarts = 0  # of the engine's process, as seen from here
+        self.on_welcome: Callable[[], None] = lambda: None  # called when another engine has come, with other memory perhaps
         self._health: EngineHealth | None = None
         self._pulse_s = time.monotonic()  # when the engine last said how it is
         self.started_s = time.monotonic()
@@ -70,69 +70,89 @@ class AsyncEngine:
         self._answers: dict[int, asyncio.Future[msgspec.Raw]] = {}
         self._count = 0
         self._compiler = ThreadPoolExecutor(1, "grammars")
-        self._replays: dict[str, int] = {}  # job -> how many engines have died under it
+        self._replays = Replays()
+        self._dropped = False  # by the engine, which runs on
         self._tasks: list[asyncio.Task[None]] = []
 
     # --- life ---
 
     async def connect(self, timeout_s: float = 30.0) -> None:
         """Prove the secret, and wait until the engine runs. Raises EngineDeadError when it does not in time."""
-        welcome = await self._link.greet(timeout_s)
-        self.memory = welcome.memory
-        self.config = welcome.config
-        self._pulse_s = time.monotonic()
-        self._limits = limits_of(self.config, self.spec, self.memory)
+        self._meet(await self._link.greet(timeout_s))
         seeded = replace(self.config.model, seed=self.config.model.seed + self.index * SEED_STRIDE)
         self._inputs = InputProcessor(replace(self.config, model=seeded), self.spec, self.folder, self.tokenizer)
-        listener = asyncio.create_task(self._listen(), name="engine-outputs")
-        self._tasks = [listener, asyncio.create_task(self._follow(), name="engine-restarts")]
+        self._tasks = [self._task(self._listen(), "engine-outputs"), self._task(self._follow(), "engine-restarts")]
+
+    def _meet(self, welcome: wire.Welcome) -> None:
+        """An engine runs: what it takes is bounded by the memory that it found."""
+        self.memory, self.config, self._pulse_s = welcome.memory, welcome.config, time.monotonic()
+        self._limits = limits_of(self.config, self.spec, self.memory)
+
+    def _task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Without it nothing would be heard: when it fails, so does everything, rather than hang."""
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            _log.error("%s failed", task.get_name(), exc_info=error)
+            self.fail(f"the connection to the engine failed: {type(error).__name__}: {error}")
 
     async def _follow(self) -> None:
         """When the engine's process dies, another one takes its place at the same endpoint: go on with that."""
         while self.failure is None:
             await asyncio.sleep(LOOK_S)
             health = self._health
-            if health is None or procs.alive(health.pid, health.born):
+            if not self._dropped and (health is None or procs.alive(health.pid, health.born)):
+                await self._replay()  # those whose turn has come
                 continue
-            _log.error("the engine's process (pid %d) died: %d requests wait for the next", health.pid, len(self._jobs))
-            await self._unlink()
+            await self._unlink(health)
             limit_s = self.config.runtime.startup_timeout_seconds + RESTART_GRACE_S
             try:
-                await self._link.greet(limit_s)
+                self._meet(await self._link.greet(limit_s))
             except EngineDeadError as e:
                 self.fail(f"the engine's process died, and no other came: {e}")
                 return
-            self._pulse_s = time.monotonic()
+            self.on_welcome()
             await self._replay()
-            self._tasks[0] = asyncio.create_task(self._listen(), name="engine-outputs")
+            self._tasks[0] = self._task(self._listen(), "engine-outputs")
 
-    async def _unlink(self) -> None:
+    async def _unlink(self, health: EngineHealth | None) -> None:
+        """The engine that was is not ours any more: it died, or has dropped us."""
         self._link.linked, self._health = False, None
-        self.restarts += 1
         self._tasks[0].cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError, Exception):  # `_task_ended` has told it
             await self._tasks[0]
-        self._link.renew()
+        if self._dropped and (health is None or procs.alive(health.pid, health.born)):
+            _log.error("the engine dropped this process, which did not read: %d requests are given to it anew", len(self._jobs))
+            self._replays.cut_off()
+        else:
+            _log.error("the engine's process (pid %d) died: %d requests wait for the next", health.pid if health else 0, len(self._jobs))
+            self._link.renew()
+            for name in self._replays.died(time.monotonic()):
+                self._end(name, "error", f"request {name!r} was given up: one engine after another died while it ran there.")
+        self._dropped = False
         for waiting in self._answers.values():
             if not waiting.done():
                 waiting.set_exception(CallRefused("the engine's process died during the call, and is started again: call again."))
 
     async def _replay(self) -> None:
-        """Give the new engine every request that has not ended, with the tokens that have come: it goes on after them."""
-        for name, job in list(self._jobs.items()):
-            self._replays[name] = self._replays.get(name, 0) + 1
-            if self._replays[name] > MOST_REPLAYS:
-                self._end(name, "error", f"request {name!r} was given up: {self._replays[name]} engines died while they ran it.")
-                continue
-            for request in self._collector.resumed(job):
-                await self._link.send(wire.Add(request))
+        """Give the engine requests that it does not have, with the tokens that have come: it goes on after them."""
+        for name in self._replays.due(time.monotonic()) if self._link.linked else ():
+            job = self._jobs.get(name)
+            if job is not None:
+                self._replays.sent(name)
+                for request in self._collector.resumed(job):
+                    await self._link.send(wire.Add(request))
 
     async def close(self) -> None:
         """Hang up. Streams that have not ended, end with an error."""
         self.fail("the server is shutting down.")
         for task in reversed(self._tasks):
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, Exception):  # `_task_ended` has told it
                 await task
         self._compiler.shutdown(wait=False, cancel_futures=True)
         if self.observer is not None:
@@ -165,18 +185,7 @@ class AsyncEngine:
 
     def problems(self) -> list[dict[str, Any]]:
         """What is not well, in words and numbers, worst first; empty when every rank answers. Asks nobody: it is known here."""
-        if self.failure is not None:
-            return [{"process": "engine", "state": "dead", "why": str(self.failure).partition("\n")[0]}]
-        health, silent_s = self._health, time.monotonic() - self._pulse_s
-        if health is None:
-            return [
-                {"process": "engine", "state": "starting", "for_s": round(silent_s, 2), "why": "the engine's process died: another starts"}
-            ]
-        stopped = silent_s > QUIET_S and procs.state(health.pid) in ("T", "")
-        if stopped or silent_s > SILENT_S:
-            kind, why = "stopped" if stopped else "silent", f"the engine's process has given no sign of life for {silent_s:.1f} s"
-            return [{"process": "engine", "pid": health.pid, "state": kind, "for_s": round(silent_s, 2), "why": why}]
-        return health.problems()
+        return problems_of(self.failure, self._health, time.monotonic() - self._pulse_s)
 
     @property
     def takes_requests(self) -> bool:
@@ -237,6 +246,10 @@ class AsyncEngine:
             noted.append(job.request_id)
         if self.observer is not None:
             self.observer.started(job.request_id, job.requests)
+        if self._link.linked:
+            self._replays.sent(job.request_id)
+        else:
+            self._replays.kept(job.request_id)
         for request in job.requests:
             await self._link.send(wire.Add(request))
         return stream
@@ -263,9 +276,15 @@ class AsyncEngine:
     def _end(self, name: str, reason: FinishReason, error: str | None) -> None:
         """End a job from here: its stream gets a last output with what there is of each completion."""
         job, stream = self._jobs.pop(name), self._streams.pop(name)
-        self._replays.pop(name, None)
+        self._replays.ended(name)
         ends = [EngineOutput(request_id=r.request_id, new_token_ids=[], finish_reason=reason, error=error) for r in job.requests]
-        for output in self._collector.take(ends)[0]:
+        try:
+            last = self._collector.take(ends)[0]
+        except Exception:  # it ends anyhow
+            _log.exception("the end of request %s could not be made", name)
+            self._collector.forget([request.request_id for request in job.requests])
+            last = [bare_end(name, job.prompt, job.prompt_token_ids, job.sampling.n, reason, error)]
+        for output in last:
             stream.put(output)
             self._observe_end(output)
 
@@ -322,10 +341,30 @@ class AsyncEngine:
             self._health, self._pulse_s = reply.health, time.monotonic()
         elif isinstance(reply, wire.Answer | wire.Refused):
             self._answer(reply)
+        elif isinstance(reply, wire.Dropped):
+            self._dropped = True
         elif isinstance(reply, wire.Dead):
             self.fail(reply.message)
 
     async def _take(self, news: list[EngineOutput]) -> None:
+        by_job: dict[str, list[EngineOutput]] = {}
+        for one in news:
+            by_job.setdefault(one.request_id.rpartition(".")[0] or one.request_id, []).append(one)
+        now_s, ended = time.monotonic(), list[str]()
+        for name, outputs in by_job.items():
+            self._replays.brought(name, now_s)
+            try:
+                ended += self._pass_on(outputs)
+            except Exception as e:  # one request's trouble is not that of all
+                _log.exception("what the engine said of request %s could not be passed on", name)
+                if name in self._jobs:
+                    ended += [request.request_id for request in self._jobs[name].requests]
+                    self._end(name, "error", f"the output of this request could not be made: {type(e).__name__}.")
+        if ended:  # last: whoever cancels this here loses no output
+            await self._link.send(wire.Abort(ended))
+
+    def _pass_on(self, news: list[EngineOutput]) -> list[str]:
+        """Put one job's outputs into its stream; the engine requests to abort, because a stop string ended them."""
         if self.observer is not None:
             self.observer.took(news)
         outputs, ended = self._collector.take(news)
@@ -334,12 +373,11 @@ class AsyncEngine:
             if stream is None:
                 continue
             stream.put(output)
-            self._observe_end(output)
             if output.finished:
                 del self._streams[output.request_id], self._jobs[output.request_id]
-                self._replays.pop(output.request_id, None)
-        if ended:  # last: whoever cancels this here loses no output
-            await self._link.send(wire.Abort(ended))
+                self._replays.ended(output.request_id)
+            self._observe_end(output)
+        return ended
 
     def _answer(self, reply: wire.Answer | wire.Refused) -> None:
         waiting = self._answers.get(reply.id)

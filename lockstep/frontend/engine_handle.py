@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 import lockstep
+from lockstep.cluster.operate import Mode
 from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
@@ -27,6 +28,7 @@ from lockstep.utils import env, procs, stacks
 from lockstep.utils.frames import Channel, send_one
 
 CLIENT = "lockstep.cluster.factory:make_supervised"
+AWAKE = Mode()
 LAUNCH_S = 30.0  # to read what it is
 STACK_S = 0.6  # to write its Python stack
 STOP_S = 8.0  # a stopping engine ends its replicas, and they their ranks
@@ -40,16 +42,25 @@ class EngineHandle:
     """
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, folder: Path, *, client: str = CLIENT, place: tuple[str, str] | None = None
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        folder: Path,
+        *,
+        client: str = CLIENT,
+        place: tuple[str, str] | None = None,
+        mode: Mode = AWAKE,
+        restarts: int = 0,
     ) -> None:
         """Start it. client: "module:function" that makes its EngineClient from (config, spec, folder).
 
-        place: the folder of its endpoint, which stays, and the secret; default: new ones.
+        place: the folder of its endpoint, which stays, and the secret; default: new ones. mode: how it starts. restarts: before it.
         """
         self._folder = tempfile.mkdtemp(prefix="lockstep-") if place is None else ""  # of mode 0700
         self.endpoint = f"ipc://{self._folder or (place or ('',))[0]}/engine"
         self.secret = secrets.token_hex(32) if place is None else place[1]
         self.ready, self.worked, self.below, self.heard_s = False, False, list[tuple[int, int]](), time.monotonic()
+        self.mode, self.again = mode, False  # again: it said that another one may do better
         self._started_s = self.heard_s
         self.stack_file = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115 - closed by `close`
         self._limit_s = config.runtime.startup_timeout_seconds + GRACE_S
@@ -82,6 +93,9 @@ class EngineHandle:
             endpoint=self.endpoint,
             secret=self.secret,
             client=client,
+            paused=mode.paused,
+            sleep_level=mode.sleep_level,
+            restarts=restarts,
         )
         with contextlib.suppress(OSError):  # dead already: the connection's end says so
             send_one(ours, wire.encode(launch), time.monotonic() + LAUNCH_S)
@@ -123,7 +137,9 @@ class EngineHandle:
                 self.ready = True
             elif isinstance(word, Alive):
                 self.below, self.worked = word.below, word.worked
+                self.mode = Mode(word.paused, word.sleep_level)
             elif isinstance(word, Failed):
+                self.again = word.again
                 return ConfigError(word.message) if word.user else ExecutorError(word.message, log_tail=word.log_tail)
         return None
 

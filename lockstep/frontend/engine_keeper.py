@@ -4,7 +4,8 @@ API processes see the death by themselves, and give the new engine what is unfin
 every process of the former one is gone: memory and cores are free again.
 
     the process died by a signal, or was stopped, or hangs   it is replaced, after a pause
-    it said why it cannot go on                              that is the end: its replicas were given up
+    it said why it cannot go on                              that is the end: its replicas were given up. But where the engine
+                                                             had none (a single one on Ray) it is replaced, ranks and all
     it died so many times in a row (see RestartPolicy)       that is the end
 """
 
@@ -19,6 +20,7 @@ import weakref
 from pathlib import Path
 
 from lockstep.cluster.incident import facts
+from lockstep.cluster.operate import Mode
 from lockstep.cluster.supervisor import RestartPolicy, State, Supervisor
 from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
@@ -30,7 +32,7 @@ from lockstep.observability.logging import get_logger
 from lockstep.protocol.health import QUIET_S
 from lockstep.utils import procs
 
-POLICY = RestartPolicy(first_s=0.1, most_failures=6)
+POLICY = RestartPolicy(first_s=0.1, most_failures=10)  # more than one request can cause (`replays.MOST_DEATHS`)
 BELOW_S = 5.0  # how long the processes below a dead engine may take to end by themselves
 STUCK_GRACE_S = 60.0  # beyond the longest step: silence that is a hang
 
@@ -54,6 +56,7 @@ class EngineKeeper:
         self._final: ExecutorError | ConfigError | None = None
         self._idle = os.pipe()  # never readable: stands in for a process between two
         self._finalizer = weakref.finalize(self, _end, self._folder, self._idle)
+        self._mode = Mode()  # as operators want it: the next one starts so
         self._handle: EngineHandle | None = None
         try:
             self._start()
@@ -99,7 +102,9 @@ class EngineKeeper:
 
     def _start(self) -> None:
         place = (self._folder, self.secret)
-        self._handle = EngineHandle(self._config, self._spec, self._model_folder, client=self._client, place=place)
+        self._handle = EngineHandle(
+            *(self._config, self._spec, self._model_folder), client=self._client, place=place, mode=self._mode, restarts=self.restarts
+        )
         self.flight.event("engine started", pid=self._handle.pid)
 
     def _look_at(self, handle: EngineHandle) -> None:
@@ -108,12 +113,14 @@ class EngineKeeper:
             self._supervisor.ready(0, now_s)
         if handle.worked:
             self._supervisor.worked(0)
+        if handle.ready:
+            self._mode = handle.mode
         if error is None:
             error = self._stuck(handle, now_s)
         if error is None:
             return
         explained = not isinstance(error, ExecutorError) or (error.exitcode is None and error.kind == "died")
-        if explained and life.state is State.READY:
+        if explained and life.state is State.READY and not handle.again:
             self._final = error
         else:
             self._lose(handle, error, now_s)

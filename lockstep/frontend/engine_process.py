@@ -20,6 +20,8 @@ import zmq
 
 from lockstep.cluster.contract import EngineClient
 from lockstep.cluster.health import EngineHealth
+from lockstep.cluster.local import LocalClient
+from lockstep.config.defaults import default_backend
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend import engine_wire as wire
 from lockstep.frontend.engine_server import EngineServer, bind
@@ -33,18 +35,24 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
 
 
 class Failed(msgspec.Struct, tag="failed", array_like=True):
-    """The engine never ran, or can run no more, and the process ends. user: what the user set is wrong."""
+    """The engine never ran, or can run no more, and the process ends. user: what the user set is wrong. again: another may do better."""
 
     message: str
     user: bool
     log_tail: list[str]
+    again: bool = False
 
 
 class Alive(msgspec.Struct, tag="alive", array_like=True):
-    """It serves; said every `PULSE_S` seconds. below: (pid, birth) of the processes below it. worked: it has brought tokens."""
+    """It serves; said every `PULSE_S` seconds. below: (pid, birth) of the processes below it. worked: it has brought tokens.
+
+    paused, sleep_level: as operators want it; said at once when that changes.
+    """
 
     below: list[tuple[int, int]]
     worked: bool
+    paused: bool = False
+    sleep_level: int = 0
 
 
 decode_word = msgspec.msgpack.Decoder(Ready | Failed | Alive).decode
@@ -63,14 +71,21 @@ def main() -> None:
     sys.path[:] = launch.sys_path
     logging.configure(launch.config.runtime.log_level)
     client: EngineClient | None = None
-    code = 0
+    code, again = 0, False
     try:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         server_socket = bind(context, launch.endpoint)  # API processes may knock from now on
         module, _, name = launch.client.partition(":")
         client = getattr(import_module(module), name)(launch.config, launch.spec, Path(launch.folder))
         assert client is not None
-        server = EngineServer(client, server_socket, launch.secret, on_beat=lambda health: channel.send(wire.encode(_alive(health))))
+        stand_still(client, launch)
+        again = replaceable(client)
+        server = EngineServer(
+            *(client, server_socket, launch.secret),
+            on_beat=lambda health: channel.send(wire.encode(_alive(health))),
+            restarts=launch.restarts,
+            replaced=again,
+        )
         channel.send(wire.encode(Ready()))
         channel.drain()
         server.run()
@@ -79,7 +94,7 @@ def main() -> None:
     except Exception as e:
         code = 1
         with contextlib.suppress(ConnectionError):
-            channel.send(wire.encode(_failed(e)))
+            channel.send(wire.encode(_failed(e, again)))
             channel.drain()
     if client is not None:
         client.shutdown()
@@ -99,12 +114,30 @@ def _launch(channel: Channel[wire.Launch]) -> wire.Launch:
 
 def _alive(health: EngineHealth) -> Alive:
     below = [(pid, procs.birth(pid)) for pid in health.pids() if pid != health.pid]
-    return Alive(below, any(one.stats is not None and one.stats.generated_tokens for one in health.replicas))
+    worked = any(one.stats is not None and one.stats.generated_tokens for one in health.replicas)
+    return Alive(below, worked, health.paused, health.sleep_level)
 
 
-def _failed(error: Exception) -> Failed:
+def stand_still(client: EngineClient, launch: wire.Launch) -> None:
+    """Have the engine paused or asleep before it serves, if the one before it was."""
+    if launch.sleep_level:
+        client.sleep(launch.sleep_level)
+    elif launch.paused:
+        client.pause()
+
+
+def replaceable(client: EngineClient) -> bool:
+    """Whether another engine's process may do better when this engine fails. A router has given up its replicas by then; but a
+    single engine on Ray has lost a rank, and Ray may place another. Ranks that others started do not come again.
+    """
+    parallel = client.config.parallel
+    return isinstance(client, LocalClient) and parallel.nnodes == 1 and default_backend(parallel) == "ray"
+
+
+def _failed(error: Exception, again: bool) -> Failed:
     if isinstance(error, ExecutorError):
-        return Failed(str(error), error.error_type in ("ConfigError", "WeightError"), error.log_tail)
+        user = error.error_type in ("ConfigError", "WeightError")
+        return Failed(str(error), user, error.log_tail, again and not user)
     if isinstance(error, ValueError):
         return Failed(str(error), True, [])
     return Failed(f"{type(error).__name__}: {error}", False, traceback.format_exc().splitlines())

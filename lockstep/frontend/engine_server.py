@@ -7,7 +7,9 @@ process says Hello again, it is another one under its name: what the former ran 
 from __future__ import annotations
 
 import hmac
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,9 @@ from lockstep.observability.logging import get_logger
 from lockstep.protocol import EngineOutput
 from lockstep.protocol.health import PULSE_S
 from lockstep.utils.frames import NO_MESSAGE
+
+BESIDE_S = 1.5  # so long after the last beat another thread beats: longer than a client naps, so that it never takes a wake-up
+MOST_UNREAD = 4096  # messages that wait for an API process: half a minute's, or more
 
 _log = get_logger(__name__)
 
@@ -45,6 +50,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "start_profile": lambda client: client.start_profile(),
     "stop_profile": lambda client: client.stop_profile(),
 }
+AT_ONCE = {"ping", "requests", "abort_requests", "mode", "metrics", "cluster"}  # no replica is asked: answered during another call too
 
 
 def pause(client: EngineClient, mode: str) -> None:
@@ -68,7 +74,8 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[b
     """The socket that API processes connect to. Its path is in a folder of this user alone."""
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_BYTES)
-    socket.setsockopt(zmq.SNDHWM, 0)  # what an API process does not read waits here: it is dropped with its requests
+    socket.setsockopt(zmq.SNDHWM, MOST_UNREAD)  # an API process that does not read is dropped, with its requests,
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # and so is one that is gone: sending says so
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.LINGER, 1000)
     socket.bind(endpoint)
@@ -79,58 +86,111 @@ class EngineServer:
     """Serves API processes until the engine fails, or whoever runs it stops calling `turn`."""
 
     def __init__(
-        self, client: EngineClient, socket: zmq.Socket[bytes], secret: str, on_beat: Callable[[EngineHealth], None] = lambda health: None
+        self,
+        client: EngineClient,
+        socket: zmq.Socket[bytes],
+        secret: str,
+        on_beat: Callable[[EngineHealth], None] = lambda health: None,
+        *,
+        restarts: int = 0,
+        replaced: bool = False,
     ) -> None:
-        """on_beat: also told how the engine is, as often as API processes are."""
+        """on_beat: also told how the engine is, as often as API processes are; from any thread. restarts: engines before this one.
+
+        replaced: when this engine fails another one takes its place, and its requests go on there: nobody hears of that.
+        """
         self.client = client
         self._socket, self._secret = socket, secret
         self._nonces: dict[bytes, tuple[bytes, bytes]] = {}  # of those that said Hello and are not admitted: theirs, ours
         self._owner: dict[str, bytes] = {}  # request -> the API process that it is of
         self._admitted: set[bytes] = set()
         self._beaten_s, self._on_beat = 0.0, on_beat
-        self.metrics = RequestMetrics(client)
+        self._unreached: set[bytes] = set()  # admitted, and they do not read
+        self._dropped: set[bytes] = set()  # that are to be told so
+        self._speaking, self._ended = threading.Lock(), threading.Event()
+        self._calling, self._later = False, deque[tuple[bytes, wire.Call]]()
+        self._replaced = replaced
+        self.metrics = RequestMetrics(client, restarts=restarts)
         self._calls = CALLS | {"metrics": lambda _: self.metrics.snapshot(), "cluster": lambda _: self.metrics.cluster()}
-        client.tick = self.beat
+        client.tick = self._meanwhile
         client.watch(int(socket.getsockopt(zmq.FD)))
 
     def run(self) -> None:
         """Until the engine fails. Raises its ExecutorError, after every request has been ended."""
-        while True:
-            self.turn()
+        beater = threading.Thread(target=self._beat_on, name="pulse", daemon=True)
+        if not self.client.ticks:
+            beater.start()
+        try:
+            while True:
+                self.turn()
+        finally:
+            self._ended.set()
+            if not self.client.ticks:
+                beater.join()
+
+    def _beat_on(self) -> None:
+        """Beside a client whose steps take as long as they take."""
+        while not self._ended.wait(PULSE_S / 2):
+            try:
+                if time.monotonic() - self._beaten_s >= BESIDE_S:
+                    self._beat_now()
+            except ConnectionError:
+                return  # the parent is gone: the main thread sees it too
+            except Exception:  # the numbers are the main thread's, and change while they are read: the next beat has them
+                _log.exception("a heartbeat of the engine failed")
 
     def turn(self) -> None:
         """Hear everything there is, step once, tell what it brought."""
         self._hear()
-        outputs = self.client.step()
-        self.metrics.took(outputs)
-        self._tell(outputs)
+        while self._later:
+            who, order = self._later.popleft()
+            self._answer(who, order)
+        self._take_outputs(self.client.step() if self.client.failure is None else self.client.gathered())
         self.beat()
+        self._drop_unreached()
         if self.client.failure is not None:
-            for who in self._admitted:
+            for who in () if self._replaced else list(self._admitted):
                 self._send(who, wire.Dead(str(self.client.failure)))
             raise self.client.failure
 
+    def _take_outputs(self, outputs: list[EngineOutput]) -> None:
+        if self._replaced and self.client.failure is not None:
+            outputs = [output for output in outputs if output.finish_reason != "error"]
+        self.metrics.took(outputs)
+        self._tell(outputs)
+
+    def _meanwhile(self) -> None:
+        """In every wait of the client. During a call requests go on: what they bring is told, what comes is heard; calls wait."""
+        self.beat()
+        if self._calling:
+            self._take_outputs(self.client.gathered())
+            self._hear()
+
     def beat(self) -> None:
         """Tell every API process how the engine is, when it is time. Also called while the engine waits for its replicas."""
-        now_s = time.monotonic()
-        if now_s - self._beaten_s >= PULSE_S:
-            self._beaten_s = now_s
-            health = self.client.health()
-            self._on_beat(health)
-            self.metrics.sleep_level = health.sleep_level
-            pulse = wire.Pulse(health)
-            for who in self._admitted:
-                self._send(who, pulse)
+        if time.monotonic() - self._beaten_s >= PULSE_S:
+            self._beat_now()
+
+    def _beat_now(self) -> None:
+        self._beaten_s = time.monotonic()
+        health = self.client.health()
+        self._on_beat(health)
+        self.metrics.sleep_level = health.sleep_level
+        pulse = wire.Pulse(health)
+        for who in list(self._admitted):
+            self._send(who, pulse)
 
     def _hear(self) -> None:
         """Every message that has come. Also re-arms the socket's descriptor: it only signals what came after this."""
-        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            who, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+        while (message := self._receive()) is not None:
+            who, *frames = message
             try:
                 order = wire.decode_order(frames[0] if len(frames) == 1 else b"")
             except NO_MESSAGE:
                 _log.warning("a message of %d bytes that is none was dropped", sum(map(len, frames)))
                 continue
+            if who in self._dropped and not isinstance(order, wire.Hello | wire.Proof):
+                continue  # it does not know yet
             if who in self._admitted and not isinstance(order, wire.Hello):
                 self._take(who, order)
             else:
@@ -153,7 +213,8 @@ class EngineServer:
         self._send(who, wire.Pulse(self.client.health()))
 
     def _forget(self, who: bytes) -> None:
-        self._admitted.discard(who)
+        for those in (self._admitted, self._unreached, self._dropped):
+            those.discard(who)
         gone = [name for name, owner in self._owner.items() if owner == who]
         self.client.abort(gone)
         for name in gone:
@@ -165,7 +226,25 @@ class EngineServer:
         elif isinstance(order, wire.Abort):
             self.client.abort([name for name in order.request_ids if self._owner.get(name) == who])
         elif isinstance(order, wire.Call):
-            self._send(who, self._call(order))
+            if self._calling and order.method not in AT_ONCE:
+                self._later.append((who, order))
+            else:
+                self._answer(who, order)
+
+    def _answer(self, who: bytes, order: wire.Call) -> None:
+        outer, self._calling = self._calling, True
+        before = self._mode()
+        try:
+            answer = self._call(order)
+        finally:
+            self._calling = outer
+        if self._mode() != before:  # who would start another engine knows it before who asked for it
+            self._beat_now()
+        self._send(who, answer)
+
+    def _mode(self) -> tuple[bool, int]:
+        health = self.client.health()
+        return health.paused, health.sleep_level
 
     def _add(self, who: bytes, order: wire.Add) -> None:
         name = order.request.request_id
@@ -203,5 +282,32 @@ class EngineServer:
             message = str(e) if expected else f"{type(e).__name__}: {e}"
             return wire.Refused(order.id, message, isinstance(e, ValueError))
 
-    def _send(self, who: bytes, reply: wire.Reply) -> None:
-        self._socket.send_multipart([who, wire.encode(reply)])
+    def _receive(self) -> list[bytes] | None:
+        with self._speaking:
+            if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                return None
+            return self._socket.recv_multipart(zmq.NOBLOCK)
+
+    def _send(self, who: bytes, reply: wire.Reply) -> bool:
+        """Whether there was room for it. Who does not read is dropped in this turn."""
+        with self._speaking:
+            try:
+                self._socket.send_multipart([who, wire.encode(reply)], zmq.NOBLOCK)
+            except zmq.ZMQError as e:  # EAGAIN: no room; EHOSTUNREACH: it has hung up
+                if e.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                    raise
+                self._unreached.add(who)
+                return False
+        return True
+
+    def _drop_unreached(self) -> None:
+        """End what they run that do not read, or are gone; say so to those that read again."""
+        for who in list(self._unreached & self._admitted):
+            _log.error("%s does not read what the engine says (%d messages), or is gone: its requests end here", who.decode(), MOST_UNREAD)
+            self._forget(who)
+            self._dropped.add(who)
+        self._unreached.clear()
+        for who in list(self._dropped):
+            if self._send(who, wire.Dropped()):
+                self._dropped.discard(who)
+        self._unreached.clear()

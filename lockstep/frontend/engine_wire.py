@@ -34,6 +34,9 @@ class Launch(msgspec.Struct, tag="launch", array_like=True, kw_only=True):
     endpoint: str
     secret: str
     client: str
+    paused: bool = False  # how it starts: as the one before it was
+    sleep_level: int = 0
+    restarts: int = 0  # engines before it
 
 
 class Hello(msgspec.Struct, tag="hello", array_like=True):
@@ -97,6 +100,10 @@ class Pulse(msgspec.Struct, tag="pulse", array_like=True):
     health: EngineHealth
 
 
+class Dropped(msgspec.Struct, tag="dropped", array_like=True):
+    """The API process did not read for too long: what it ran was aborted. It says Hello again, and gives all of it anew."""
+
+
 class Dead(msgspec.Struct, tag="dead", array_like=True):
     """The engine can run no more; every request has ended. The process ends."""
 
@@ -104,7 +111,7 @@ class Dead(msgspec.Struct, tag="dead", array_like=True):
 
 
 Order = Hello | Proof | Add | Abort | Call
-Reply = Challenge | Welcome | Outputs | Pulse | Answer | Refused | Dead
+Reply = Challenge | Welcome | Outputs | Pulse | Answer | Refused | Dropped | Dead
 
 encode = msgspec.msgpack.Encoder().encode
 decode_order = msgspec.msgpack.Decoder(Order).decode

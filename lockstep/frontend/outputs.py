@@ -59,3 +59,12 @@ def position(entry: TokenLogprobs, text_of: Callable[[int], str | None]) -> Posi
     for rank, (token, logprob) in enumerate(top, start=1):
         found.setdefault(token, Logprob(logprob, rank, text_of(token)))
     return found
+
+
+def bare_end(
+    request_id: str, prompt: str | None, prompt_token_ids: list[int], n: int, reason: FinishReason, error: str | None
+) -> RequestOutput:
+    """The last output of a request whose completions cannot be told."""
+    return RequestOutput(
+        request_id, prompt, prompt_token_ids, [CompletionOutput(i, finish_reason=reason) for i in range(n)], True, error=error
+    )

@@ -70,6 +70,7 @@ HISTOGRAMS: dict[str, tuple[float, ...]] = {
 }
 REASONS = ("stop", "length", "abort", "error")
 RECENT_FIRST, RECENT_BETWEEN = 1024, 4096
+INCOMPLETE_S = 10.0  # so long after the last of a request's completions ended here, the others are not expected any more
 
 
 class EngineNumbers(msgspec.Struct):
@@ -94,6 +95,7 @@ class MetricsSnapshot(msgspec.Struct):
     request_recovery: Histogram
     replica_recovery: Histogram
     sleep_level: int = 0  # 0: awake
+    engine_restarts: int = 0  # starts of the engine's process beyond the first
 
 
 @dataclass(slots=True)
@@ -102,23 +104,36 @@ class _Open:
 
     request: EngineRequest
     arrived_s: float
-    first_s: float = 0.0  # its first token
+    first_s: float = 0.0  # its first token; 0 also for one that a former engine's process brought
     last_s: float = 0.0
     queued_s: float = 0.0
     tokens: int = 0
     cached: int = 0
 
 
+@dataclass(slots=True)
+class _Family:
+    """The completions of one request, as far as they came here."""
+
+    wanted: int
+    seen: int = 0
+    running: int = 0
+    longest: int = 0
+    last_s: float = 0.0  # when one of them last ended
+
+
 class RequestMetrics:
     """Tell it of every request that the client took, and of every output it gave. One thread."""
 
-    def __init__(self, client: EngineClient, clock: Callable[[], float] = time.monotonic) -> None:
-        self._client, self._clock = client, clock
+    def __init__(self, client: EngineClient, clock: Callable[[], float] = time.monotonic, *, restarts: int = 0) -> None:
+        """restarts: of the engine's process so far."""
+        self._client, self._clock, self._restarts = client, clock, restarts
         self.started_s = clock()
         self.sleep_level = 0
         self._open: dict[str, _Open] = {}
         self._engines: dict[int, EngineNumbers] = {0: EngineNumbers.empty()}
-        self._longest: dict[str, list[int]] = {}  # request of several completions -> tokens of those that ended
+        self._families: dict[str, _Family] = {}  # of requests of several completions
+        self._swept_s = self.started_s
         self._firsts: deque[float] = deque(maxlen=RECENT_FIRST)
         self._betweens: deque[float] = deque(maxlen=RECENT_BETWEEN)
         self._request_recovery, self._replica_recovery = Histogram.of(WHOLE), Histogram.of(WHOLE)
@@ -127,7 +142,11 @@ class RequestMetrics:
 
     def added(self, request: EngineRequest) -> None:
         """The client took it."""
-        self._open[request.request_id] = _Open(request, request.arrival_s or self._clock())
+        # One that another engine's process ran: its prompt and its first token were counted there.
+        self._open[request.request_id] = _Open(request, request.arrival_s or self._clock(), tokens=len(request.output_token_ids))
+        if request.sampling.n > 1:
+            family = self._families.setdefault(_family_name(request), _Family(request.sampling.n))
+            family.seen, family.running = family.seen + 1, family.running + 1
 
     def took(self, outputs: Iterable[EngineOutput]) -> None:
         """The client gave these."""
@@ -142,16 +161,18 @@ class RequestMetrics:
             if output.finish_reason is not None:
                 del self._open[output.request_id]
                 self._ended(one, output, numbers, now_s)
+        if now_s - self._swept_s >= INCOMPLETE_S:
+            self._sweep(now_s)
         self._log.turn(now_s, self._client, self._engines)
 
     def _tokens(self, one: _Open, output: EngineOutput, numbers: EngineNumbers, now_s: float) -> None:
         count = len(output.new_token_ids)
         numbers.generation_tokens += count
-        if one.tokens:
+        if one.last_s:
             between_s = now_s - one.last_s
             numbers.histograms["inter_token_latency_seconds"].observe(between_s)
             self._betweens.append(between_s)
-        else:
+        elif not one.tokens:  # else between it and the one before lies a restart
             first_s = now_s - one.arrived_s
             one.first_s, one.queued_s, one.cached = now_s, output.queued_s, output.num_cached_tokens
             numbers.prompt_tokens += len(one.request.prompt_token_ids)
@@ -171,7 +192,7 @@ class RequestMetrics:
         h["request_num_preemptions"].observe(output.preemptions)
         if request.choice == 0:
             h["request_params_n"].observe(request.sampling.n)
-        self._siblings(one, h)
+        self._sibling_ended(one, h, now_s)
         if one.first_s:
             began_s = one.arrived_s + one.queued_s
             h["request_queue_time_seconds"].observe(one.queued_s)
@@ -182,17 +203,25 @@ class RequestMetrics:
             if one.tokens > 1:
                 h["request_time_per_output_token_seconds"].observe((one.last_s - one.first_s) / (one.tokens - 1))
 
-    def _siblings(self, one: _Open, histograms: dict[str, Histogram]) -> None:
+    def _sibling_ended(self, one: _Open, histograms: dict[str, Histogram], now_s: float) -> None:
         """Count the longest completion of a request once all of them have ended."""
-        request, longest = one.request, one.tokens
-        if request.sampling.n > 1:
-            name = request.request_id.rpartition(".")[0]
-            ended = self._longest.setdefault(name, [])
-            ended.append(one.tokens)
-            if len(ended) < request.sampling.n:
+        longest = one.tokens
+        if one.request.sampling.n > 1:
+            name = _family_name(one.request)
+            family = self._families[name]
+            family.running, family.longest, family.last_s = family.running - 1, max(family.longest, longest), now_s
+            if family.running or family.seen < family.wanted:
                 return
-            longest = max(self._longest.pop(name))
+            longest = self._families.pop(name).longest
         histograms["request_max_num_generation_tokens"].observe(longest)
+
+    def _sweep(self, now_s: float) -> None:
+        """Count the families the rest of which does not come: it ended in a former engine's process, or was refused."""
+        self._swept_s = now_s
+        for name, family in list(self._families.items()):
+            if not family.running and now_s - family.last_s >= INCOMPLETE_S:
+                del self._families[name]
+                self._engines[0].histograms["request_max_num_generation_tokens"].observe(family.longest)
 
     def snapshot(self) -> MetricsSnapshot:
         """The numbers of this moment."""
@@ -203,7 +232,8 @@ class RequestMetrics:
             for value in seconds[self._told[i] :]:
                 into.observe(value)
             self._told[i] = len(seconds)
-        return MetricsSnapshot(self._engines, self._client.live(), self._request_recovery, self._replica_recovery, self.sleep_level)
+        recoveries = self._request_recovery, self._replica_recovery
+        return MetricsSnapshot(self._engines, self._client.live(), *recoveries, self.sleep_level, self._restarts)
 
     def cluster(self) -> dict[str, Any]:
         """The replicas and ranks as `/v1/cluster` has them, less the model's name."""
@@ -220,3 +250,8 @@ class RequestMetrics:
             firsts_s=self._firsts,
             betweens_s=self._betweens,
         )
+
+
+def _family_name(request: EngineRequest) -> str:
+    """What all completions of a request share."""
+    return request.request_id.rpartition(".")[0]

@@ -28,7 +28,7 @@ from lockstep.frontend.tokenizer import load_in_background, load_tokenizer
 from lockstep.observability import logging
 from lockstep.observability.otel import check_endpoint
 from lockstep.server.launch_serving import run_serving
-from lockstep.server.processes import ApiLaunch, serve_by_processes
+from lockstep.server.processes import ApiLaunch, connect_limit_s, serve_by_processes
 from lockstep.server.state import ServerState
 from lockstep.utils import env
 
@@ -58,7 +58,7 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
             handle.wait()
             engine = AsyncEngine(handle.endpoint, handle.secret, spec, folder, tokenizer.result())
             state = ServerState(options, engine, names)
-            return run_serving(state, handle.failure, listener, lambda: announce(options, names[0], listener))
+            return run_serving(state, handle.failure, listener, lambda: announce(options, names[0], listener), connect_limit_s(config))
         finally:
             handle.close()
             if options.uds:

@@ -29,13 +29,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _log = get_logger(__name__)
 
 
-def run_serving(state: ServerState, failure: Callable[[], Exception | None], listener: socket.socket, ready: Callable[[], None]) -> int:
+def run_serving(
+    state: ServerState,
+    failure: Callable[[], Exception | None],
+    listener: socket.socket,
+    ready: Callable[[], None],
+    connect_s: float = 30.0,
+) -> int:
     """Serve until a signal comes or the engine is gone; the exit code. Raises ExecutorError for the latter.
 
     failure: why the engine's process runs no more, None while it does. ready: called once the engine is connected.
+    connect_s: how long that may take: the engine may just be starting anew.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Serving(state, failure, listener).run(ready))
+        return runner.run(Serving(state, failure, listener).run(ready, connect_s))
 
 
 class Serving:
@@ -47,11 +54,12 @@ class Serving:
         self._signals: list[int] = []
         self._first, self._second = asyncio.Event(), asyncio.Event()
 
-    async def run(self, ready: Callable[[], None]) -> int:
+    async def run(self, ready: Callable[[], None], connect_s: float) -> int:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._signal, number)
-        await self._state.engine.connect()
+        if not await self._connect(connect_s):
+            return 128 + self._signals[1] if len(self._signals) > 1 else 0
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http")
         ready()
         helpers = [asyncio.create_task(self._watch()), asyncio.create_task(self._drain()), asyncio.create_task(self._at_once(serving))]
@@ -67,6 +75,29 @@ class Serving:
         if failure is not None:
             raise ExecutorError(str(failure))
         return 128 + self._signals[1] if len(self._signals) > 1 else 0
+
+    async def _connect(self, limit_s: float) -> bool:
+        """Until the engine answers; False when a signal came first. Raises ExecutorError when there is none, or none in time."""
+        connecting = asyncio.create_task(self._state.engine.connect(limit_s), name="connect")
+        try:
+            while not connecting.done():
+                await asyncio.wait([connecting], timeout=POLL_S)
+                failure = None if connecting.done() else self._failure()
+                if failure is not None:
+                    raise ExecutorError(str(failure))
+                if self._signals and not connecting.done():
+                    await self._leave(connecting)
+                    return False
+            connecting.result()
+        except BaseException:
+            await self._leave(connecting)
+            raise
+        return True
+
+    async def _leave(self, connecting: asyncio.Task[None]) -> None:
+        connecting.cancel()
+        await asyncio.wait([connecting])
+        await self._state.engine.close()
 
     def _signal(self, number: int) -> None:
         self._signals.append(number)

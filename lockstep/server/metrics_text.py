@@ -128,6 +128,9 @@ def families(snapshot: MetricsSnapshot, model: str, cache: dict[str, Any]) -> It
     yield _histogram(f"{OURS}step_seconds", "Time that a step added.", {e: t.seconds for e, t in steps.items()}, labels)
     yield from _plain(OURS, CounterMetricFamily, STEPS, steps, labels)
     yield from _replicas(engines, labels)
+    restarts = CounterMetricFamily(f"{OURS}engine_restarts", "Starts of the engine's process beyond the first.", labels=["model_name"])
+    restarts.add_metric([model], snapshot.engine_restarts)
+    yield restarts
     for name, recovery, text in (
         ("request_recovery_seconds", snapshot.request_recovery, "From the loss of a request's replica to its next token."),
         ("replica_recovery_seconds", snapshot.replica_recovery, "From the loss of a replica to its return."),

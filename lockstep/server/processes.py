@@ -28,14 +28,16 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.serve import ServeOptions
 from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
+from lockstep.frontend.async_engine import RESTART_GRACE_S
 from lockstep.frontend.engine_keeper import EngineKeeper
 from lockstep.frontend.engine_process import Failed, Ready, decode_word
 from lockstep.observability.logging import get_logger
+from lockstep.protocol.health import QUIET_S
 from lockstep.utils import env, procs
 from lockstep.utils.frames import Channel, send_one
 
 POLL_S = 0.05
-START_S = 120.0
+START_S = 120.0  # beyond the engine's: one that is started again may find that the engine is, too
 LAUNCH_S = 30.0
 LAST_WORDS_S = 20.0  # beyond shutdown_timeout: for what is left to end, and to be said
 POLICY = RestartPolicy(first_s=0.1, most_failures=6)
@@ -89,6 +91,8 @@ class ApiProcess:
         finally:
             theirs.close()
         self.index = launch.index
+        self.looked_s = 0.0
+        self.stopped_s: float | None = None  # since when
         with contextlib.suppress(OSError):  # dead already: its end says so
             send_one(ours, encode(launch), time.monotonic() + LAUNCH_S)
         self.channel: Channel[Ready | Failed] = Channel(ours, decode_word)
@@ -200,8 +204,10 @@ class Processes:
                 self.supervisor.ready(api.index, now_s)
                 self.supervisor.worked(api.index) if life.starts == 1 else None
         if not ended:
-            if life.state is State.STARTING and now_s - life.since_s > START_S:
-                raise ExecutorError(f"API process {api.index} was not ready after {START_S:g} s.", phase="start", kind="hung")
+            limit_s = START_S + connect_limit_s(self._launch.config)
+            if life.state is State.STARTING and now_s - life.since_s > limit_s:
+                raise ExecutorError(f"API process {api.index} was not ready after {limit_s:g} s.", phase="start", kind="hung")
+            self._end_if_stopped(api, now_s)
             return
         code = api.process.returncode
         del self.running[api.index]
@@ -215,6 +221,19 @@ class Processes:
         if state is State.GIVEN_UP:
             raise ExecutorError(f"API process {api.index} died {life.failures} times in a row, the last time by {procs.exit_cause(code)}.")
 
+    def _end_if_stopped(self, api: ApiProcess, now_s: float) -> None:
+        """One that was stopped (SIGSTOP, or a debugger) keeps its connections waiting: another one takes its place."""
+        if now_s - api.looked_s < QUIET_S / 2:
+            return
+        api.looked_s = now_s
+        if procs.state(api.process.pid) != "T":
+            api.stopped_s = None
+            return
+        api.stopped_s = api.stopped_s or now_s
+        if now_s - api.stopped_s >= QUIET_S:
+            _log.error("API process %d (pid %d) was stopped (SIGSTOP, or a debugger): it is ended", api.index, api.process.pid)
+            api.signal(signal.SIGKILL)
+
     def _lose_engine(self, failure: Exception) -> None:
         """Every request is answered with the reason, then all is over. Raises it."""
         for api in self.running.values():
@@ -224,6 +243,11 @@ class Processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 api.process.wait(max(0.0, deadline - time.monotonic()))
         raise failure
+
+
+def connect_limit_s(config: EngineConfig) -> float:
+    """How long an API process may wait for the engine, in seconds: it may just be starting anew."""
+    return config.runtime.startup_timeout_seconds + RESTART_GRACE_S
 
 
 def serve_by_processes(launch: ApiLaunch, handle: EngineKeeper, listener: socket.socket, ready: Callable[[], None]) -> int:

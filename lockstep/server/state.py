@@ -56,13 +56,20 @@ class ServerState:
 
     @cached_property
     def admission(self) -> Admission:
-        """This process's share of what is let in. Of a connected engine."""
+        """This process's share of what is let in. Of a connected engine, whose successor may have other bounds."""
+        self.engine.on_welcome = self._bound_anew
+        return Admission(self._bounds())
+
+    def _bound_anew(self) -> None:
+        self.admission.bounds = self._bounds()
+
+    def _bounds(self) -> Bounds:
         options, config = self.options, self.engine.config
         replicas, processes = config.parallel.replicas_served, options.api_server_count
         running = replicas * (config.scheduler.max_num_seqs or SEQUENCES)
         queued, tokens = options.max_num_queued_reqs, options.max_queued_tokens
         most = None if tokens is None else -(-tokens // processes)
-        return Admission(Bounds(-(-running // processes), -(-queued // processes), most, options.max_concurrency_per_key))
+        return Bounds(-(-running // processes), -(-queued // processes), most, options.max_concurrency_per_key)
 
     @property
     def max_model_len(self) -> int:

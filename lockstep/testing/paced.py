@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.cluster.contract import EngineClient
+from lockstep.cluster.health import EngineHealth, ReplicaHealth, RequestInfo, own_process
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import resolve
@@ -55,6 +56,8 @@ class PacedClient(EngineClient):
         self._ended: list[EngineOutput] = []
         self._fd: int | None = None
         self._tokens = 0
+        self._process = own_process()
+        self._paused, self._sleep_level = False, 0
 
     def check_request(self, request: EngineRequest) -> None:
         pass
@@ -62,7 +65,7 @@ class PacedClient(EngineClient):
     def add_request(self, request: EngineRequest) -> None:
         phase = phase_s(len(request.prompt_token_ids))
         self._due.setdefault(phase, {})[request.request_id] = request
-        self._made[request.request_id] = 0
+        self._made[request.request_id] = len(request.output_token_ids)
         if phase not in self._next:
             now = time.monotonic()
             self._next[phase] = now - (now - phase) % PERIOD_S + PERIOD_S
@@ -76,11 +79,11 @@ class PacedClient(EngineClient):
     def step(self) -> list[EngineOutput]:
         """Wait for the next phase that is due, or for a message."""
         first = min(self._next.values(), default=time.monotonic() + NAP_S)
-        wait_s = 0.0 if self._ended else first - time.monotonic()
+        wait_s = 0.0 if self._ended else NAP_S if self._paused else first - time.monotonic()
         if wait_s > 0 and self._fd is not None and select.select([self._fd], [], [], wait_s)[0]:
             return []
         outputs, self._ended = self._ended, []
-        now = time.monotonic()
+        now = 0.0 if self._paused else time.monotonic()
         for phase in [phase for phase, at in self._next.items() if at <= now]:
             outputs += self._advance(phase)
             self._next[phase] += PERIOD_S
@@ -120,6 +123,53 @@ class PacedClient(EngineClient):
 
     def stop_profile(self) -> Profile:
         raise ValueError("there is nothing to profile in a fake engine.")
+
+    def health(self) -> EngineHealth:
+        pid, born = self._process
+        one = ReplicaHealth(replica=0, state="ready", pid=pid, stats=self.stats())
+        return EngineHealth(pid=pid, born=born, replicas=[one], paused=self._paused, sleep_level=self._sleep_level)
+
+    def requests(self) -> list[RequestInfo]:
+        now_s = time.monotonic()
+        found = [
+            RequestInfo(
+                request_id=name,
+                age_s=max(0.0, now_s - request.arrival_s) if request.arrival_s else 0.0,
+                prompt_tokens=len(request.prompt_token_ids),
+                output_tokens=self._made[name],
+                state="running" if self._made[name] else "waiting",
+                replica=0,
+            )
+            for requests in self._due.values()
+            for name, request in requests.items()
+        ]
+        return sorted(found, key=lambda info: -info.age_s)
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        if self._sleep_level:
+            raise ValueError(f"the engine sleeps (level {self._sleep_level}): wake it up instead.")
+        self._go_on()
+
+    def sleep(self, level: int = 1) -> None:
+        if level not in (1, 2) or self._sleep_level not in (0, level):
+            raise ValueError(f"level={level} cannot be now: it is 1 or 2, and a sleeper is woken up first.")
+        self._paused, self._sleep_level = True, level
+
+    def wake_up(self) -> None:
+        if self._sleep_level:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Tokens that were due meanwhile are not made up for."""
+        self._paused, self._sleep_level = False, 0
+        now = time.monotonic()
+        self._next = {phase: now - (now - phase) % PERIOD_S + PERIOD_S for phase in self._next}
+
+    def reset_prefix_cache(self) -> None:
+        pass
 
     def shutdown(self) -> None:
         pass

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lockstep.cluster.live import Recoveries
 from lockstep.frontend import stats_log
-from lockstep.frontend.request_metrics import HISTOGRAMS, MetricsSnapshot, RequestMetrics
+from lockstep.frontend.request_metrics import HISTOGRAMS, INCOMPLETE_S, MetricsSnapshot, RequestMetrics
 from lockstep.server import metrics_text
 from lockstep.server.http_metrics import HttpMetrics
 from lockstep.testing.fakes import FakeClock
@@ -173,3 +173,43 @@ def test_a_line_every_ten_seconds_with_work(caplog: pytest.LogCaptureFixture, mo
     clock.advance(stats_log.EVERY_S)
     found.took([])
     assert len({r.getMessage() for r in caplog.records}) == 1, "there was no work"
+
+
+def test_a_request_that_goes_on_in_another_engine_is_not_counted_anew() -> None:
+    found, clock, _ = metrics()
+    arrived_s = clock() - 9.0
+    resumed = request("a", arrival_s=arrived_s)
+    resumed.output_token_ids = [7] * 4
+    found.added(resumed)
+    clock.advance(1.0)
+    for more in ({}, {"finish_reason": "length"}):
+        found.took([output("a", **more)])
+        clock.advance(0.1)
+    samples = rendered(found.snapshot())
+    assert value(samples, "lockstep:time_to_first_token_seconds_count", engine="0") == 0
+    assert value(samples, "lockstep:prompt_tokens_total", engine="0") == 0
+    assert value(samples, "lockstep:generation_tokens_total", engine="0") == 2, "the others were counted by the former one"
+    assert value(samples, "lockstep:inter_token_latency_seconds_sum", engine="0") == pytest.approx(0.1)
+    assert value(samples, "lockstep:request_generation_tokens_sum", engine="0") == 6
+    assert value(samples, "lockstep:e2e_request_latency_seconds_sum", engine="0") == pytest.approx(10.1)
+
+
+def test_what_is_left_of_a_request_of_several_completions_is_counted_and_forgotten() -> None:
+    """The others ended before the engine's process was replaced."""
+    found, clock, _ = metrics()
+    for choice in (1, 2):
+        found.added(request(f"a.{choice}", n=3, choice=choice, arrival_s=clock()))
+    for choice in (1, 2):
+        found.took([output(f"a.{choice}", choice + 1, finish_reason="length")])
+    for _ in range(2):
+        clock.advance(INCOMPLETE_S)
+        found.took([])
+    samples = rendered(found.snapshot())
+    assert value(samples, "lockstep:request_max_num_generation_tokens_count", engine="0") == 1
+    assert value(samples, "lockstep:request_max_num_generation_tokens_sum", engine="0") == 3
+    assert not found._families, "it leaks"
+
+
+def test_restarts_of_the_engine_are_exported() -> None:
+    found = RequestMetrics(ObservedClient(), FakeClock(100.0), restarts=3)  # type: ignore[arg-type]
+    assert value(rendered(found.snapshot()), "lockstep:engine_restarts_total") == 3
