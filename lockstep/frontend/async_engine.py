@@ -30,8 +30,8 @@ from lockstep.frontend.engine_link import EngineLink
 from lockstep.frontend.inputs import InputProcessor, Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt
-from lockstep.frontend.streams import CallRefused, EngineDeadError, Stream, submitted
-from lockstep.observability.logging import get_logger
+from lockstep.frontend.streams import CallLate, CallRefused, EngineDeadError, Stream, submitted
+from lockstep.observability.logging import get_logger, request_id
 from lockstep.observability.otel import RequestSpans
 from lockstep.protocol import EngineOutput, FinishReason, Pooling, SamplingParams
 from lockstep.protocol.health import QUIET_S, SILENT_S
@@ -122,7 +122,7 @@ class AsyncEngine:
         for name, job in list(self._jobs.items()):
             self._replays[name] = self._replays.get(name, 0) + 1
             if self._replays[name] > MOST_REPLAYS:
-                self._end(name, "error", f"request {name!r} was given up: {self._replays[name]} engines died while they ran it.")
+                self._end(name, "error", f"request {job.external_id!r} was given up: {self._replays[name]} engines died while they ran it.")
                 continue
             for request in self._collector.resumed(job):
                 await self._link.send(wire.Add(request))
@@ -196,15 +196,16 @@ class AsyncEngine:
         priority: int = 0,
         session_id: str | None = None,
         data_parallel_rank: int | None = None,
+        response_id: str = "",
         pooling: Pooling | None = None,
     ) -> Job:
         """A job, checked but not queued: `submit` it. Raises PromptError or RequestError when it cannot run, EngineDeadError.
 
-        pooling: see `InputProcessor.job`.
+        response_id: of what it is for; the id of the HTTP request at hand is noted too. pooling: see `InputProcessor.job`.
         """
         self._raise_failure()
         self._count += 1
-        name = f"{self.index}-{self._count}"
+        name = f"#{self.index}-{self._count}"  # what no client can call its own
 
         def make() -> Job:
             return self._inputs.job(prompt, sampling, request_id=name, priority=priority, arrival_s=time.monotonic(), pooling=pooling)
@@ -214,6 +215,7 @@ class AsyncEngine:
         job = await asyncio.to_thread(make) if long else make()
         for request in job.requests:
             request.session_id, request.data_parallel_rank = session_id, data_parallel_rank
+        job.call(request_id.get(), response_id)
         check_request(job.requests[0], self._limits)
         replicas = self.config.parallel.replicas_served
         if data_parallel_rank is not None and not 0 <= data_parallel_rank < replicas:
@@ -276,7 +278,7 @@ class AsyncEngine:
     # --- calls ---
 
     async def call(self, method: str, *args: Any, type: Any = Any, timeout_s: float = CALL_S) -> Any:
-        """Call one of `engine_server.CALLS`. Raises CallRefused, ValueError for wrong arguments, TimeoutError, EngineDeadError."""
+        """Call one of `engine_server.CALLS`. Raises CallRefused, CallLate, ValueError for wrong arguments, EngineDeadError."""
         self._raise_failure()
         if not self._link.linked:
             raise CallRefused("the engine's process died, and is started again: call again in a moment.")
@@ -287,7 +289,7 @@ class AsyncEngine:
             await self._link.send(wire.Call(number, method, list(args)))
             value = await asyncio.wait_for(waiting, timeout_s)
         except TimeoutError:
-            raise TimeoutError(f"the engine did not answer {method} in {timeout_s:g} s") from None
+            raise CallLate(f"the engine did not answer {method} in {timeout_s:g} s: call again in a moment.") from None
         finally:
             self._answers.pop(number, None)
         return msgspec.msgpack.decode(value, type=type)
