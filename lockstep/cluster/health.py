@@ -89,7 +89,9 @@ class EngineHealth(msgspec.Struct, kw_only=True, frozen=True):
 class RequestInfo(msgspec.Struct, kw_only=True, frozen=True):
     """A request that has not ended."""
 
-    request_id: str
+    request_id: str  # the engine's name for it
+    external_id: str = ""  # of the HTTP request that it is of (X-Request-Id)
+    response_id: str = ""  # of the response that it is for
     age_s: float  # since it arrived
     prompt_tokens: int
     output_tokens: int

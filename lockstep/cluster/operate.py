@@ -58,6 +58,8 @@ class Operated(EngineClient):
         found = [
             RequestInfo(
                 request_id=name,
+                external_id=request.external_id,
+                response_id=request.response_id,
                 age_s=max(0.0, now_s - request.arrival_s) if request.arrival_s else 0.0,
                 prompt_tokens=len(request.prompt_token_ids),
                 output_tokens=tokens,

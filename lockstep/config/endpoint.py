@@ -22,7 +22,15 @@ from lockstep.utils.net import is_loopback
 from lockstep.utils.sizes import parse_size
 
 _POSITIVE = (
-    *("api_server_count", "max_header_bytes", "max_body_bytes", "request_read_timeout", "keep_alive_timeout", "limit_concurrency"),
+    *(
+        "api_server_count",
+        "max_header_bytes",
+        "max_body_bytes",
+        "max_tokenize_characters",
+        "request_read_timeout",
+        "keep_alive_timeout",
+        "limit_concurrency",
+    ),
     *("max_queued_tokens", "max_concurrency_per_key", "request_timeout"),
 )
 _NOT_NEGATIVE = ("shutdown_timeout", "max_num_queued_reqs", "port")

@@ -62,6 +62,9 @@ class ServeOptions:
     allow_credentials: bool = opt(False, "Let those pages send cookies along; not with the origin *.")
     max_header_bytes: int = opt(16384, "Most bytes of a request's head; more is answered 431.")
     max_body_bytes: int = opt(16 << 20, "Most bytes of a request's body, counted as they come, like 16M; more is answered 413.")
+    max_tokenize_characters: int = opt(
+        1 << 20, "Most characters that /tokenize takes, or a prompt that is to be cut (truncate_prompt_tokens); more is answered 400."
+    )
     request_read_timeout: float = opt(60.0, "Seconds in which a request's head has to come, and its body again; then 408.")
     keep_alive_timeout: float = opt(30.0, "Seconds after which a connection that asks nothing is closed.")
     limit_concurrency: int = opt(4096, "Most open connections of each process that speaks HTTP; one more is answered 503.")

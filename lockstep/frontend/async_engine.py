@@ -32,8 +32,8 @@ from lockstep.frontend.outputs import RequestOutput, bare_end
 from lockstep.frontend.problems import problems_of
 from lockstep.frontend.prompts import Prompt
 from lockstep.frontend.replays import Replays
-from lockstep.frontend.streams import CallRefused, EngineDeadError, Stream, submitted
-from lockstep.observability.logging import get_logger
+from lockstep.frontend.streams import CallLate, CallRefused, EngineDeadError, Stream, submitted
+from lockstep.observability.logging import get_logger, request_id
 from lockstep.observability.otel import RequestSpans
 from lockstep.protocol import EngineOutput, FinishReason, Pooling, SamplingParams
 from lockstep.utils import procs
@@ -205,15 +205,16 @@ class AsyncEngine:
         priority: int = 0,
         session_id: str | None = None,
         data_parallel_rank: int | None = None,
+        response_id: str = "",
         pooling: Pooling | None = None,
     ) -> Job:
         """A job, checked but not queued: `submit` it. Raises PromptError or RequestError when it cannot run, EngineDeadError.
 
-        pooling: see `InputProcessor.job`.
+        response_id: of what it is for; the id of the HTTP request at hand is noted too. pooling: see `InputProcessor.job`.
         """
         self._raise_failure()
         self._count += 1
-        name = f"{self.index}-{self._count}"
+        name = f"#{self.index}-{self._count}"  # what no client can call its own
 
         def make() -> Job:
             return self._inputs.job(prompt, sampling, request_id=name, priority=priority, arrival_s=time.monotonic(), pooling=pooling)
@@ -223,6 +224,7 @@ class AsyncEngine:
         job = await asyncio.to_thread(make) if long else make()
         for request in job.requests:
             request.session_id, request.data_parallel_rank = session_id, data_parallel_rank
+        job.call(request_id.get(), response_id)
         check_request(job.requests[0], self._limits)
         replicas = self.config.parallel.replicas_served
         if data_parallel_rank is not None and not 0 <= data_parallel_rank < replicas:
@@ -295,7 +297,7 @@ class AsyncEngine:
     # --- calls ---
 
     async def call(self, method: str, *args: Any, type: Any = Any, timeout_s: float = CALL_S) -> Any:
-        """Call one of `engine_server.CALLS`. Raises CallRefused, ValueError for wrong arguments, TimeoutError, EngineDeadError."""
+        """Call one of `engine_server.CALLS`. Raises CallRefused, CallLate, ValueError for wrong arguments, EngineDeadError."""
         self._raise_failure()
         if not self._link.linked:
             raise CallRefused("the engine's process died, and is started again: call again in a moment.")
@@ -306,7 +308,7 @@ class AsyncEngine:
             await self._link.send(wire.Call(number, method, list(args)))
             value = await asyncio.wait_for(waiting, timeout_s)
         except TimeoutError:
-            raise TimeoutError(f"the engine did not answer {method} in {timeout_s:g} s") from None
+            raise CallLate(f"the engine did not answer {method} in {timeout_s:g} s: call again in a moment.") from None
         finally:
             self._answers.pop(number, None)
         return msgspec.msgpack.decode(value, type=type)

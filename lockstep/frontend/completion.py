@@ -20,7 +20,7 @@ class Completion:
         # Text that nobody reads before the end is decoded once, at the end.
         self._late = sampling.output_kind == RequestOutputKind.FINAL_ONLY and not sampling.stop
         self._undecoded: list[int] = []
-        self._given_text, self._given_tokens = 0, 0
+        self._given_text, self._given_tokens, self._given_end = 0, 0, False
         if sampling.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
 
@@ -43,13 +43,13 @@ class Completion:
         return False
 
     def delta(self) -> CompletionOutput | None:
-        """What came since the last call, None when nothing did."""
+        """What came since the last call, None when nothing did. The end is told once."""
         out = self.output
         text, tokens = out.text[self._given_text :], out.token_ids[self._given_tokens :]
-        if not text and not tokens and not out.finished:
+        if not text and not tokens and (self._given_end or not out.finished):
             return None
         logprobs = out.logprobs[self._given_tokens :] if out.logprobs is not None else None
-        self._given_text, self._given_tokens = len(out.text), len(out.token_ids)
+        self._given_text, self._given_tokens, self._given_end = len(out.text), len(out.token_ids), out.finished
         return replace(out, text=text, token_ids=tokens, logprobs=logprobs)
 
     def snapshot(self) -> CompletionOutput:

@@ -63,9 +63,14 @@ def pause(client: EngineClient, mode: str) -> None:
 
 
 def abort(client: EngineClient, names: list[str] | None) -> list[str]:
-    """End these requests, or all; a name stands for all of its n completions. The engine's names of those that were there."""
-    known = [info.request_id for info in client.requests()]
-    found = known if names is None else [one for one in known if one in names or (one.rpartition(".")[0] or one) in names]
+    """End these requests, or all: by the id of their response, of their HTTP request, or by the engine's name, each of them whole (it
+    may leave out the number of one of n completions: then all are meant). The engine's names of those that were there.
+    """
+    asked, found = set(names or ()), []
+    for info in client.requests():
+        called = {info.response_id, info.external_id, info.request_id, info.request_id.rpartition(".")[0]} - {""}
+        if names is None or called & asked:
+            found.append(info.request_id)
     client.abort(found)
     return found
 

@@ -28,6 +28,16 @@ class Job:
     sampling: SamplingParams
     requests: list[EngineRequest]
 
+    def call(self, external_id: str, response_id: str) -> None:
+        """Note what its client knows it by: the id of the HTTP request, and of the response."""
+        for request in self.requests:
+            request.external_id, request.response_id = external_id, response_id
+
+    @property
+    def external_id(self) -> str:
+        """The HTTP request's id; the engine's name where there is none."""
+        return self.requests[0].external_id or self.request_id
+
 
 class InputProcessor:
     """Makes jobs of prompts. Pure but for a counter, which numbers the requests and their seeds."""

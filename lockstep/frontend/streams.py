@@ -21,6 +21,10 @@ class CallRefused(RuntimeError):
     """A call of the engine failed; the engine runs on."""
 
 
+class CallLate(TimeoutError):
+    """A call of the engine got no answer in time."""
+
+
 class Stream:
     """The outputs of one job, as they come. Ends after the one that is `finished`."""
 

@@ -80,7 +80,7 @@ class RequestSpans:
         arrived_s = first.arrival_s or now_s
         sampling = first.sampling
         attributes = {
-            "gen_ai.request.id": job,
+            "gen_ai.request.id": first.external_id or job,
             "gen_ai.request.model": self._model,
             "gen_ai.response.model": self._model,
             "gen_ai.request.n": sampling.n,
@@ -89,6 +89,8 @@ class RequestSpans:
             "gen_ai.usage.num_sequences": len(requests),
             "gen_ai.usage.prompt_tokens": len(first.prompt_token_ids),
         }
+        if first.response_id:
+            attributes["gen_ai.response.id"] = first.response_id
         if sampling.max_tokens is not None:
             attributes["gen_ai.request.max_tokens"] = sampling.max_tokens
         span = self._tracer.start_span(

@@ -27,6 +27,8 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None  # requests share cached prefixes only within one salt
     data_parallel_rank: int | None = None  # the replica that is to run it; None: the router chooses
     session_id: str | None = None  # requests of one session go to one replica, as far as loads allow
+    external_id: str = ""  # of the HTTP request that it is of: X-Request-Id, in every log line about it
+    response_id: str = ""  # of the response that it is for
     pooling: Pooling | None = None  # no tokens are generated, but the prompt's vector is made; `sampling` does not matter then
 
 

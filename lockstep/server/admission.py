@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
+REASONS = ("queue", "tokens", "client")  # which bound: sequences that wait, tokens that are owed, requests of one client
 WINDOW_S = 30.0  # over which the rate is measured
 LEAST_S, MOST_S, GUESS_S = 1, 60, 5  # of a Retry-After; the guess is for when nothing has ended yet
 
@@ -80,7 +81,7 @@ class Admission:
     def __init__(self, bounds: Bounds, clock: Callable[[], float] = time.monotonic) -> None:
         self.bounds, self._clock = bounds, clock
         self.requests, self.sequences, self.tokens = 0, 0, 0
-        self.refused = 0  # so far, for want of room
+        self.refused = dict.fromkeys(REASONS, 0)  # so far, for want of room
         self._by_key: Counter[str] = Counter()
         self._ended: deque[tuple[float, Cost]] = deque()  # (when, what) of the last WINDOW_S
 
@@ -101,20 +102,21 @@ class Admission:
         if bounds.tokens is not None and cost.tokens > bounds.tokens:
             raise NeverFits(f"a request of up to {cost.tokens} tokens (times n) is over max_queued_tokens={bounds.tokens}: ask for fewer.")
         if bounds.per_key is not None and self._by_key[key] >= bounds.per_key:
-            self._refuse(f"this client has {bounds.per_key} requests running, as many as it may (max_concurrency_per_key)", 0, 0)
+            self._refuse("client", f"this client has {bounds.per_key} requests running, as many as it may (max_concurrency_per_key)", 0, 0)
         over = self.sequences + cost.sequences - room
         if over > 0:
             self._refuse(
+                "queue",
                 f"the queue is full: {max(0, self.sequences - bounds.running)} sequences wait (max_num_queued_reqs={bounds.queued})",
                 over,
                 0,
             )
         owed = self.tokens + cost.tokens - (bounds.tokens or math.inf)
         if owed > 0:
-            self._refuse(f"the queue is full: {self.tokens} tokens are owed (max_queued_tokens={bounds.tokens})", 0, int(owed))
+            self._refuse("tokens", f"the queue is full: {self.tokens} tokens are owed (max_queued_tokens={bounds.tokens})", 0, int(owed))
 
-    def _refuse(self, why: str, sequences: int, tokens: int) -> None:
-        self.refused += 1
+    def _refuse(self, reason: str, why: str, sequences: int, tokens: int) -> None:
+        self.refused[reason] += 1
         after_s = self.retry_after_s(sequences, tokens)
         raise Busy(f"{why}: try again in {after_s} s.", after_s)
 

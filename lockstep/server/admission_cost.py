@@ -10,6 +10,9 @@ from typing import Any
 from lockstep.server.admission import Cost
 
 CHARS_PER_TOKEN = 4  # of ordinary text, roughly
+APART = ("prompt", "text", "input")  # a list of texts is as many prompts
+TOGETHER = ("messages", "instructions", "tools", "documents", "chat_template_kwargs")  # are written into one prompt
+ENVELOPE = {*TOGETHER, "role", "content", "type", "text", "name", "function", "tool_calls", "tool_call_id", "arguments", "id"}
 SHORT = 16  # tokens of a completion whose request names no limit, as OpenAI has it
 
 
@@ -26,14 +29,24 @@ def cost_of(body: Any, max_model_len: int) -> Cost:
 
 
 def characters_of(body: Any) -> int:
-    """Characters of the longest prompt, where prompts are text."""
+    """Characters of the longest prompt, where prompts are text: with all that a chat template may write into it."""
     if not isinstance(body, dict):
         return 0
-    prompt, messages, single = body.get("prompt"), body.get("messages"), body.get("input")
-    texts = prompt if isinstance(prompt, list) else [prompt]
-    texts = [*texts, *(single if isinstance(single, list) else [single])]
-    longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
-    return max(longest, _characters(messages))
+    longest, together = 0, written({name: body[name] for name in TOGETHER if name in body})
+    for name in APART:
+        value = body.get(name)
+        texts = value if isinstance(value, list) and value and isinstance(value[0], str) else [value]
+        longest = max([longest, *(written(text) for text in texts if not isinstance(text, dict))])
+    return longest + together
+
+
+def written(value: Any) -> int:
+    """Characters of all text in a JSON value, the names of its own fields left out where they are a message's."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(written(one) + (0 if name in ENVELOPE else len(name)) for name, one in value.items())
+    return sum(written(one) for one in value) if isinstance(value, list) else 0
 
 
 def _lengths(value: Any, name: str) -> list[int]:

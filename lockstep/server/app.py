@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from lockstep.server import errors, middleware
-from lockstep.server.observe import observe
+from lockstep.server.observe import count, observe
 from lockstep.server.routes import admin, chat, completions, embeddings, generate, health, info, metrics, models, responses, tokenize, web
 from lockstep.server.state import ServerState
 from lockstep.version import __version__
@@ -33,6 +33,7 @@ def create_app(state: ServerState) -> FastAPI:
     observe(app, state)
     errors.install(app)
     middleware.install(app, state)
+    count(app, state)
     for router in ROUTERS:
         app.include_router(router)
     return app

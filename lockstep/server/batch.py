@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -17,20 +16,22 @@ from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt, named
 from lockstep.frontend.streams import Stream
 from lockstep.frontend.tokenizer import encode
+from lockstep.observability import logging
 from lockstep.protocol import SamplingParams
-from lockstep.server.errors import ApiError
+from lockstep.server.errors import AGAIN, ApiError
 from lockstep.server.schemas.common import SamplingFields
 from lockstep.server.schemas.wire import CachedTokens, Usage
 from lockstep.server.sse import until_gone
 from lockstep.server.state import ServerState
 
-ID_LENGTH = 128
 
-
-def request_id(request: Request, body: SamplingFields) -> str:
-    """What the client calls its request, or a new name."""
-    given = body.request_id or request.headers.get("x-request-id", "")[:ID_LENGTH]
-    return given if given and given.isascii() and given.isprintable() else uuid.uuid4().hex
+def request_id(request: Request, given: str | None) -> str:
+    """The one name of a request: in its response, its headers, log lines, spans and /v1/requests. given: what its body calls it."""
+    if given:
+        request.scope["state"]["request_id"] = given
+        logging.request_id.set(given)
+    name: str = request.scope["state"]["request_id"]
+    return name
 
 
 def routing(request: Request, body: SamplingFields) -> dict[str, Any]:
@@ -67,7 +68,7 @@ async def tokens_of(state: ServerState, text: str, *, special: bool = True) -> l
     def read() -> list[int]:
         return encode(state.engine.tokenizer, text, "prompt", add_special_tokens=special)
 
-    return await asyncio.to_thread(read) if len(text) > LONG_TEXT else read()
+    return await state.aside.do(read) if len(text) > LONG_TEXT else read()
 
 
 def truncated(state: ServerState, ids: list[int], keep: int, max_tokens: int | None) -> list[int]:
@@ -165,7 +166,7 @@ def raise_error(output: RequestOutput) -> None:
         said = output.error or "the request failed in the engine."
         if said.startswith("structured_outputs"):  # found only beside the model: what was asked for cannot be written
             raise ApiError(400, said, param="structured_outputs")
-        raise ApiError(503, said, code="engine_error")
+        raise ApiError(503, said, code="engine_error", headers=AGAIN)
 
 
 class Meter:

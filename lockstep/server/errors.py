@@ -15,9 +15,11 @@ from starlette.exceptions import HTTPException
 from lockstep.engine.errors import RequestError
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend.errors import PromptError
+from lockstep.frontend.streams import CallLate, CallRefused
 from lockstep.observability.logging import get_logger
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+AGAIN = {"retry-after": "1"}  # while the engine, or a replica, is started again
 TRIED = {"str", "int", "float", "bool", "none", "literal"}
 _log = get_logger(__name__)
 
@@ -67,7 +69,10 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestError | PromptError | ValueError):
         return ApiError(400, str(error))
     if isinstance(error, ExecutorError):
-        return ApiError(503, f"the engine cannot run requests: {error}", code="engine_dead")
+        return ApiError(503, f"the engine cannot run requests: {error}", code="engine_dead", headers=AGAIN)
+    if isinstance(error, CallRefused | CallLate):
+        _log.warning("%s", error)
+        return ApiError(503, str(error), code="unavailable", headers=AGAIN)
     _log.error("a request failed by our fault", exc_info=error)
     return ApiError(500, "internal error: see the server's log.", code="internal_error")
 
@@ -104,5 +109,5 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    for kind in (ApiError, ExecutorError, ValueError, Exception):
+    for kind in (ApiError, ExecutorError, CallRefused, CallLate, ValueError, Exception):
         app.add_exception_handler(kind, any_error)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from prometheus_client import ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lockstep.observability.histogram import Histogram
@@ -32,8 +35,8 @@ class HttpMetrics:
         histogram = self._seconds.get(key[:2]) or self._seconds.setdefault(key[:2], Histogram.of(SECONDS))
         histogram.observe(seconds)
 
-    def families(self) -> Iterator[Metric]:
-        """As metrics."""
+    def families(self, refused: Mapping[str, int]) -> Iterator[Metric]:
+        """As metrics, with what the process itself is. refused: by admission, for each reason."""
         requests = CounterMetricFamily(
             "lockstep:http_requests", "HTTP requests answered.", labels=["route", "method", "status", "api_server"]
         )
@@ -48,14 +51,27 @@ class HttpMetrics:
             seconds.add_metric([route, method, self.api_server], histogram.cumulative(), histogram.total)
         busy = GaugeMetricFamily("lockstep:http_requests_in_progress", "HTTP requests that are being answered.", labels=["api_server"])
         busy.add_metric([self.api_server], self.in_progress)
-        yield from (requests, seconds, busy)
+        yield from (requests, seconds, busy, *self._refusals(refused), *self._process())
+
+    def _refusals(self, refused: Mapping[str, int]) -> Iterator[Metric]:
+        for prefix in ("lockstep:", "vllm:"):
+            family = CounterMetricFamily(f"{prefix}admission_rejections", "Requests answered 429.", labels=["reason", "api_server"])
+            for reason, count in refused.items():
+                family.add_metric([reason, self.api_server], count)
+            yield family
+
+    def _process(self) -> Iterator[Metric]:
+        for family in ProcessCollector(registry=None).collect():
+            family.samples = [sample._replace(labels={**sample.labels, "api_server": self.api_server}) for sample in family.samples]
+            yield family
 
 
 class HttpMetricsMiddleware:
-    """Counts every request of an application."""
+    """Counts every request of an application, refused ones too: it is around everything else."""
 
     def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
         self.app, self.metrics = app, metrics
+        self._paths: frozenset[str] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,6 +90,22 @@ class HttpMetricsMiddleware:
             await self.app(scope, receive, noted)
         finally:
             self.metrics.in_progress -= 1
-            route = getattr(scope.get("route"), "path", UNKNOWN)
+            route = getattr(scope.get("route"), "path", None) or self._of(scope)
             method = scope["method"] if scope["method"] in METHODS else "OTHER"
             self.metrics.answered(route, method, status, time.perf_counter() - began)
+
+    def _of(self, scope: Scope) -> str:
+        """The route of what was refused before it came to one."""
+        if self._paths is None:
+            self._paths = frozenset(paths_of(scope["app"]))
+        path = get_route_path(scope)
+        return path if path in self._paths else UNKNOWN
+
+
+def paths_of(app: Any) -> Iterator[str]:
+    """The path of every route, those of routers too."""
+    for route in app.routes:
+        if hasattr(route, "original_router"):
+            yield from paths_of(route.original_router)
+        else:
+            yield route.path

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -92,7 +92,6 @@ def render(snapshot: MetricsSnapshot, model: str, cache: dict[str, Any], more: I
     """The text. model: as responses name it. cache: the settings of the KV cache. more: what this process counts itself."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Fixed([*families(snapshot, model, cache), *more]))
-    ProcessCollector(registry=registry)
     return generate_latest(registry)
 
 

@@ -1,5 +1,6 @@
 """What every request passes between the socket and the routes, from the outside in:
 
+    (counts      of every answer, whoever gives it: see `observe`)
     RequestLog   a request id on every response and log line; one access line; the last resort for exceptions
     CORS         only with --allowed-origins
     KeyCheck     no key, no route: but for liveness, readiness and the page's shell
@@ -29,6 +30,7 @@ from lockstep.observability.logging import get_logger, request_id
 from lockstep.server.errors import ApiError, as_api_error, respond
 from lockstep.server.middleware_body import Bodies
 from lockstep.server.middleware_gate import Gate
+from lockstep.server.schemas.common import GIVEN_ID
 
 if TYPE_CHECKING:
     from lockstep.server.state import ServerState
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 # For GET and HEAD. /health is /livez by another name, and /ready is /readyz.
 OPEN_PATHS = frozenset({"/livez", "/health", "/readyz", "/ready", "/", "/favicon.ico"})
 OPEN_FOLDERS = ("/web/",)  # the page's own files
-_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")  # of a client: what can be put into a header and a log line as it is
+_given = re.compile(GIVEN_ID)
 _access = get_logger("lockstep.access")
 
 
@@ -72,12 +74,12 @@ class RequestLog:
         name = _given_id(scope["headers"]) or uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = name
         token, start_s, status = request_id.set(name), time.monotonic(), 0
-        header = (b"x-request-id", name.encode())
 
         async def named(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                header = (b"x-request-id", scope["state"]["request_id"].encode())  # the body may have named it
                 message["headers"] = [*(pair for pair in message.get("headers", ()) if pair[0] != b"x-request-id"), header]
             await send(message)
 
@@ -152,5 +154,5 @@ def _given_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
     for name, value in headers:
         if name == b"x-request-id":
             text = value.decode("latin-1")
-            return text if _ID.fullmatch(text) else None
+            return text if _given.fullmatch(text) else None
     return None

@@ -14,12 +14,14 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lockstep.server.errors import ApiError, respond
+from lockstep.server.schemas.common import INT64
 
 MAX_DEPTH = 64  # arrays and objects in each other
 MAX_CONTAINERS = 100_000  # arrays and objects in a body
 LONG_BYTES = 256 << 10  # longer bodies are looked through beside the event loop
 LINGER_S, LINGER_BYTES = 2.0, 64 << 20  # for a client to finish sending what is refused: it reads the answer only then
 _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+_MANY_DIGITS = re.compile(rb"\d{19}")
 _decode = msgspec.json.Decoder().decode
 
 
@@ -73,9 +75,25 @@ def parse(body: bytes) -> Any:
     """The value of a JSON body. Raises ApiError 400 for what is none, or nested too deeply."""
     check_nesting(body)
     try:
-        return _decode(body)
+        value = _decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise ApiError(400, f"the body is no valid JSON in UTF-8: {e}.", code="invalid_json") from None
+    if _MANY_DIGITS.search(body):
+        check_whole_numbers(value)
+    return value
+
+
+def check_whole_numbers(value: Any, path: str = "") -> None:
+    """Raise ApiError 400 for a whole number that 64 bits cannot hold: it would pass every check that only looks for a number."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            check_whole_numbers(one, path or name)
+    elif isinstance(value, list):
+        for one in value:
+            check_whole_numbers(one, path)
+    elif isinstance(value, int) and not -INT64 <= value < INT64:
+        what = f"{path[:64]}: " if path else ""
+        raise ApiError(400, f"{what}the whole number {str(value)[:24]}... is out of range: 64 bits are for it.", param=path[:64] or None)
 
 
 def check_nesting(body: bytes) -> None:

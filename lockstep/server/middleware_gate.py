@@ -14,7 +14,7 @@ from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lockstep.frontend.streams import submitted
-from lockstep.server.admission import Busy, NeverFits
+from lockstep.server.admission import Busy, NeverFits, Ticket
 from lockstep.server.admission_cost import characters_of, cost_of
 from lockstep.server.errors import ApiError, respond
 
@@ -33,20 +33,42 @@ AGAIN_S = 5  # when to come back to a server that is going: its successor's time
 
 
 class Running:
-    """A request that passed the gate and has not ended."""
+    """A request that passed the gate and has not ended. At `scope["state"]["running"]`, for the route."""
 
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
+    def __init__(self, state: ServerState, ticket: Ticket, limit_s: float) -> None:
+        self._state, self._ticket = state, ticket
         self.jobs: list[str] = []  # that its route has submitted
         self.begun = False  # its response
         self.why: ApiError | None = None  # it was stopped
         self.timeout = asyncio.timeout(None)
+        self._task: asyncio.Task[None] | None = None
+        late = ApiError(504, f"the request was not done in {limit_s:g} s, its deadline.", code="deadline_exceeded")
+        self._timer = asyncio.get_running_loop().call_later(limit_s, self.stop, late)
+        state.running.add(self)
+
+    def goes_on(self, task: asyncio.Task[None]) -> None:
+        """The request ends with this task, not with its response: its place, its deadline and the drain are the task's."""
+        self._task = task
+        task.add_done_callback(lambda _: self._end())
+
+    def answered(self) -> None:
+        """Its response has ended, and so has it, unless it goes on."""
+        if self._task is None:
+            self._end()
+
+    def _end(self) -> None:
+        self._timer.cancel()
+        self._state.running.discard(self)
+        self._ticket.leave()
 
     def stop(self, why: ApiError) -> None:
         """End it early. May be called twice; the first reason counts."""
         if self.why is not None:
             return
         self.why, now_s = why, asyncio.get_running_loop().time()
+        if self._task is not None:
+            self._task.cancel()
+            return
         self.timeout.reschedule(now_s + GRACE_S if self.begun else now_s)
         if self.begun:
             self._state.background(self._state.engine.abort(list(self.jobs)))
@@ -77,10 +99,9 @@ class Gate:
         except ApiError as e:
             await respond(e)(scope, receive, send)
             return
-        with ticket:
-            await self._run(limit_s, scope, receive, send)
+        await self._run(ticket, limit_s, scope, receive, send)
 
-    def _admit(self, scope: Scope, body: Any) -> Any:
+    def _admit(self, scope: Scope, body: Any) -> Ticket:
         state = self._state
         key = scope["state"].get("client_key") or (scope.get("client") or ("local",))[0]
         try:
@@ -92,10 +113,18 @@ class Gate:
             raise ApiError(400, str(e), param=param, code="request_too_large") from None
 
     def _check_characters(self, body: Any) -> None:
-        """No text is tokenized that could not fit even if every token of it were the longest there is."""
-        length, most = characters_of(body), self._state.most_characters
-        if length > most and not (isinstance(body, dict) and body.get("truncate_prompt_tokens")):
-            raise ApiError(400, f"the prompt has {length} characters, more than {most}, all that could fit: shorten it.", param="prompt")
+        """No text is tokenized that could not fit even if every token of it were the longest there is; of one that is to be cut
+        (truncate_prompt_tokens), no more than /tokenize takes.
+        """
+        state, length = self._state, characters_of(body)
+        if length > state.most_characters:
+            cut, most = isinstance(body, dict) and body.get("truncate_prompt_tokens"), state.options.max_tokenize_characters
+            if not cut:
+                message = f"the prompt has {length} characters, more than {state.most_characters}, all that could fit: shorten it."
+                raise ApiError(400, message, param="prompt")
+            if length > most:
+                message = f"the prompt has {length} characters, more than max_tokenize_characters={most}, though only its end is taken"
+                raise ApiError(400, f"{message} (truncate_prompt_tokens): shorten it.", param="prompt")
 
     def _limit_s(self, scope: Scope, body: Any) -> float:
         """Seconds that the request has: what it asks for, and no more than the server allows."""
@@ -106,12 +135,9 @@ class Gate:
         asked = body.get("timeout") if isinstance(body, dict) else None
         return limit_s if asked is None else min(limit_s, _seconds(asked, "timeout"))
 
-    async def _run(self, limit_s: float, scope: Scope, receive: Receive, send: Send) -> None:
-        running = Running(self._state)
-        late = ApiError(504, f"the request was not done in {limit_s:g} s, its deadline.", code="deadline_exceeded")
-        timer = asyncio.get_running_loop().call_later(limit_s, running.stop, late)
+    async def _run(self, ticket: Ticket, limit_s: float, scope: Scope, receive: Receive, send: Send) -> None:
+        running = scope["state"]["running"] = Running(self._state, ticket, limit_s)
         token = submitted.set(running.jobs)
-        self._state.running.add(running)
 
         async def watched(message: Message) -> None:
             running.begun = True
@@ -126,15 +152,14 @@ class Gate:
             if not running.begun:
                 await respond(running.why)(scope, receive, send)
         finally:
-            timer.cancel()
-            self._state.running.discard(running)
+            running.answered()
             submitted.reset(token)
 
 
 def _seconds(value: Any, name: str) -> float:
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0):
         raise ApiError(400, f"{name}={str(value)[:40]!r} is no time limit: give seconds above 0.", param=name)

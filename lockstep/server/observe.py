@@ -11,13 +11,17 @@ from lockstep.server.state import ServerState
 
 
 def observe(app: FastAPI, state: ServerState) -> None:
-    """Count the requests of `app`, and trace those of its engine when --otlp-traces-endpoint is set."""
-    app.state.http_metrics = HttpMetrics(state.engine.index)
-    app.add_middleware(HttpMetricsMiddleware, metrics=app.state.http_metrics)
+    """Trace the requests of `app`'s engine when --otlp-traces-endpoint is set."""
     endpoint = state.options.otlp_traces_endpoint
     if endpoint:
         state.engine.observer = otel.spans_to(endpoint, state.model)
         app.add_middleware(TraceHeaders)
+
+
+def count(app: FastAPI, state: ServerState) -> None:
+    """Count every answer of `app`: call it last, for what is added last is outermost."""
+    app.state.http_metrics = HttpMetrics(state.engine.index)
+    app.add_middleware(HttpMetricsMiddleware, metrics=app.state.http_metrics)
 
 
 class TraceHeaders:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends, Request
 
 from lockstep.config.serve import ServeOptions, read_chat_template
+from lockstep.engine.stats import EngineStats, combined
 from lockstep.frontend.async_engine import AsyncEngine
 from lockstep.server.admission import Admission, Bounds
+from lockstep.server.aside import Aside
 from lockstep.server.response_store import ResponseStore
 from lockstep.version import __version__
 
@@ -34,6 +36,7 @@ class ServerState:
     created_s: int = field(default_factory=lambda: int(time.time()))  # Unix time
     draining: bool = False  # no new requests are taken
     responses: ResponseStore = field(default_factory=ResponseStore)
+    aside: Aside = field(default_factory=Aside)
     running: set[Running] = field(default_factory=set)  # requests that generate; the gate's
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -81,6 +84,13 @@ class ServerState:
         """No text of more can fit: the context times the longest token."""
         vocabulary: dict[str, int] = getattr(self.engine.tokenizer, "get_vocab", dict)()
         return self.max_model_len * max((len(token) for token in vocabulary), default=sys.maxsize)
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """The engine's numbers as it last told them; None when no replica is ready. Asks nobody."""
+        health = self.engine.health
+        known = [one.stats for one in health.replicas if one.stats is not None] if health is not None else []
+        return combined(known) if known else None
 
     def background(self, work: Coroutine[Any, Any, Any]) -> None:
         """Have something done, and do not wait for it."""

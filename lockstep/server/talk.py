@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from lockstep.frontend.async_engine import LONG_TEXT
 from lockstep.frontend.chat import render
 from lockstep.frontend.errors import PromptError
+from lockstep.server.admission_cost import written
 from lockstep.server.errors import ApiError
 from lockstep.server.sampling import refuse
 from lockstep.server.schemas.chat import Message, Talk
@@ -36,9 +36,9 @@ async def prompt_of(state: ServerState, body: Talk, *, tools: bool = True) -> di
     def make() -> dict[str, Any]:
         return render(state.engine.tokenizer, messages, begin, state.chat_template, words)
 
-    long = sum(len(m["content"]) for m in messages) > LONG_TEXT
+    long = written({"messages": messages, **words}) > LONG_TEXT
     try:
-        return await asyncio.to_thread(make) if long else make()
+        return await state.aside.do(make) if long else make()
     except PromptError as e:
         raise ApiError(400, str(e), param="messages") from None
 

@@ -13,6 +13,7 @@ import pytest
 from starlette.routing import Mount, Route
 
 from lockstep.observability import logging as ours
+from lockstep.server.admission import Cost
 from lockstep.server.app import create_app
 from lockstep.server.errors import ApiError
 from lockstep.server.middleware import OPEN_FOLDERS, OPEN_PATHS
@@ -328,5 +329,50 @@ def test_a_request_that_is_stopped_before_its_response_gets_the_reason() -> None
             running.stop(ApiError(500, "not this"))
             answer = await task
             assert (answer.status_code, answer.json()["error"]["message"]) == (503, "the end")
+
+    run(walk())
+
+
+def test_refusals_are_counted_by_their_route_and_status() -> None:
+    async def walk() -> None:
+        app = create_app(make_state(EdgeEngine(1), api_key=["sk-right"], max_num_queued_reqs=0, max_body_bytes=100))
+        state = app.state.server
+        async with client_of(app) as client:
+            ask = {"prompt": "x"}
+            await client.post("/v1/completions", json=ask)
+            await client.post("/v1/completions", content=b"{", headers=KEY)
+            await client.post("/v1/completions", content=b" " * 101, headers=KEY)
+            with state.admission.admit(Cost()):
+                await client.post("/v1/completions", json=ask, headers=KEY)
+            state.draining = True
+            await client.post("/v1/completions", json=ask, headers=KEY)
+            await client.post("/made/up/by/a/client", json=ask)
+        families = {family.name: family for family in app.state.http_metrics.families(state.admission.refused)}
+        found = {(s.labels["route"], s.labels["status"]): s.value for s in families["lockstep:http_requests"].samples}
+        assert found == {**{("/v1/completions", status): 1 for status in ("401", "400", "413", "429", "503")}, ("unknown", "401"): 1}
+        for name in ("lockstep:admission_rejections", "vllm:admission_rejections"):
+            assert {s.labels["reason"]: s.value for s in families[name].samples} == {"queue": 1, "tokens": 0, "client": 0}
+        own = [s for name, family in families.items() if name.startswith("process_") for s in family.samples]
+        assert own and all(s.labels["api_server"] == "0" for s in own)
+
+    run(walk())
+
+
+@pytest.mark.parametrize("path", ["/livez", "/health", "/readyz", "/ready"])
+def test_strangers_read_no_pids_paths_or_exceptions(path: str) -> None:
+    told = {"replica": 1, "rank": 0, "state": "waiting", "pid": 77, "why": "secret of the server", "incident": "/home/x", "for_s": 1.0}
+    engine: Any = EdgeEngine()
+    engine.problems, engine.health, engine.takes_requests, engine.failure = lambda: [told], None, False, RuntimeError("x")
+
+    async def problems(headers: dict[str, str], **options: Any) -> Any:
+        async with client_of(create_app(make_state(engine, **options))) as client:
+            answer = await client.get(path, headers=headers)
+            assert answer.status_code == 503
+            return answer.json()["problems"]
+
+    async def walk() -> None:
+        assert await problems({}, api_key=["sk-right"]) == [{"replica": 1, "rank": 0, "state": "waiting"}]
+        assert await problems({"Authorization": "Bearer sk-wrong"}, api_key=["sk-right"]) == [{"replica": 1, "rank": 0, "state": "waiting"}]
+        assert await problems(KEY, api_key=["sk-right"]) == await problems({}) == [told]
 
     run(walk())

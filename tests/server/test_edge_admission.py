@@ -25,7 +25,7 @@ def test_a_full_queue_says_when_to_come_back_by_the_measured_rate() -> None:
     with pytest.raises(Busy) as later:
         books.admit(Cost(sequences=3))
     assert later.value.retry_after_s == 9  # three at the rate of four in twelve seconds
-    assert books.refused == 2
+    assert books.refused == {"queue": 2, "tokens": 0, "client": 0}
 
 
 def test_what_never_fits_is_no_429() -> None:

@@ -117,7 +117,8 @@ def test_requests_of_any_client_can_be_aborted(server: RunningServer) -> None:
     streams = [Streaming(server) for _ in range(3)]
     until(lambda: all(len(stream.text) > 20 for stream in streams))
     names = [info["request_id"] for info in get(server, "/v1/requests")["data"]]
-    assert post(server, "/abort_requests", json={"request_ids": [f"cmpl-{names[0]}", "unknown"]}) == {"aborted": names[:1]}
+    assert post(server, "/abort_requests", json={"request_ids": [f"cmpl-{names[0]}", names[1][1:], "unknown"]}) == {"aborted": []}
+    assert post(server, "/abort_requests", json={"request_ids": [names[0], "unknown"]}) == {"aborted": names[:1]}
     assert sorted(post(server, "/abort_requests", json={})["aborted"]) == sorted(names[1:])
     for stream in streams:
         stream.thread.join(30)

@@ -75,6 +75,17 @@ def test_delta_outputs_join_to_the_whole_and_never_split_a_character() -> None:
     assert not any("\ufffd" in part for part in got)
 
 
+def test_of_several_completions_each_tells_its_end_once() -> None:
+    collector = start(SamplingParams(output_kind=RequestOutputKind.DELTA, n=2))
+    told = [
+        (c.index, c.text, c.finish_reason)
+        for step in ([news("a", "stop", "r.0"), news("x", name="r.1")], [news("y", name="r.1")], [news("z", "length", "r.1")])
+        for output in collector.take(step)[0]
+        for c in output.outputs
+    ]
+    assert told == [(0, "", "stop"), (1, "x", None), (1, "y", None), (1, "z", "length")]
+
+
 @pytest.mark.parametrize("stop", [None, "never"])
 def test_final_outputs_come_once(stop: str | None) -> None:
     collector = start(SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, stop=stop))

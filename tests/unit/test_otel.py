@@ -79,7 +79,9 @@ def test_without_a_parent_a_trace_begins_and_failures_are_told() -> None:
         found.started("1", [request("1.0", n=2), request("1.1", n=2, choice=1)])
         found.took([output("1.0", 4)])
         found.ended("1", ["error", "error"], "the engine is gone")
-        found.started("2", [request("2")])
+        asked = request("2")
+        asked.external_id, asked.response_id = "mine", "cmpl-mine"
+        found.started("2", [asked])
         found.ended("2", ["abort"])
         found.close()
         first, second = sorted(spans, key=lambda s: s.start_time_unix_nano)
@@ -87,6 +89,7 @@ def test_without_a_parent_a_trace_begins_and_failures_are_told() -> None:
         assert first.status.code == 2 and first.status.message == "the engine is gone"
         assert attributes(first)["gen_ai.usage.num_sequences"] == 2 and attributes(first)["gen_ai.usage.completion_tokens"] == 4
         assert "gen_ai.latency.time_to_first_token" not in attributes(second)
+        assert (attributes(second)["gen_ai.request.id"], attributes(second)["gen_ai.response.id"]) == ("mine", "cmpl-mine")
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:4318", "ftp://x/y", "http://"])

@@ -10,13 +10,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Query
-from pydantic import BaseModel
+from pydantic import Field
 
 from lockstep.cluster.health import RequestInfo
-from lockstep.engine.stats import combined
-from lockstep.frontend.streams import CallRefused
 from lockstep.observability.flight_recorder import default_folder
 from lockstep.server.errors import ApiError
+from lockstep.server.schemas.common import Body, Name
 from lockstep.server.state import ServerState, State
 
 router = APIRouter(tags=["operators"])
@@ -24,13 +23,11 @@ LONG_S = 600.0  # weights may have to be read again
 
 
 async def _call(state: ServerState, method: str, *args: Any, type: Any = Any) -> Any:
-    """A call of the engine. Raises ApiError 409 when it refuses, 503 when there is no engine for it just now."""
+    """A call of the engine. Raises ApiError 409 when what is asked cannot be in the state that it is in."""
     try:
         return await state.engine.call(method, *args, type=type, timeout_s=LONG_S)
     except ValueError as e:
         raise ApiError(409, str(e), code="conflict") from None
-    except (CallRefused, TimeoutError) as e:
-        raise ApiError(503, str(e), code="unavailable", headers={"Retry-After": "1"}) from None
 
 
 @router.post("/pause")
@@ -98,27 +95,24 @@ async def stop_profile(state: State) -> dict[str, str]:
     return {"path": await _call(state, "write_profile", str(Path(folder).absolute()))}
 
 
-class AbortRequest(BaseModel):
-    """request_ids: as responses or /v1/requests name them. Without them all are meant."""
+class AbortRequest(Body):
+    """request_ids: of responses, of HTTP requests (X-Request-Id), or the engine's, of /v1/requests. Without them all are meant."""
 
-    request_ids: list[str] | None = None
+    request_ids: Annotated[list[Name], Field(max_length=4096)] | None = None
 
 
 @router.post("/abort_requests")
 async def abort_requests(body: AbortRequest, state: State) -> dict[str, list[str]]:
     """End requests, of any client. Their streams end with finish_reason "abort"."""
-    names = None if body.request_ids is None else [one for name in body.request_ids for one in (name, name.partition("-")[2])]
-    return {"aborted": await _call(state, "abort_requests", names)}
+    return {"aborted": await _call(state, "abort_requests", body.request_ids)}
 
 
 @router.get("/load")
 async def load(state: State) -> dict[str, Any]:
     """How much there is to do, as of a moment ago."""
-    health = state.engine.health
-    known = [one.stats for one in health.replicas if one.stats is not None] if health is not None else []
-    if not known:
+    stats = state.stats
+    if stats is None:
         return {"server_load": state.engine.unfinished, "running": 0, "waiting": state.engine.unfinished, "kv_cache_usage": 0.0}
-    stats = combined(known)
     return {
         "server_load": stats.running + stats.waiting,
         "running": stats.running,

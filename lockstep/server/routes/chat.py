@@ -32,7 +32,7 @@ router = APIRouter(prefix="/v1", tags=["chat"])
 async def chat_completions(body: ChatRequest, state: State, request: Request) -> Response:
     """Answer a conversation."""
     check_model(state, body.model)
-    answer = ChatAnswer(state, body, request_id(request, body))
+    answer = ChatAnswer(state, body, f"chatcmpl-{request_id(request, body.request_id)}")
     await answer.prepare(**routing(request, body))
     if body.stream:
         await answer.batch.start()
@@ -47,11 +47,11 @@ class ChatAnswer:
     batch: Batch
 
     def __init__(self, state: ServerState, body: ChatRequest, name: str) -> None:
-        """Raises ApiError for fields that contradict each other."""
+        """name: the response's id. Raises ApiError for fields that contradict each other."""
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, f"top_logprobs={body.top_logprobs} needs logprobs=true.", param="top_logprobs")
         self._state, self._body = state, body
-        self._id, self._created_s = f"chatcmpl-{name}", int(time.time())
+        self._id, self._created_s = name, int(time.time())
         self._plan = plan_of(state, body)
         self._writer = LogprobWriter(state.engine.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
 
@@ -65,7 +65,7 @@ class ChatAnswer:
             }
         if body.cache_salt:
             prompt["cache_salt"] = body.cache_salt
-        self.batch = await Batch.make(self._state, [prompt], sampling, param="messages", **options)
+        self.batch = await Batch.make(self._state, [prompt], sampling, param="messages", response_id=self._id, **options)
 
     def reader(self) -> Reader:
         """What reads one answer as it grows."""

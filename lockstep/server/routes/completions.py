@@ -31,9 +31,9 @@ router = APIRouter(prefix="/v1", tags=["completions"])
 async def completions(body: CompletionRequest, state: State, request: Request) -> Response:
     """Continue each prompt."""
     check_model(state, body.model)
-    answer = Answer(state, body, request_id(request, body))
+    answer = Answer(state, body, request_id(request, body.request_id))
     prompts = [await prepared(state, prompt, body, max_tokens=body.max_tokens) for prompt in body.prompts()]
-    answer.batch = await Batch.make(state, prompts, answer.sampling(), **routing(request, body))
+    answer.batch = await Batch.make(state, prompts, answer.sampling(), response_id=answer.id, **routing(request, body))
     if body.stream:
         await answer.batch.start()
         return EventStream(answer.events(), answer.batch.abort)
@@ -48,7 +48,7 @@ class Answer:
     def __init__(self, state: ServerState, body: CompletionRequest, name: str) -> None:
         """Raises ApiError for fields that contradict each other."""
         self._state, self._body = state, body
-        self._id, self._created_s = f"cmpl-{name}", int(time.time())
+        self.id, self._created_s = f"cmpl-{name}", int(time.time())
         self._n = body.n or 1
         self._best_of = body.best_of or self._n
         self._writer = LogprobWriter(state.engine.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
@@ -110,7 +110,7 @@ class Answer:
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None) -> Completion:
         made, fingerprint = self._created_s, self._state.fingerprint
         return Completion(
-            id=self._id,
+            id=self.id,
             created=made,
             model=self._state.name_of(self._body.model),
             choices=choices,

@@ -7,7 +7,7 @@ import base64
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from lockstep.frontend.embedding import NO_TEXT, check_dimensions, finish
@@ -17,6 +17,7 @@ from lockstep.frontend.streams import Stream
 from lockstep.server.errors import ApiError
 from lockstep.server.routes.models import check_model
 from lockstep.server.schemas.embeddings import EmbeddingRequest, EmbeddingResponse
+from lockstep.server.sse import until_gone
 from lockstep.server.state import ServerState, State
 
 MOST_INPUTS = 2048  # of one request, as OpenAI has it
@@ -26,7 +27,7 @@ router = APIRouter(prefix="/v1", tags=["embeddings"])
 
 
 @router.post("/embeddings", response_model=EmbeddingResponse)
-async def embeddings(body: EmbeddingRequest, state: State) -> Response:
+async def embeddings(body: EmbeddingRequest, state: State, request: Request) -> Response:
     """A vector for each input, scaled to length 1 unless `normalize` is false."""
     check_model(state, body.model)
     try:
@@ -34,11 +35,13 @@ async def embeddings(body: EmbeddingRequest, state: State) -> Response:
     except ValueError as e:
         raise ApiError(400, str(e), param="dimensions") from None
     jobs = await _jobs(body, state)
-    try:
+
+    async def abort() -> None:
+        await state.engine.abort([job.request_id for job in jobs])
+
+    async with until_gone(request.receive, abort):
         streams = [await state.engine.submit(job) for job in jobs]
         vectors = [await _vector(stream) for stream in streams]
-    finally:
-        await state.engine.abort([job.request_id for job in jobs])
     tokens = sum(len(job.prompt_token_ids) for job in jobs)
     answer = {"object": "list", "model": body.model or state.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
     return Response(await asyncio.to_thread(_render, answer, vectors, body), media_type="application/json")
@@ -48,8 +51,8 @@ def _render(answer: dict[str, Any], vectors: list[bytes], body: EmbeddingRequest
     """The response's JSON. It may be megabytes of digits: not for the event loop."""
     forms: list[list[float] | str] = []
     for vector in vectors:
-        values = finish(vector, dimensions=body.dimensions, normalize=body.normalize)
-        forms.append(values.tolist() if body.encoding_format == "float" else base64.b64encode(values.astype("<f4").tobytes()).decode())
+        values = finish(vector, dimensions=body.dimensions, normalize=body.normalize is not False)
+        forms.append(values.tolist() if body.encoding_format != "base64" else base64.b64encode(values.astype("<f4").tobytes()).decode())
     data = [{"object": "embedding", "index": index, "embedding": form} for index, form in enumerate(forms)]
     return msgspec.json.encode({**answer, "data": data})
 
@@ -62,7 +65,7 @@ async def _jobs(body: EmbeddingRequest, state: ServerState) -> list[Job]:
     jobs = []
     for index, prompt in enumerate(prompts):
         try:
-            jobs.append(await state.engine.job(prompt, NO_TEXT, priority=body.priority, pooling=body.pooling))
+            jobs.append(await state.engine.job(prompt, NO_TEXT, priority=body.priority or 0, pooling=body.pooling or "last"))
         except ValueError as e:
             raise ApiError(400, str(e) if len(prompts) == 1 else f"input[{index}]: {e}", param="input") from None
         if index % BREATH == BREATH - 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from fastapi.responses import Response
 
 from lockstep.frontend.outputs import CompletionOutput, RequestOutput
 from lockstep.protocol import RequestOutputKind, SamplingParams
-from lockstep.server.batch import Batch, raise_error, routing
+from lockstep.server.batch import Batch, raise_error, request_id, routing
 from lockstep.server.errors import ApiError
 from lockstep.server.logprobs import least
 from lockstep.server.sampling import sampling_params
@@ -36,20 +35,25 @@ async def generate(body: GenerateRequest, state: State, request: Request) -> Res
         raise ApiError(400, "give either text or input_ids.", param="text")
     started_s = time.monotonic()
     fields = as_fields(body)
-    batch = await Batch.make(state, body.prompts(), sampling(state, body, fields), param="text", **routing(request, fields))
-    name = body.rid or uuid.uuid4().hex
+    name = request_id(request, body.rid)
+    batch = await Batch.make(
+        state, body.prompts(), sampling(state, body, fields), param="text", response_id=name, **routing(request, fields)
+    )
 
-    def shown(output: RequestOutput, prompt: int) -> list[dict[str, Any]]:
-        return [answer(output, one, f"{name}-{prompt}" if body.several else name, started_s) for one in output.outputs]
+    def shown(output: RequestOutput, which: list[CompletionOutput], prompt: int) -> list[dict[str, Any]]:
+        return [answer(output, one, f"{name}-{prompt}" if body.several else name, started_s) for one in which]
 
     if not body.stream:
-        answers = [one for i, output in enumerate(await batch.results(request)) for one in shown(output, i)]
+        answers = [one for i, output in enumerate(await batch.results(request)) for one in shown(output, output.outputs, i)]
         return Response(encode(answers if body.several or len(answers) > 1 else answers[0]), media_type="application/json")
 
     async def events() -> AsyncIterator[bytes]:
+        ended = set[tuple[int, int]]()  # (prompt, completion): their ends have been told
         async for i, output in batch.deltas():
             raise_error(output)
-            for one in shown(output, i):
+            new = [one for one in output.outputs if (i, one.index) not in ended]
+            ended.update((i, one.index) for one in new if one.finished)
+            for one in shown(output, new, i):
                 yield event(one | ({"index": i} if body.several else {}))
 
     await batch.start()

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from lockstep.server.routes import health
@@ -18,19 +18,19 @@ router = APIRouter(tags=["server"])
 
 @router.get("/ping", responses=health.UNWELL)
 @router.post("/ping", responses=health.UNWELL)
-async def ping(state: State) -> JSONResponse:
+async def ping(state: State, request: Request) -> JSONResponse:
     """What load balancers of some platforms ask; the same as /health."""
-    return await health.health(state)
+    return await health.health(state, request)
 
 
 @router.get("/server_info")
 async def server_info(state: State) -> dict[str, Any]:
-    """The engine's settings (no keys among them) and its numbers at this moment."""
-    stats = await state.engine.stats()
+    """The engine's settings (no keys among them) and its numbers as of a moment ago; null while no replica is ready."""
+    stats = state.stats
     return {
         "version": __version__,
         "model": state.model,
         "architecture": state.engine.spec.architecture,
         "config": dataclasses.asdict(state.engine.config),
-        "stats": msgspec.to_builtins(stats) | {"kv_usage": stats.kv_usage},
+        "stats": stats and msgspec.to_builtins(stats) | {"kv_usage": stats.kv_usage},
     }

@@ -22,7 +22,7 @@ async def metrics(request: Request, state: State) -> Response:
     """Prometheus text: the engine's numbers, and this process's own."""
     snapshot = await state.engine.call("metrics", type=MetricsSnapshot, timeout_s=CALL_S)
     http: HttpMetrics = request.app.state.http_metrics
-    own = list(http.families())
+    own = list(http.families(state.admission.refused))
     text = await asyncio.to_thread(metrics_text.render, snapshot, state.model, cache_settings(state), own)
     return Response(text, media_type=metrics_text.CONTENT_TYPE)
 

@@ -13,8 +13,9 @@ from fastapi.responses import Response
 
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.protocol import FinishReason
-from lockstep.server.batch import Meter, raise_error, routing
+from lockstep.server.batch import Meter, raise_error, request_id, routing
 from lockstep.server.errors import ApiError, as_api_error
+from lockstep.server.middleware_gate import Running
 from lockstep.server.response_events import ResponseEvents
 from lockstep.server.response_items import chat_of, message_of, messages_of, new_id, output_of
 from lockstep.server.response_store import Stored
@@ -36,13 +37,14 @@ async def responses(body: ResponsesRequest, state: State, request: Request) -> R
     if body.background and (not body.store or body.stream):
         raise ApiError(400, "background=true needs store=true and no stream: the response is fetched later by its id.", param="background")
     before = state.responses.get(body.previous_response_id).messages if body.previous_response_id else []
+    request_id(request, body.request_id)
     answer = ResponseAnswer(state, body, before)
     await answer.chat.prepare(**routing(request, body))
     if body.stream:
         await answer.chat.batch.start()
         return EventStream(answer.events(), answer.chat.batch.abort, done=b"")
     if body.background:
-        return told(await answer.in_background())
+        return told(await answer.in_background(request.scope["state"]["running"]))
     output = (await answer.chat.batch.results(request))[0]
     return told(answer.finished(output))
 
@@ -146,19 +148,24 @@ class ResponseAnswer:
         response = self._kept(self.response(status, events.output, meter.usage))
         yield events.event(f"response.{'completed' if status == 'completed' else 'incomplete'}", response=response)
 
-    async def in_background(self) -> dict[str, Any]:
-        """Start it; the response as it is now. Its result is stored."""
+    async def in_background(self, running: Running) -> dict[str, Any]:
+        """Start it; the response as it is now. Its result is stored. running: the request, which ends when the response does."""
         await self.chat.batch.start()
         first = self._kept(self.response("in_progress"))
-        self._state.responses.get(self._id).task = asyncio.create_task(self._run(), name=self._id)
+        task = asyncio.create_task(self._run(running), name=self._id)
+        self._state.responses.get(self._id).task = task
+        running.goes_on(task)
         return first
 
-    async def _run(self) -> None:
+    async def _run(self, running: Running) -> None:
         try:
             output = (await self.chat.batch.wait())[0]
             self.finished(output)
         except asyncio.CancelledError:
-            self._kept(self.response("cancelled"), only_known=True)
+            if running.why is not None:
+                self.failed(running.why)
+            else:
+                self._kept(self.response("cancelled"), only_known=True)
             raise
         except Exception as e:
             self.failed(e)

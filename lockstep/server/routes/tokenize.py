@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter
 
+from lockstep.frontend.async_engine import LONG_TEXT
 from lockstep.frontend.errors import PromptError
 from lockstep.frontend.tokenizer import decoder_of
+from lockstep.server.admission_cost import CHARS_PER_TOKEN, TOGETHER, characters_of
+from lockstep.server.aside import T
 from lockstep.server.batch import tokens_of
 from lockstep.server.errors import ApiError
 from lockstep.server.routes.models import check_model
 from lockstep.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
-from lockstep.server.state import State
+from lockstep.server.state import ServerState, State
 from lockstep.server.talk import prompt_of
 
 router = APIRouter(tags=["tokens"])
@@ -22,6 +26,12 @@ router = APIRouter(tags=["tokens"])
 async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
     """The token ids of a prompt, or of a conversation as the chat template writes it."""
     check_model(state, body.model)
+    most = state.options.max_tokenize_characters
+    length = characters_of(body.model_dump(include={"prompt", *TOGETHER}))
+    if length > most:
+        raise ApiError(
+            400, f"the text has {length} characters, more than max_tokenize_characters={most}: send it in parts.", param="prompt"
+        )
     if (body.prompt is None) == (not body.messages):
         raise ApiError(400, "give either prompt or messages.", param="prompt")
     if body.prompt is None:
@@ -31,7 +41,9 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
             ids = await tokens_of(state, body.prompt, special=body.add_special_tokens is not False)
         except PromptError as e:
             raise ApiError(400, str(e), param="prompt") from None
-    strings = state.engine.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+    strings = None
+    if body.return_token_strs:
+        strings = await beside(state, ids, lambda: list(state.engine.tokenizer.convert_ids_to_tokens(ids)))
     return {"count": len(ids), "max_model_len": state.engine.config.model.max_model_len, "tokens": ids, "token_strs": strings}
 
 
@@ -39,11 +51,15 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
 async def detokenize(body: DetokenizeRequest, state: State) -> dict[str, str]:
     """The text of token ids, special tokens included."""
     check_model(state, body.model)
-    size = state.engine.spec.vocab_size
+    size, count, most = state.engine.spec.vocab_size, len(body.tokens), state.options.max_tokenize_characters // CHARS_PER_TOKEN
+    if count > most:
+        message = f"tokens has {count} ids, more than {most}, as many as max_tokenize_characters={state.options.max_tokenize_characters}"
+        raise ApiError(400, f"{message} of ordinary text are: send them in parts.", param="tokens")
     wrong = next((t for t in body.tokens if not 0 <= t < size), None)
     if wrong is not None:
         raise ApiError(400, f"tokens holds {wrong}, outside the vocabulary: ids go from 0 to {size - 1}.", param="tokens")
-    return {"prompt": decoder_of(state.engine.tokenizer, skip_special_tokens=False)(body.tokens)}
+    decode = decoder_of(state.engine.tokenizer, skip_special_tokens=False)
+    return {"prompt": await beside(state, body.tokens, lambda: decode(body.tokens))}
 
 
 @router.get("/tokenizer_info")
@@ -56,3 +72,8 @@ async def tokenizer_info(state: State) -> dict[str, Any]:
         "max_model_len": state.engine.config.model.max_model_len,
         **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")},
     }
+
+
+async def beside(state: ServerState, ids: list[int], work: Callable[[], T]) -> T:
+    """What `work` makes of token ids: of many of them beside the event loop."""
+    return await state.aside.do(work) if len(ids) > LONG_TEXT // CHARS_PER_TOKEN else work()

@@ -14,7 +14,12 @@ MAX_PROMPTS = 256
 MAX_BIASES = 1024
 INT64 = 1 << 63
 
-Ids = Annotated[list[int], Field(max_length=MAX_IDS)]
+# What a client may call its request: what can be put into a header and a log line as it is, and is no name of the engine's (#0-1).
+GIVEN_ID = r"[A-Za-z0-9._:+/=@~-]{1,128}"
+
+TokenId = Annotated[int, Field(ge=-INT64, lt=INT64)]
+Ids = Annotated[list[TokenId], Field(max_length=MAX_IDS)]
+GivenId = Annotated[str, Field(pattern=f"^{GIVEN_ID}$")]
 Word = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(max_length=256)]
 
@@ -88,6 +93,6 @@ class SamplingFields(Body):
     add_special_tokens: bool | None = None
     priority: int | None = Field(None, ge=-INT64, lt=INT64)
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
+    request_id: GivenId | None = None
     session_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     data_parallel_rank: int | None = Field(None, ge=0, lt=1 << 31)

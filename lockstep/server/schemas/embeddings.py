@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, StrictInt, StrictStr
+from pydantic import BaseModel, Field
 
 from lockstep.protocol import Pooling
+from lockstep.server.schemas.common import INT64, MAX_IDS, Body, Ids, Name
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(Body):
     """input: a text, token ids, or a list of either."""
 
-    input: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
-    model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-    user: str | None = None
-    pooling: Pooling = "last"
-    normalize: bool = True
-    priority: int = 0
+    input: str | Ids | Annotated[list[str], Field(max_length=MAX_IDS)] | Annotated[list[Ids], Field(max_length=MAX_IDS)]
+    model: Name | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=-INT64, lt=INT64)
+    user: Name | None = None
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    priority: int | None = Field(None, ge=-INT64, lt=INT64)
 
     def prompts(self) -> list[str | list[int]]:
         """Each input that is to be embedded."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from lockstep.server.schemas.common import INT64, MAX_BIASES, MAX_IDS, MAX_LOGPROBS, MAX_N, MAX_PROMPTS, MAX_STOPS, Body, Ids, Word
+from lockstep.server.schemas.common import INT64, MAX_BIASES, MAX_IDS, MAX_LOGPROBS, MAX_N, MAX_PROMPTS, MAX_STOPS, Body, GivenId, Ids, Word
 
 
 class GenerateSampling(Body):
@@ -47,7 +47,7 @@ class GenerateRequest(Body):
     return_logprob: bool | None = None
     top_logprobs_num: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     stream: bool | None = None
-    rid: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
+    rid: GivenId | None = None
     priority: int | None = Field(None, ge=-INT64, lt=INT64)
     data_parallel_rank: int | None = Field(None, ge=0, lt=1 << 31)
     session_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
