@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.testing.server import running_server
 from lockstep.testing.tiny import make_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,26 @@ def test_there_is_something_to_run():
     assert len(COMMANDS) >= 6 and [kind for kind, _ in BLOCKS].count("python") >= 1
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+OF_A_SERVER = ("lockstep serve", "lockstep top", "lockstep bench serve")
+
+
+def test_the_server_and_what_asks_it():
+    """Started as written, but for its port; the others are pointed at it."""
+    serve, top, bench = ([line for line in COMMANDS if line.startswith(verb)] for verb in OF_A_SERVER)
+    assert len(serve) == len(top) == len(bench) == 1
+    flags = shlex.split(serve[0])[2:]
+    assert flags == ["-tp", "2"]
+    with running_server("--no-cpu-binding", tp=2) as server:
+        done = run([sys.executable, "-m", "lockstep", "top", server.url, "--once", *shlex.split(top[0])[2:]])
+        assert done.returncode == 0 and "rank" in done.stdout, done.stderr
+        words = [server.url if word.startswith("http://") else word for word in shlex.split(bench[0])[1:]]
+        words[words.index("--num-prompts") + 1], words[words.index("--request-rate") + 1] = "4", "50"
+        done = run([sys.executable, "-m", "lockstep", *words, "--random-output-len", "4", "--random-input-len", "8"])
+        assert done.returncode == 0 and done.stdout, done.stderr
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith(OF_A_SERVER)])
 def test_a_command_runs(line, model):
     words = [model if w in ("./my-llama", "MODEL") else w for w in shlex.split(line)[1:]]
     words += SMALL.get(words[1], []) if words[0] == "bench" else []
