@@ -30,13 +30,14 @@ from lockstep.frontend.engine_link import EngineLink
 from lockstep.frontend.inputs import InputProcessor, Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt
-from lockstep.frontend.streams import CallRefused, EngineDeadError, Stream, submitted
+from lockstep.frontend.streams import SHUTTING_DOWN, CallRefused, EngineDeadError, Stream, submitted
 from lockstep.observability.logging import get_logger
 from lockstep.observability.otel import RequestSpans
 from lockstep.protocol import EngineOutput, FinishReason, Pooling, SamplingParams
 from lockstep.protocol.health import QUIET_S, SILENT_S
 from lockstep.utils import procs
 from lockstep.utils.frames import NO_MESSAGE
+from lockstep.utils.words import counted
 
 LONG_TEXT = 20_000  # characters; longer prompts are tokenized beside the event loop
 CALL_S = 60.0
@@ -94,7 +95,8 @@ class AsyncEngine:
             health = self._health
             if health is None or procs.alive(health.pid, health.born):
                 continue
-            _log.error("the engine's process (pid %d) died: %d requests wait for the next", health.pid, len(self._jobs))
+            wait = "wait" if len(self._jobs) != 1 else "waits"
+            _log.error("the engine's process (pid %d) died: %s %s for the next", health.pid, counted(len(self._jobs), "request"), wait)
             await self._unlink()
             limit_s = self.config.runtime.startup_timeout_seconds + RESTART_GRACE_S
             try:
@@ -129,7 +131,7 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Hang up. Streams that have not ended, end with an error."""
-        self.fail("the server is shutting down.")
+        self.fail(SHUTTING_DOWN)
         for task in reversed(self._tasks):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -2,7 +2,7 @@
 
     RequestLog   a request id on every response and log line; one access line; the last resort for exceptions
     CORS         only with --allowed-origins
-    KeyCheck     no key, no route: but for liveness, readiness and the page's shell
+    KeyCheck     no key, no route: but for liveness, readiness, startup and the page's shell
     Bodies       a body within its bounds, whole, and JSON
     Gate         requests that generate: the drain, admission, deadlines
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lockstep.server.state import ServerState
 
 # For GET and HEAD. /health is /livez by another name, and /ready is /readyz.
-OPEN_PATHS = frozenset({"/livez", "/health", "/readyz", "/ready", "/", "/favicon.ico"})
+OPEN_PATHS = frozenset({"/livez", "/health", "/readyz", "/ready", "/startupz", "/", "/favicon.ico"})
 OPEN_FOLDERS = ("/web/",)  # the page's own files
 _ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")  # of a client: what can be put into a header and a log line as it is
 _access = get_logger("lockstep.access")

@@ -75,7 +75,9 @@ def parse(body: bytes) -> Any:
     try:
         return _decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-        raise ApiError(400, f"the body is no valid JSON in UTF-8: {e}.", code="invalid_json") from None
+        half = "the body's text has half of a surrogate pair (like \\ud83d alone), which is no character: send the whole pair, or UTF-8."
+        message = half if "surrogate" in str(e) else f"the body is no valid JSON in UTF-8: {e}."
+        raise ApiError(400, message, code="invalid_json") from None
 
 
 def check_nesting(body: bytes) -> None:

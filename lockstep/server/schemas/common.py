@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 MAX_N = 16
 MAX_LOGPROBS = 20
@@ -13,6 +13,9 @@ MAX_IDS = 1 << 20  # more than any vocabulary, or any context, has
 MAX_PROMPTS = 256
 MAX_BIASES = 1024
 INT64 = 1 << 63
+GUIDED = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar", "whitespace_pattern")} | {
+    "guided_json_object": "json_object"
+}
 
 Ids = Annotated[list[int], Field(max_length=MAX_IDS)]
 Word = Annotated[str, Field(max_length=1024)]
@@ -91,3 +94,22 @@ class SamplingFields(Body):
     request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
     session_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     data_parallel_rank: int | None = Field(None, ge=0, lt=1 << 31)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guided(cls, values: Any) -> Any:
+        """Read the former names of what `structured_outputs` says now."""
+        given = {} if not isinstance(values, dict) else {old: values[old] for old in GUIDED if values.get(old) is not None}
+        if not given:
+            return values
+        if values.get("structured_outputs") is not None:
+            raise ValueError(f"{next(iter(given))} is an older name for a field of structured_outputs, which is given too: leave one out.")
+        meant = {GUIDED[old]: value for old, value in given.items()}
+        return {name: value for name, value in values.items() if name not in GUIDED} | {"structured_outputs": meant}
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_streams(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("it is for streams: set stream=true, or leave it out.")
+        return value
