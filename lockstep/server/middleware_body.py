@@ -20,6 +20,7 @@ MAX_CONTAINERS = 100_000  # arrays and objects in a body
 LONG_BYTES = 256 << 10  # longer bodies are looked through beside the event loop
 LINGER_S, LINGER_BYTES = 2.0, 64 << 20  # for a client to finish sending what is refused: it reads the answer only then
 _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+_HALF = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]")
 _decode = msgspec.json.Decoder().decode
 
 
@@ -76,7 +77,7 @@ def parse(body: bytes) -> Any:
         return _decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         half = "the body's text has half of a surrogate pair (like \\ud83d alone), which is no character: send the whole pair, or UTF-8."
-        message = half if "surrogate" in str(e) else f"the body is no valid JSON in UTF-8: {e}."
+        message = half if _HALF.search(body) else f"the body is no valid JSON in UTF-8: {e}."
         raise ApiError(400, message, code="invalid_json") from None
 
 
