@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from lockstep.cli.errors import UsageError
 from lockstep.cli.refused import refuse_unavailable
@@ -164,9 +165,10 @@ def _flag(name: str, hint: Any, default: Any, help_text: str, alias: tuple[str, 
         metavar = "|".join(t.__name__.upper() for t in get_args(hint) if t is not type(None)).replace("STR", "TEXT")
     if is_size(name):  # written with or without a unit; `build_config` reads it
         hint, metavar = str | None if optional else str, "SIZE"
-    marks: list[Any] = [
-        arg(help=help_text, aliases=alias or None, metavar=metavar, help_behavior_hint="" if optional and default is None else None)
-    ]
+    choices = _choices(hint)
+    marks: list[Any] = [_choice_of(choices, optional)] if choices else []
+    metavar = None if choices else metavar
+    marks += [arg(help=help_text, aliases=alias or None, metavar=metavar, help_behavior_hint="" if optional and default is None else None)]
     if isinstance(default, list):
         marks = [arg(help=help_text, aliases=alias or None, metavar="TEXT", help_behavior_hint="(repeatable)"), UseAppendAction]
     annotated: Any = Annotated[(hint, *marks)]
@@ -174,6 +176,24 @@ def _flag(name: str, hint: Any, default: Any, help_text: str, alias: tuple[str, 
     if isinstance(default, list):
         return name, annotated, dataclasses.field(default_factory=list, **extra)
     return name, annotated, dataclasses.field(default=default, **extra)
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The words of a Literal, or of a Literal or None, in the order in which they are declared; () for anything else."""
+    kinds = [kind for kind in (get_args(hint) if get_origin(hint) is not Literal else (hint,)) if kind is not type(None)]
+    return get_args(kinds[0]) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else ()
+
+
+def _choice_of(choices: tuple[str, ...], optional: bool) -> Any:
+    """How such a flag is read: None is what it is without the flag, and no word to write."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(choices) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value in choices or (optional and value is None),
+        str_from_instance=lambda value: [str(value)],
+        choices=choices,
+    )
 
 
 def _form(cls: type, made: list[tuple[str, Any, Any]]) -> type:

@@ -18,6 +18,7 @@ from lockstep.engine.stats import EngineReport, EngineStats, StepTotals
 from lockstep.protocol import RankLive
 
 SLOW_RATIO, SLOW_S = 1.25, 0.001  # of its peers' own work per step, and by at least so much
+RECENT_S = 5.0  # who is slow is told of work no older than this
 GAUGES = ("running", "waiting", "steps_in_flight", "kv_blocks", "kv_blocks_used")
 
 
@@ -74,6 +75,7 @@ class _Replica:
     before: EngineReport | None = None  # the one before `report`
     before_s: float = 0.0
     worked: tuple[EngineReport, EngineReport] | None = None  # the last two in a row between which there were steps
+    worked_s: float = 0.0  # when the second of them came
 
 
 class LiveBook:
@@ -90,7 +92,7 @@ class LiveBook:
         there.before, there.before_s = there.report, there.heard_s
         there.report, there.heard_s = report, time.monotonic() if now_s is None else now_s
         if there.before is not None and report.stats.steps > there.before.stats.steps:
-            there.worked = (there.before, report)
+            there.worked, there.worked_s = (there.before, report), there.heard_s
 
     def lost(self, replica: int) -> None:
         """The replica is gone; what it had come to stays."""
@@ -119,6 +121,9 @@ class LiveBook:
             _rates(found, report, before, there.heard_s - there.before_s)
         if there.worked is not None:
             _steps(found, *there.worked)
+            if now_s - there.worked_s > RECENT_S:  # nobody waits for anybody any more
+                for rank in found.ranks:
+                    rank.slow = False
         return found
 
     def _rank(self, replica: int, rank: RankLive, age_s: float) -> RankNow:

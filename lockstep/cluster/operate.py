@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from lockstep.cluster import wire
 from lockstep.cluster.contract import EngineClient
 from lockstep.cluster.fleet import Fleet
 from lockstep.cluster.health import EngineHealth, HealthBook, RequestInfo
 from lockstep.cluster.placement import Placement
+from lockstep.observability.trace import Profile
 from lockstep.protocol import EngineRequest
 
 SLEEP_LEVELS = (1, 2)
@@ -39,6 +42,7 @@ class Operated(EngineClient):
     """The operators' half of the router."""
 
     mode: Mode
+    _recording: bool  # a profile
     health_book: HealthBook
     _fleet: Fleet
     _placement: Placement
@@ -98,6 +102,19 @@ class Operated(EngineClient):
     def reset_prefix_cache(self) -> None:
         self._call("reset_prefix_cache", skip_lost=True)
         self._forget_prefixes()
+
+    def start_profile(self) -> None:
+        if self._recording:
+            raise ValueError("a profile is being recorded already: stop it first.")
+        self._call("start_profile")
+        self._recording = True
+
+    def stop_profile(self) -> Profile:
+        if not self._recording:
+            raise ValueError("no profile is being recorded: start one first.")
+        found = [(replica, msgspec.msgpack.decode(v, type=Profile).tracks) for replica, v in self._call("stop_profile")]
+        self._recording = False
+        return Profile([replace(t, name=f"replica {replica} {t.name}") for replica, tracks in found for t in tracks])
 
     def _forget_prefixes(self) -> None:
         for replica in range(len(self._fleet.supervisor.lives)):

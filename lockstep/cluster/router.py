@@ -37,8 +37,8 @@ from lockstep.executor.contract import ExecutorError, RankMemory
 from lockstep.observability.flight_recorder import FlightRecorder
 from lockstep.observability.logging import get_logger
 from lockstep.observability.timeline import Timeline
-from lockstep.observability.trace import Profile
 from lockstep.protocol import EngineOutput, EngineRequest
+from lockstep.utils.words import counted, joined
 
 MOST_REPLAYS = 5  # of one request: if every replica that takes it dies, it is the cause
 NAP_S = 0.25  # longest wait of one `step`
@@ -72,7 +72,7 @@ class DataParallelClient(Operated):
         """Raises ConfigError or ExecutorError when a replica does not start, or does not come in startup_timeout_seconds."""
         self._config, self._spec = config, spec
         count = config.parallel.replicas_served
-        self.timeline, self.failure = Timeline(), None
+        self.timeline, self.failure, self._recording = Timeline(), None, False
         self.book, self.health_book, self.mode, self.flight = LoadBook(count), HealthBook(count), Mode(), FlightRecorder("engine")
         self._reports = LiveBook(config.parallel, count)
         self.flight.listen()
@@ -264,12 +264,20 @@ class DataParallelClient(Operated):
         self._placement.forget(replica)
         self._reports.lost(replica)
         mine = [name for name, live in self._live.items() if live.replica == replica]
-        _log.warning("%s %d requests go on elsewhere; %s", event.error, len(mine), event.then)
+        _log.warning("%s", joined(str(event.error), self._then(len(mine), event.then)))
         if self.supervisor.hopeless:
             self._fail(event.error)
             return
         for name in mine:
             self._replay(name, now_s, event.error)
+
+    def _then(self, count: int, then: str) -> str:
+        """What becomes of a lost replica and of so many requests that it ran, in words."""
+        if not count or self.supervisor.hopeless:
+            return f"{then}."
+        elsewhere = any(life.state is State.READY for life in self.supervisor.lives)
+        verb = ("go" if elsewhere else "wait") + ("" if count > 1 else "es" if elsewhere else "s")
+        return f"{counted(count, 'request')} {verb} {'on elsewhere' if elsewhere else 'for a replica'}; {then}."
 
     def _replay(self, name: str, now_s: float, error: ExecutorError) -> None:
         live = self._live[name]
@@ -370,13 +378,6 @@ class DataParallelClient(Operated):
     def collective_rpc(self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
         answers = self._call("collective_rpc", method, list(args), kwargs)
         return [value for _, v in answers for value in msgspec.msgpack.decode(v)]
-
-    def start_profile(self) -> None:
-        self._call("start_profile")
-
-    def stop_profile(self) -> Profile:
-        found = [(replica, msgspec.msgpack.decode(v, type=Profile).tracks) for replica, v in self._call("stop_profile")]
-        return Profile([replace(t, name=f"replica {replica} {t.name}") for replica, tracks in found for t in tracks])
 
     def pids(self) -> list[int]:
         """The process of each replica; 0 for one that does not run now, or not on this host."""

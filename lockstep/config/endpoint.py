@@ -50,6 +50,9 @@ def check_options(options: ServeOptions) -> ServeOptions:
         least = "at least 0" if name in _NOT_NEGATIVE else "greater than 0"
         if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in _NOT_NEGATIVE))):
             raise ConfigError(f"{name}={value} is impossible: it must be {least}.")
+    elsewhere = [f"{name}={getattr(options, name)}" for name in ("host", "port") if getattr(options, name) != getattr(ServeOptions, name)]
+    if options.uds is not None and elsewhere:
+        raise ConfigError(f"uds={options.uds!r} with {' and '.join(elsewhere)}: a server listens at a path or at a port; leave one out.")
     if options.port > 65535:
         raise ConfigError(f"port={options.port} is no port: it must be from 0 (the system chooses) to 65535.")
     if options.api_server_count > MOST_API_SERVERS:

@@ -27,8 +27,8 @@ class ServeOptions:
     port: int = opt(8000, "Port to listen at; 0: the system chooses, and it is printed.")
     uds: str | None = opt(None, "Path of a Unix socket to listen at instead of host and port.")
     api_key: list[str] = several(
-        "Key for clients to send as `Authorization: Bearer KEY`; all routes but /livez, /readyz and the page's shell ask for it. "
-        "LOCKSTEP_API_KEY names more, where other users cannot read them."
+        "Key for clients to send as `Authorization: Bearer KEY`; all routes but /livez, /readyz, /startupz and the page's shell ask for "
+        "it. LOCKSTEP_API_KEY names more, where other users cannot read them."
     )
     served_model_name: list[str] = several("Name(s) of the model in the API; default: its folder's or hub id.")
     api_server_count: int = opt(1, "Processes that speak HTTP.", "-asc")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,6 +111,25 @@ class Door:
     def explain(self, number: int) -> str:
         """What else is known about a node that is lost, to go on with after the reason; "" for nothing."""
         return ""
+
+    def say_who_is_awaited(self, model: str | None, limit_s: float) -> None:
+        """Tell at once what the start waits for, and how to go on. model: as it was named here; None: the embedded one."""
+        parallel, numbers = self.parallel, list(self.expected)
+        who, there = ("node", "that host") if len(numbers) == 1 else ("nodes", "each of their hosts")
+        if net.is_loopback(self.address):
+            _log.warning(
+                "master_addr=%s is this host alone: no other host can reach it. Give --master-addr an address of this host that the "
+                "others can, the same on every node.",
+                parallel.master_addr,
+            )
+        each = numbers[0] if len(numbers) == 1 else f"N (N from {numbers[0]} to {numbers[-1]})"
+        _log.warning(
+            "waiting for %s of %d at %s, for up to %g s (startup_timeout_seconds). Run on %s, with the other settings of this command:\n"
+            "  lockstep serve%s -tp %d -pp %d --nnodes %d --node-rank %s --master-addr %s --master-port %d --headless",
+            *(f"{who} {', '.join(map(str, numbers))}", parallel.nnodes, self.at, limit_s, there),
+            *(f" {shlex.quote(model)}" if model else "", parallel.tensor_parallel_size, parallel.pipeline_parallel_size),
+            *(parallel.nnodes, each, parallel.master_addr, parallel.master_port),
+        )
 
     def advice(self, late: Sequence[int]) -> str:
         """What to do about nodes that did not come."""

@@ -146,6 +146,9 @@ class RayDoor(Door):
         outcome = self._stage.outcome(number, EXPLAIN_S)
         return f" ({outcome.rstrip('.')})" if outcome else ""
 
+    def say_who_is_awaited(self, model: str | None, limit_s: float) -> None:
+        """Nobody has to do anything: Ray starts them."""
+
     def advice(self, late: Sequence[int]) -> str:
         return (
             "see that the bundles of the placement group are free for the actors, that the nodes of the Ray cluster can connect to this "

@@ -45,6 +45,7 @@ class Nodes:
             return True
         config = self._plan.config
         settings = node_wire.agreed_settings(config, self._plan.spec)
+        self._door.say_who_is_awaited(config.model.model, config.runtime.startup_timeout_seconds)
         return Gathering(self._door, settings, config.runtime.startup_timeout_seconds, self._bell, stopping).run(self._nodes)
 
     def start(self, rendezvous: tuple[str, int] | None, attend: Callable[[Link, Callable[[Node], None], Node], None], to: Listener) -> None:

@@ -32,7 +32,7 @@ from lockstep.frontend.outputs import RequestOutput, bare_end
 from lockstep.frontend.problems import problems_of
 from lockstep.frontend.prompts import Prompt
 from lockstep.frontend.replays import Replays
-from lockstep.frontend.streams import CallLate, CallRefused, EngineDeadError, Stream, submitted
+from lockstep.frontend.streams import SHUTTING_DOWN, CallLate, CallRefused, EngineDeadError, Stream, submitted
 from lockstep.observability.logging import get_logger, request_id
 from lockstep.observability.otel import RequestSpans
 from lockstep.protocol import EngineOutput, FinishReason, Pooling, SamplingParams
@@ -149,7 +149,7 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Hang up. Streams that have not ended, end with an error."""
-        self.fail("the server is shutting down.")
+        self.fail(SHUTTING_DOWN)
         for task in reversed(self._tasks):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):  # `_task_ended` has told it

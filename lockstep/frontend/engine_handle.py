@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from lockstep.frontend import engine_wire as wire
 from lockstep.frontend.engine_process import Alive, Failed, Ready, decode_word
 from lockstep.utils import env, procs, stacks
 from lockstep.utils.frames import Channel, send_one
+from lockstep.utils.run_folder import RunFolder
 
 CLIENT = "lockstep.cluster.factory:make_supervised"
 AWAKE = Mode()
@@ -56,8 +56,8 @@ class EngineHandle:
 
         place: the folder of its endpoint, which stays, and the secret; default: new ones. mode: how it starts. restarts: before it.
         """
-        self._folder = tempfile.mkdtemp(prefix="lockstep-") if place is None else ""  # of mode 0700
-        self.endpoint = f"ipc://{self._folder or (place or ('',))[0]}/engine"
+        self._folder = RunFolder() if place is None else None
+        self.endpoint = f"ipc://{self._folder.path if self._folder else (place or ('',))[0]}/engine"
         self.secret = secrets.token_hex(32) if place is None else place[1]
         self.ready, self.worked, self.below, self.heard_s = False, False, list[tuple[int, int]](), time.monotonic()
         self.mode, self.again = mode, False  # again: it said that another one may do better
@@ -157,8 +157,8 @@ class EngineHandle:
         for fd in self._death_pipe:
             os.close(fd)
         self.stack_file.close()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.remove()
 
 
 def _end(
@@ -166,7 +166,7 @@ def _end(
     channel: Channel[Ready | Failed | Alive],
     stack_file: IO[bytes],
     death_pipe: tuple[int, int],
-    folder: str,
+    folder: RunFolder | None,
 ) -> None:
     """Its end of the death pipe goes first: it, its replicas and their ranks end by that, whatever they are at."""
     channel.close()
@@ -178,8 +178,8 @@ def _end(
     procs.kill_group(process.pid)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(2.0)
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
+    if folder is not None:
+        folder.remove()
 
 
 def _environment() -> dict[str, str]:

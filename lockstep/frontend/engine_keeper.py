@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
-import tempfile
 import time
 import weakref
 from pathlib import Path
@@ -31,6 +29,8 @@ from lockstep.observability.flight_recorder import FlightRecorder
 from lockstep.observability.logging import get_logger
 from lockstep.protocol.health import QUIET_S
 from lockstep.utils import procs
+from lockstep.utils.run_folder import RunFolder
+from lockstep.utils.words import joined
 
 POLICY = RestartPolicy(first_s=0.1, most_failures=10)  # more than one request can cause (`replays.MOST_DEATHS`)
 BELOW_S = 5.0  # how long the processes below a dead engine may take to end by themselves
@@ -47,12 +47,13 @@ class EngineKeeper:
     ) -> None:
         """Start the first one."""
         self._config, self._spec, self._model_folder, self._client = config, spec, folder, client
-        self._folder, self.secret = tempfile.mkdtemp(prefix="lockstep-"), secrets.token_hex(32)  # of mode 0700
-        self.endpoint = f"ipc://{self._folder}/engine"
+        self._folder, self.secret = RunFolder(), secrets.token_hex(32)
+        self.endpoint = f"ipc://{self._folder.path}/engine"
         self.flight = FlightRecorder("server")
         self.flight.listen()
         self._supervisor = Supervisor(1, policy, time.monotonic())
         self._below: list[tuple[int, int]] = []  # processes of the former one
+        self._lost_s: float | None = None  # since when there is none that serves
         self._final: ExecutorError | ConfigError | None = None
         self._idle = os.pipe()  # never readable: stands in for a process between two
         self._finalizer = weakref.finalize(self, _end, self._folder, self._idle)
@@ -101,7 +102,7 @@ class EngineKeeper:
         self._finalizer()
 
     def _start(self) -> None:
-        place = (self._folder, self.secret)
+        place = (self._folder.path, self.secret)
         self._handle = EngineHandle(
             *(self._config, self._spec, self._model_folder), client=self._client, place=place, mode=self._mode, restarts=self.restarts
         )
@@ -111,6 +112,9 @@ class EngineKeeper:
         error, life, now_s = handle.failure(), self._supervisor.lives[0], time.monotonic()
         if handle.ready and life.state is State.STARTING:
             self._supervisor.ready(0, now_s)
+            if self._lost_s is not None:
+                _log.warning("the engine is back, %.1f s after it was lost", now_s - self._lost_s)
+                self._lost_s = None
         if handle.worked:
             self._supervisor.worked(0)
         if handle.ready:
@@ -143,13 +147,16 @@ class EngineKeeper:
             error.phase = error.phase or "engine"
             error.incident = self.flight.dump(self._config.runtime.incident_dir, {"culprit": "engine", **facts(error)})
         self._handle, self._below = None, handle.below
+        self._lost_s = now_s if self._lost_s is None else self._lost_s
         procs.kill_group(handle.pid)
         handle.close()
         life = self._supervisor.lives[0]
         if self._supervisor.failed(0, now_s) is State.GIVEN_UP:
             self._final = ExecutorError(f"the engine's process died {life.failures} times in a row, the last time: {error}")
             return
-        _log.error("%s It is started again in %.2f s (%s)", error, max(0.0, life.due_s - now_s), getattr(error, "incident", ""))
+        incident = getattr(error, "incident", "")
+        story = f"; the whole story: {incident}" if incident else ""
+        _log.error("%s%s", joined(str(error), f"It is started again in {max(0.0, life.due_s - now_s):.2f} s"), story)
 
     def _start_when_due(self) -> None:
         life, now_s = self._supervisor.lives[0], time.monotonic()
@@ -167,7 +174,7 @@ class EngineKeeper:
                 _log.warning("the engine's process could not be started: %s", e)
 
 
-def _end(folder: str, pipe: tuple[int, int]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _end(folder: RunFolder, pipe: tuple[int, int]) -> None:
+    folder.remove()
     for fd in pipe:
         os.close(fd)

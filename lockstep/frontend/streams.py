@@ -13,6 +13,9 @@ from lockstep.frontend.outputs import RequestOutput
 submitted: ContextVar[list[str] | None] = ContextVar("submitted", default=None)
 
 
+SHUTTING_DOWN = "the server is shutting down."  # what streams end with that are cut off by that, and by nothing that broke
+
+
 class EngineDeadError(ExecutorError):
     """The engine runs no more: no request can be taken."""
 

@@ -15,10 +15,11 @@ from lockstep.protocol import StructuredOutputs
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-# A model that is fond of white space would write nothing else for ever: so there is an end to it between two tokens.
-WHITESPACE = r"[ \n\r\t]{0,20}"
+# A model that is fond of white space would write little else: a space, or a line break and some levels of indentation, is enough.
+WHITESPACE = r"( |\n {0,8})?"
 NOTHING = "no text at all matches it."
 _LONGEST_REASON = 300
+_REGEX = re.compile(r"regex parse error:.*?^error: ([^\n]*)", re.DOTALL | re.MULTILINE)
 
 
 @cache
@@ -94,6 +95,9 @@ def check(wanted: StructuredOutputs) -> None:
 def reason(said: str) -> str:
     """What the library said, without what it adds for its own people, and not too long."""
     text = re.split(r"<non-verbose/>|<state>|<grammar>", said)[0].strip()
+    regex = _REGEX.search(text)
+    if regex:
+        text = f"the regex is invalid: {regex[1].strip()}."
     text = text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
     return NOTHING if text.startswith("NoExtension") else text or "the grammar is too complex."
 

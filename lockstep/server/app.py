@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 
 from lockstep.server import errors, middleware
 from lockstep.server.observe import count, observe
-from lockstep.server.routes import admin, chat, completions, embeddings, generate, health, info, metrics, models, responses, tokenize, web
+from lockstep.server.routes import (
+    admin,
+    chat,
+    completions,
+    docs,
+    embeddings,
+    generate,
+    health,
+    info,
+    metrics,
+    models,
+    responses,
+    tokenize,
+    web,
+)
 from lockstep.server.state import ServerState
 from lockstep.version import __version__
 
@@ -22,13 +38,15 @@ ROUTERS = (
     embeddings.router,
     tokenize.router,
     generate.router,
+    docs.router,
     web.router,
 )
 
 
 def create_app(state: ServerState) -> FastAPI:
     """All routes over `state`, whose engine is connected."""
-    app = FastAPI(title="lockstep", version=__version__, root_path=state.options.root_path, responses=errors.DOCUMENTED)
+    about: dict[str, Any] = {"title": "lockstep", "version": __version__, "responses": errors.DOCUMENTED}
+    app = FastAPI(root_path=state.options.root_path, docs_url=None, redoc_url=None, **about)  # those pages would ask other hosts
     app.state.server = state
     observe(app, state)
     errors.install(app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from lockstep.frontend.errors import PromptError
 from lockstep.frontend.inputs import Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.prompts import Prompt, named
-from lockstep.frontend.streams import Stream
+from lockstep.frontend.streams import SHUTTING_DOWN, Stream
 from lockstep.frontend.tokenizer import encode
 from lockstep.observability import logging
 from lockstep.protocol import SamplingParams
@@ -23,6 +24,8 @@ from lockstep.server.schemas.common import SamplingFields
 from lockstep.server.schemas.wire import CachedTokens, Usage
 from lockstep.server.sse import until_gone
 from lockstep.server.state import ServerState
+
+_FIELD = re.compile(r"(?:prompts\[\d+\]: )?([a-z_]+)\b")
 
 
 def request_id(request: Request, given: str | None) -> str:
@@ -43,7 +46,23 @@ def routing(request: Request, body: SamplingFields) -> dict[str, Any]:
         if not (header.isascii() and header.isdecimal() and len(header) < 9):
             raise ApiError(400, f"the header X-data-parallel-rank is {header[:40]!r}: it must be a number.", param="data_parallel_rank")
         rank = int(header)
-    return {"priority": body.priority or 0, "session_id": session and session[:256], "data_parallel_rank": rank}
+    where = {"priority": body.priority or 0, "session_id": session and session[:256], "data_parallel_rank": rank}
+    return where | {"shape": shaped_by(body)}
+
+
+def shaped_by(body: SamplingFields) -> str:
+    """The field that says what the output must look like."""
+    if body.structured_outputs is not None:
+        return "structured_outputs"
+    if getattr(body, "tool_choice", None) not in (None, "none", "auto"):
+        return "tools"
+    return "response_format"
+
+
+def field_in(message: str) -> str | None:
+    """The field of a request that the refusal begins with; None: it is about the prompt."""
+    found = _FIELD.match(message)
+    return found[1] if found and (found[1] in SamplingParams.__struct_fields__ or found[1] == "data_parallel_rank") else None
 
 
 async def prepared(state: ServerState, prompt: str | list[int], body: SamplingFields, *, max_tokens: int | None) -> Prompt:
@@ -92,9 +111,19 @@ class Batch:
 
     @classmethod
     async def make(
-        cls, state: ServerState, prompts: Sequence[Prompt], sampling: SamplingParams, *, param: str = "prompt", **options: Any
+        cls,
+        state: ServerState,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        param: str = "prompt",
+        shape: str = "structured_outputs",
+        **options: Any,
     ) -> Batch:
-        """Check all of them before any runs. Raises ApiError for one that cannot."""
+        """Check all of them before any runs. Raises ApiError for one that cannot.
+
+        param: the client's field that prompts come from. shape: the one that `sampling.structured_outputs` comes from.
+        """
         if state.draining:
             raise ApiError(503, "the server is shutting down and takes no new requests.", code="draining", headers={"retry-after": "5"})
         jobs = []
@@ -104,7 +133,9 @@ class Batch:
                     jobs.append(await state.engine.job(prompt, sampling, **options))
             except (PromptError, RequestError) as e:
                 long = "max_model_len" in str(e)
-                raise ApiError(400, str(e), param=param, code="context_length_exceeded" if long else None) from None
+                name = field_in(str(e))
+                name = shape if name == "structured_outputs" else name or param
+                raise ApiError(400, str(e), param=name, code="context_length_exceeded" if long else None) from None
         return cls(state, jobs)
 
     async def start(self) -> None:
@@ -166,7 +197,7 @@ def raise_error(output: RequestOutput) -> None:
         said = output.error or "the request failed in the engine."
         if said.startswith("structured_outputs"):  # found only beside the model: what was asked for cannot be written
             raise ApiError(400, said, param="structured_outputs")
-        raise ApiError(503, said, code="engine_error", headers=AGAIN)
+        raise ApiError(503, said, code="shutting_down" if said == SHUTTING_DOWN else "engine_error", headers=AGAIN)
 
 
 class Meter:

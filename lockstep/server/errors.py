@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from lockstep.engine.errors import RequestError
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend.errors import PromptError
-from lockstep.frontend.streams import CallLate, CallRefused
+from lockstep.frontend.streams import SHUTTING_DOWN, CallLate, CallRefused
 from lockstep.observability.logging import get_logger
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -69,6 +69,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestError | PromptError | ValueError):
         return ApiError(400, str(error))
     if isinstance(error, ExecutorError):
+        if str(error) == SHUTTING_DOWN:
+            return ApiError(503, SHUTTING_DOWN, code="shutting_down", headers=AGAIN)
         return ApiError(503, f"the engine cannot run requests: {error}", code="engine_dead", headers=AGAIN)
     if isinstance(error, CallRefused | CallLate):
         _log.warning("%s", error)
@@ -89,6 +91,17 @@ def field_of(location: Sequence[int | str]) -> str:
     )
 
 
+def telling(found: Sequence[Any]) -> Any:
+    """The error that says most, of those that each form of the first wrong field has: a broken limit, rather than another type."""
+    top = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
+    return next((one for one in top if not one["type"].endswith("_type")), found[0])
+
+
+def _needs_content_type(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return "json" in request.scope["state"] and not (kind == "application/json" or kind.endswith("+json"))
+
+
 def install(app: FastAPI) -> None:
     """Have every exception of a route answered in this shape."""
 
@@ -97,7 +110,10 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
+        first = telling(error.errors())
+        if first["loc"] == ("body",) and _needs_content_type(request):
+            message = "the header Content-Type does not say that the body is JSON: send Content-Type: application/json."
+            return respond(ApiError(400, message, param="Content-Type", code="invalid_content_type"))
         where = "" if first["type"] == "json_invalid" else field_of(first["loc"])
         message = str(first["msg"]).removeprefix("Value error, ")
         return respond(ApiError(400, message if not where else f"{where}: {message}", param=where or None))

@@ -9,6 +9,7 @@ tokenizer does too, here. With --api-server-count the HTTP is spoken by processe
 from __future__ import annotations
 
 import contextlib
+import errno
 import resource
 import socket
 import stat
@@ -101,7 +102,11 @@ def listen(options: ServeOptions) -> socket.socket:
 
 
 def _no_port(options: ServeOptions, error: OSError) -> ConfigError:
-    return ConfigError(f"host={options.host} port={options.port} cannot be listened at: {error.strerror}: give another --port.")
+    foreign = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+    advice = "give --host an address of this machine, like 127.0.0.1, or 0.0.0.0 for all of them" if foreign else "give another --port"
+    if error.errno == errno.EACCES:
+        advice = "ports below 1024 are for the system's own services; give another --port"
+    return ConfigError(f"host={options.host} port={options.port} cannot be listened at: {error.strerror}: {advice}.")
 
 
 def _listen_at_path(path: str) -> socket.socket:

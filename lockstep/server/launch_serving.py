@@ -23,6 +23,7 @@ from lockstep.server.errors import ApiError
 from lockstep.server.launch_http import Server, make_server
 from lockstep.server.middleware_gate import AGAIN_S, GRACE_S
 from lockstep.server.state import ServerState
+from lockstep.utils.words import counted
 
 POLL_S = 0.05
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -121,7 +122,11 @@ class Serving:
         state = self._state
         state.draining = True
         limit_s = state.options.shutdown_timeout
-        _log.warning("shutting down: %d requests have %g s to finish; a second signal ends them at once", len(state.running), limit_s)
+        if count := len(state.running):
+            have = f"{counted(count, 'request')} {'has' if count == 1 else 'have'}"
+            _log.warning("shutting down: %s %g s to finish; a second signal ends %s at once", have, limit_s, "it" if count == 1 else "them")
+        else:
+            _log.warning("shutting down: no request is under way")
         if not await self._empty(limit_s):
             late = ApiError(
                 503,

@@ -3,7 +3,7 @@
     (counts      of every answer, whoever gives it: see `observe`)
     RequestLog   a request id on every response and log line; one access line; the last resort for exceptions
     CORS         only with --allowed-origins
-    KeyCheck     no key, no route: but for liveness, readiness and the page's shell
+    KeyCheck     no key, no route: but for liveness, readiness, startup and the page's shell
     Bodies       a body within its bounds, whole, and JSON
     Gate         requests that generate: the drain, admission, deadlines
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lockstep.server.state import ServerState
 
 # For GET and HEAD. /health is /livez by another name, and /ready is /readyz.
-OPEN_PATHS = frozenset({"/livez", "/health", "/readyz", "/ready", "/", "/favicon.ico"})
+OPEN_PATHS = frozenset({"/livez", "/health", "/readyz", "/ready", "/startupz", "/", "/favicon.ico"})
 OPEN_FOLDERS = ("/web/",)  # the page's own files
 _given = re.compile(GIVEN_ID)
 _access = get_logger("lockstep.access")

@@ -22,6 +22,7 @@ LONG_BYTES = 256 << 10  # longer bodies are looked through beside the event loop
 LINGER_S, LINGER_BYTES = 2.0, 64 << 20  # for a client to finish sending what is refused: it reads the answer only then
 _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _MANY_DIGITS = re.compile(rb"\d{19}")
+_HALF = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]")
 _decode = msgspec.json.Decoder().decode
 
 
@@ -77,7 +78,9 @@ def parse(body: bytes) -> Any:
     try:
         value = _decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-        raise ApiError(400, f"the body is no valid JSON in UTF-8: {e}.", code="invalid_json") from None
+        half = "the body's text has half of a surrogate pair (like \\ud83d alone), which is no character: send the whole pair, or UTF-8."
+        message = half if _HALF.search(body) else f"the body is no valid JSON in UTF-8: {e}."
+        raise ApiError(400, message, code="invalid_json") from None
     if _MANY_DIGITS.search(body):
         check_whole_numbers(value)
     return value

@@ -132,6 +132,7 @@ class Processes:
         self.supervisor = Supervisor(count, POLICY, time.monotonic())
         self.running: dict[int, ApiProcess] = {}
         self._codes: list[int] = []  # of those that ended in a drain
+        self._lost_s: dict[int, float] = {}  # when each of those died that are not back
 
     def run(self, ready: Callable[[], None]) -> int:
         """Until a signal has drained them all, or the engine is gone; the exit code. Raises ConfigError or ExecutorError."""
@@ -203,6 +204,9 @@ class Processes:
             if isinstance(word, Ready) and life.state is State.STARTING:
                 self.supervisor.ready(api.index, now_s)
                 self.supervisor.worked(api.index) if life.starts == 1 else None
+                lost_s = self._lost_s.pop(api.index, None)
+                if lost_s is not None:
+                    _log.warning("API process %d is back, %.1f s after it was lost", api.index, now_s - lost_s)
         if not ended:
             limit_s = START_S + connect_limit_s(self._launch.config)
             if life.state is State.STARTING and now_s - life.since_s > limit_s:
@@ -217,6 +221,7 @@ class Processes:
             self._codes.append(0 if told else code if code >= 0 else 128 - code)
             return
         state = self.supervisor.failed(api.index, now_s)
+        self._lost_s.setdefault(api.index, now_s)
         _log.error("API process %d (pid %d) died: %s; its connections are lost", api.index, api.process.pid, procs.exit_cause(code))
         if state is State.GIVEN_UP:
             raise ExecutorError(f"API process {api.index} died {life.failures} times in a row, the last time by {procs.exit_cause(code)}.")

@@ -16,6 +16,8 @@ from lockstep.server.schemas.chat import ChatRequest, ToolChoice
 from lockstep.server.schemas.wire import CalledFunction, Delta, ToolCall
 from lockstep.server.state import ServerState
 
+DENSE = {"disable_any_whitespace": True}  # of forced calls: programs read them, and small models would fill them with spaces
+
 
 @dataclass
 class Plan:
@@ -51,11 +53,11 @@ def plan_of(state: ServerState, body: ChatRequest) -> Plan:
         if wanted not in functions:
             raise ApiError(400, f"tool_choice names {wanted[:80]!r}, which is not in tools.", param="tool_choice")
         plan.named, plan.make_parser = True, lambda: Named(wanted)
-        plan.constraint = {"json": functions[wanted].get("parameters") or {"type": "object", "properties": {}}}
+        plan.constraint = {"json": functions[wanted].get("parameters") or {"type": "object", "properties": {}}, **DENSE}
     elif choice == "required":
         plan.make_parser = lambda: Required(names)
         try:
-            plan.constraint = {"json": list_schema(list(functions.values()), several=plan.several)}
+            plan.constraint = {"json": list_schema(list(functions.values()), several=plan.several), **DENSE}
         except ValueError as e:
             raise ApiError(400, str(e), param="tools") from None
     elif not options.enable_auto_tool_choice:

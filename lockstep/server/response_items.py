@@ -60,13 +60,13 @@ def messages_of(body: ResponsesRequest) -> list[Message]:
 
 def message_of(index: int, item: Item) -> Message:
     kind = item.type or "message"
-    if kind == "message" and item.role is not None:
+    if kind == "message" and item.role is not None and item.content is not None:
         return Message(role=item.role, content=item.content)
     if kind == "function_call" and item.name is not None:
         called = ToolCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments or ""))
         return Message(role="assistant", content=None, tool_calls=[called])
     if kind == "function_call_output":
-        return Message(role="tool", content=item.output, tool_call_id=item.call_id)
+        return Message(role="tool", content=item.output or "", tool_call_id=item.call_id)
     raise ApiError(
         400, f"input[{index}] of type {kind[:40]!r} cannot be read: give messages, function calls or their outputs.", param=f"input.{index}"
     )

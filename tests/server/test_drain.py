@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -126,6 +127,13 @@ def test_told_twice_it_ends_at_once(server: RunningServer) -> None:
     assert gone(processes)
 
 
+def test_an_engine_that_is_back_is_said_to_be() -> None:
+    with running_server(tp=1) as server:
+        (engine,) = below(server.pid, "frontend.engine_process")
+        os.kill(engine, signal.SIGKILL)
+        assert wait_for(lambda: re.search(r"the engine is back, \d+\.\d s after it was lost", server.said()) is not None, 60), server.said()
+
+
 def test_when_the_engine_dies_requests_are_told_and_the_code_is_not_0(server: RunningServer) -> None:
     readers = [Reader(server.url, ENDLESS) for _ in range(3)]
     assert wait_for(lambda: all(r.text_has_begun() for r in readers))
@@ -163,4 +171,6 @@ def test_an_http_process_that_dies_is_replaced_and_what_it_ran_is_aborted(tmp_pa
         assert {a.status_code for a in answers} == {200}
         assert first[1] in below(server.pid, "processes_child")  # the other one has not noticed
         assert "died: killed by SIGKILL" in server.said()
+        assert wait_for(lambda: re.search(r"API process \d is back, [\d.]+ s after it was lost", server.said()) is not None)
         assert server.stop() == 0
+        assert "no request is under way" in server.said() and "0 requests" not in server.said()

@@ -112,3 +112,14 @@ def test_histograms_count_by_upper_bound() -> None:
     values = [1.0, 2.0, 3.0, 4.0]
     assert [percentile(values, share) for share in (0.0, 0.5, 0.51, 0.99, 1.0)] == [1.0, 2.0, 3.0, 4.0, 4.0]
     assert percentile([], 0.5) is None
+
+
+def test_nobody_is_slow_on_an_idle_server() -> None:
+    live = book()
+    for steps in (5, 15):
+        live.heard(0, report(steps, 0.03, [rank(0, steps, 0.01), rank(1, steps, 0.03)]), now_s=float(steps))
+    assert [r.slow for r in live.now(0, "ready", 0, now_s=16.0).ranks] == [False, True]
+    for now_s in (17.0, 30.0):
+        live.heard(0, report(15, 0.03, [rank(0, 15, 0.01), rank(1, 15, 0.03)]), now_s=now_s)
+    found = live.now(0, "ready", 0, now_s=30.5)
+    assert not any(r.slow for r in found.ranks) and found.ranks[1].step_ms == 30.0

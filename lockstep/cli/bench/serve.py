@@ -26,6 +26,7 @@ from lockstep.cli.bench.serve_load import Ask, arrivals, random_load, read_load
 from lockstep.cli.bench.serve_plot import plot
 from lockstep.cli.bench.serve_stats import figures, parse_sla, percentile, table
 from lockstep.cli.errors import UsageError
+from lockstep.cli.tls import client_context
 from lockstep.config.tree import opt
 from lockstep.utils import env
 
@@ -41,6 +42,8 @@ class ServeArgs:
     base_url: str = opt("http://127.0.0.1:8000", "Address of the server, without /v1.")
     model: str | None = opt(None, "Name of the model in requests; default: the server's first.")
     api_key: str | None = opt(None, "Key to send; default: the environment's OPENAI_API_KEY.")
+    ca_cert: str | None = opt(None, "File of certificates (PEM) to trust for https, instead of the system's.")
+    insecure: bool = opt(False, "Take any certificate.")
     endpoint: str = opt("completions", "completions or chat (also as paths: /v1/completions, /v1/chat/completions).")
     num_prompts: int = opt(1000, "Requests that count.")
     num_warmups: int = opt(0, "Requests before them that do not.")
@@ -127,7 +130,8 @@ class Outcome:
 async def drive(args: ServeArgs) -> Outcome:
     """Send the load. Raises LoadError when the server cannot be asked for its model, or refuses every warm-up."""
     key = args.api_key or env.openai_api_key()
-    client = Client(args.base_url, {"Authorization": f"Bearer {key}"} if key else {}, args.request_timeout)
+    tls = client_context(args.ca_cert, args.insecure)
+    client = Client(args.base_url, {"Authorization": f"Bearer {key}"} if key else {}, args.request_timeout, tls)
     try:
         model = args.model or await _first_model(client)
         shared = {"model": model, **args.fields()}

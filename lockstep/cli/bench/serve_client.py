@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from lockstep.cli.tls import certificate_problem
+
 MAX_HEAD = 64 << 10  # bytes of a response's status line and headers
 MAX_ERROR = 2000  # bytes kept of a refusal's body
 CONNECT_S = 30.0
@@ -206,12 +208,15 @@ class Connection(asyncio.Protocol):
 class Client:
     """Sends requests to one server over connections that are kept and reused."""
 
-    def __init__(self, base_url: str, headers: Mapping[str, str], timeout_s: float) -> None:
-        """Raises ValueError for an address that is none."""
+    def __init__(self, base_url: str, headers: Mapping[str, str], timeout_s: float, tls: ssl.SSLContext | None = None) -> None:
+        """tls: for an https address; None checks its certificate by the system's authorities.
+
+        Raises ValueError for an address that is none.
+        """
         parts = urlsplit(base_url.rstrip("/"))
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--base-url={base_url} is no address: write it like http://127.0.0.1:8000.")
-        self._host, self._tls = parts.hostname, ssl.create_default_context() if parts.scheme == "https" else None
+        self._host, self._tls = parts.hostname, (tls or ssl.create_default_context()) if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
         self._path = parts.path.removesuffix("/v1")
         base = {"Host": parts.netloc.rpartition("@")[2], "Content-Type": "application/json", "Accept": "*/*", **headers}
@@ -278,6 +283,8 @@ class Client:
             )
             _, connection = await asyncio.wait_for(made, CONNECT_S)
         except (OSError, TimeoutError) as e:
+            if problem := certificate_problem(e):
+                raise LoadError("connect", f"{self._host}:{self._port}: {problem}") from None
             raise LoadError("connect", f"{self._host}:{self._port} cannot be reached: {e or 'no answer'}.") from None
         return await self._ask(connection, request, on_body)
 

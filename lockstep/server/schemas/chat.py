@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lockstep.server.schemas.common import MAX_LOGPROBS, Body, Name, SamplingFields
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
 
 class Part(Body):
@@ -32,12 +35,19 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    role: Name
+    role: Role
     content: str | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.reasoning_content)):
+            rest = "content, or tool_calls" if self.role == "assistant" else "content"
+            raise ValueError(f"a message of role {self.role!r} needs {rest}.")
+        return self
 
 
 class Function(Body):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 MAX_N = 16
 MAX_LOGPROBS = 20
@@ -13,6 +13,9 @@ MAX_IDS = 1 << 20  # more than any vocabulary, or any context, has
 MAX_PROMPTS = 256
 MAX_BIASES = 1024
 INT64 = 1 << 63
+GUIDED = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar", "whitespace_pattern")} | {
+    "guided_json_object": "json_object"
+}
 
 # What a client may call its request: what can be put into a header and a log line as it is, and is no name of the engine's (#0-1).
 GIVEN_ID = r"[A-Za-z0-9._:+/=@~-]{1,128}"
@@ -96,3 +99,22 @@ class SamplingFields(Body):
     request_id: GivenId | None = None
     session_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     data_parallel_rank: int | None = Field(None, ge=0, lt=1 << 31)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guided(cls, values: Any) -> Any:
+        """Read the former names of what `structured_outputs` says now."""
+        given = {} if not isinstance(values, dict) else {old: values[old] for old in GUIDED if values.get(old) is not None}
+        if not given:
+            return values
+        if values.get("structured_outputs") is not None:
+            raise ValueError(f"{next(iter(given))} is an older name for a field of structured_outputs, which is given too: leave one out.")
+        meant = {GUIDED[old]: value for old, value in given.items()}
+        return {name: value for name, value in values.items() if name not in GUIDED} | {"structured_outputs": meant}
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_streams(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("it is for streams: set stream=true, or leave it out.")
+        return value

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lockstep.server.schemas.chat import MAX_MESSAGES, MAX_TOOLS, FunctionName, Part
+from lockstep.server.schemas.chat import MAX_MESSAGES, MAX_TOOLS, FunctionName, Part, Role
 from lockstep.server.schemas.common import MAX_LOGPROBS, Body, JsonSchema, Name, SamplingFields
 
 
@@ -14,7 +14,7 @@ class Item(Body):
     """A message, a call of a function, or what came of it."""
 
     type: Name | None = None
-    role: Name | None = None
+    role: Role | None = None
     content: str | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
     call_id: str | None = None
     name: str | None = None
