@@ -109,7 +109,8 @@ def test_imposed_calls_are_read_from_bare_json(monkeypatch: pytest.MonkeyPatch) 
     chosen = {"type": "function", "function": {"name": "weather"}}
     choice = app.chat(tools=TOOLS, tool_choice=chosen)["choices"][0]
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": ROME} and choice["finish_reason"] == "stop"
-    assert asked == [{"json": TOOLS[0]["function"]["parameters"]}]  # type: ignore[index]
+    parameters = TOOLS[0]["function"]["parameters"]  # type: ignore[index]
+    assert asked == [{"json": parameters, "disable_any_whitespace": True}]
     app.engine.text = f'[{{"name": "news", "parameters": {OSLO}}}]'
     content, _, calls, reason = gathered(app.chat_events(tools=TOOLS, tool_choice="required"))
     assert [(c["name"], c["arguments"]) for c in calls] == [("news", OSLO)] and reason == "tool_calls" and not content
