@@ -231,7 +231,7 @@ def test_an_output_that_cannot_be_made_ends_one_request(tmp_path: Path, monkeypa
             take = engine._collector.take
 
             def fails(news: list[EngineOutput]) -> Any:
-                if any(output.request_id == "0-1" for output in news):
+                if any(output.request_id == "#0-1" for output in news):
                     raise IndexError("no such token")
                 return take(news)
 
