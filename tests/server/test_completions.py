@@ -209,7 +209,7 @@ def test_truncation_and_special_tokens(http: httpx.Client) -> None:
         ({"suffix": "end"}, "suffix"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"priority": 3}, "priority"),
-        ({"data_parallel_rank": 5}, "prompt"),
+        ({"data_parallel_rank": 5}, "data_parallel_rank"),
         ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
