@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lockstep.config.errors import ConfigError
+from lockstep.planner.calibration import of_device
 from lockstep.planner.catalogue import cluster as find_cluster
 from lockstep.planner.command import Command, Limits, commands
 from lockstep.planner.crossover import Crossover, tp_or_pp
 from lockstep.planner.explain import Runner, runners_up
 from lockstep.planner.find import find_model
 from lockstep.planner.hardware import Cluster
+from lockstep.planner.host import SERVING as HOST_SERVING
+from lockstep.planner.host import HostPricer, HostSearch
 from lockstep.planner.layer import Setting
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Point, Replica, Serving, Workload
@@ -36,6 +39,7 @@ class Plan:
     cluster: str
     work: Workload
     layout: Layout
+    devices: int
     limits: Limits
     point: Point  # one replica's load
     meets: bool
@@ -72,7 +76,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data."""
         found = asdict(self)
-        found["layout"]["devices"] = self.layout.devices
+        found["layout"]["devices"] = self.devices
         found["crossover"] = (
             None if self.crossover is None else {"from_requests": self.crossover.from_requests, "words": str(self.crossover)}
         )
@@ -96,11 +100,12 @@ def plan(
     shape, name = find_model(model) if isinstance(model, str) else (model, model.name)
     where = find_cluster(cluster) if isinstance(cluster, str) else cluster
     work = check(Workload(input_len, output_len, rate, ttft, tpot), shape, memory_share, quantization)
-    setting = Setting(shape, where, weight_dtype=quantization)
-    search = Search(Pricer(setting), work, serving or Serving(), memory_share)
+    search = search_of(pricer_of(shape, where, quantization), work, serving, memory_share)
     wanted = (dict.fromkeys(("ep", "cp", "dcp"), 1) if startable else {}) | (fixed or {})
     everything = search.all(lambda layout: all(getattr(layout, axis) == size for axis, size in wanted.items() if axis != "dp"))
-    everything = [c for c in everything if "dp" not in wanted or wanted["dp"] % c.layout.dp == 0]
+    everything = [
+        c for c in everything if "dp" not in wanted or wanted["dp"] in range(c.layout.dp, c.layout.dp * c.at_most + 1, c.layout.dp)
+    ]
     ordered = [c for c in search.order(everything) if "dp" not in wanted or c.needed(rate) * c.layout.dp <= wanted["dp"]]
     if not any(c.fits for c in everything):
         raise ConfigError(_nothing_fits(search, everything, wanted))
@@ -110,13 +115,24 @@ def plan(
     names = hosts or [f"node{i}" for i in range(where.nodes)]
     if len(names) < where.nodes:
         raise ConfigError(f"hosts={','.join(names)} names {len(names)} hosts, and {where} has {where.nodes} nodes: name each of them.")
-    lines = commands(name, found.layout, found.limits, names, where.devices_per_node, quantization=quantization, share=memory_share)
+    per_node = where.devices_per_node * (found.layout.devices // found.devices)  # ranks: of a calibrated machine, several on one device
+    lines = commands(name, found.layout, found.limits, names, per_node, quantization=quantization, share=memory_share)
     return replace(found, commands=lines, seconds=time.perf_counter() - start)
 
 
-def pricer_of(model: str, cluster: str, quantization: str = "") -> Pricer:
-    """The prices that a plan of these was made with."""
-    return Pricer(Setting(find_model(model)[0], find_cluster(cluster), weight_dtype=quantization))
+def pricer_of(model: str | ModelShape, cluster: str | Cluster, quantization: str = "") -> Pricer:
+    """The prices that a plan of these is made with: this machine's own steps, where it is calibrated and the engine runs the model."""
+    shape = find_model(model)[0] if isinstance(model, str) else model
+    where = find_cluster(cluster) if isinstance(cluster, str) else cluster
+    setting, found = Setting(shape, where, weight_dtype=quantization), of_device(where.device)
+    own = found is not None and where.devices == 1 and shape.spec is not None and quantization != "fp8" and shape.dtype == found.dtype
+    return HostPricer(setting, found) if own and found else Pricer(setting)
+
+
+def search_of(pricer: Pricer, work: Workload, serving: Serving | None = None, memory_share: float = 0.9) -> Search:
+    """The search with these prices."""
+    own = isinstance(pricer, HostPricer)
+    return (HostSearch if own else Search)(pricer, work, serving or (HOST_SERVING if own else Serving()), memory_share)
 
 
 def check(work: Workload, shape: ModelShape, memory_share: float, quantization: str) -> Workload:
@@ -146,7 +162,7 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     point = search.loaded(best, count)
     ttft_terms, tpot_terms = replica.ttft_terms(point.concurrency), replica.tpot_terms(point.concurrency)
     rate = min(point.rate * layout.dp, work.rate or math.inf)
-    tokens = rate * work.output_len / layout.devices
+    tokens = rate * work.output_len / (best.devices * count)
     paid = price if price is not None else setting.device.price_per_hour
     admits = _admits(search, best, replica, layout.dp)
     seqs = max(best.best.concurrency if best.best else point.concurrency, point.concurrency)
@@ -154,7 +170,7 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     misses = _misses(work, point, rate)
     band = setting.device.band
     return Plan(
-        model=setting.shape.name, cluster=str(setting.cluster), work=work, layout=layout,
+        model=setting.shape.name, cluster=str(setting.cluster), work=work, layout=layout, devices=best.devices * count,
         limits=Limits(seqs, max(best.chunk, seqs), work.tokens),
         point=point, meets=not misses, misses=misses, ttft_s=total_s(ttft_terms), tpot_s=total_s(tpot_terms),
         ttft_terms=ttft_terms, tpot_terms=tpot_terms, longest_gap_s=replica.longest_gap_s,
@@ -192,13 +208,13 @@ def _admits(search: Search, c: Candidate, replica: Replica, replicas: int) -> di
 
 def _frontier(search: Search, everything: list[Candidate]) -> list[Mark]:
     """What nothing beats, among the best layouts of the space at every load."""
-    shown = sorted((c for c in everything if c.fits), key=lambda c: -c.rate / c.layout.devices)[:DRAWN]
+    shown = sorted((c for c in everything if c.fits), key=lambda c: -c.rate / c.devices)[:DRAWN]
     marks = []
     for c in shown:
         replica = search.replica(c.layout, c.chunk)
         for b in loads(c.layout.pp, c.fits):
             p = replica.at(b)
-            marks.append(Mark(str(c.layout), b, 1 / p.tpot_s, p.rate * search.work.output_len / c.layout.replica_size, p.ttft_s))
+            marks.append(Mark(str(c.layout), b, 1 / p.tpot_s, p.rate * search.work.output_len * c.layout.dp / c.devices, p.ttft_s))
     return frontier(marks)
 
 
@@ -212,13 +228,13 @@ def _nothing_fits(search: Search, everything: list[Candidate], wanted: dict[str,
     least = min(everything, key=lambda c: (c.lacking, c.layout))
     remedies = []
     for dtype in () if s.weight_dtype else ("int8", "fp8"):
-        other = replace(search, pricer=Pricer(replace(s, weight_dtype=dtype)))
+        other = search.with_setting(replace(s, weight_dtype=dtype))
         if any(other.room(c.layout, c.chunk)[0] for c in everything):
             remedies.append(dtype)
             break
-    for factor in (2, 4, 8, 16, 32):
+    for factor in (2, 4, 8, 16, 32) if search.grows else ():
         larger = Cluster(s.cluster.nodes * factor, s.cluster.devices_per_node, s.device, s.cluster.intra, s.cluster.inter)
-        wide = replace(search, pricer=Pricer(replace(s, cluster=larger)))
+        wide = search.with_setting(replace(s, cluster=larger))
         fitting = [c.layout for c in wide.all(lambda x: x.dp == 1 and x.cp == 1 and x.dcp == 1) if c.fits]
         if fitting:
             remedies.append(f"{min(fitting, key=lambda x: (x.devices, -x.tp))} on {min(x.devices for x in fitting)} devices")

@@ -147,6 +147,17 @@ def save(found: Calibration, path: Path) -> None:
     part.replace(path)
 
 
+def of_device(device: Device) -> Calibration | None:
+    """What was measured of the engine on this device; None where nothing was. Raises ConfigError for what another version wrote."""
+    if device.engine is None:
+        return None
+    try:
+        found = msgspec.convert(device.engine, Calibration)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"device {device.name}: its calibration cannot be read ({e}): run `lockstep calibrate` again.") from None
+    return _current(found, f"device {device.name}")
+
+
 class _Entry(msgspec.Struct):
     engine: Calibration
 
@@ -160,6 +171,10 @@ def load(path: Path | None = None) -> Calibration:
         raise ConfigError(f"{path} is not there: run `lockstep calibrate` on this machine first (it takes less than a minute).") from None
     except (OSError, msgspec.DecodeError) as e:
         raise ConfigError(f"{path} is no calibration ({e}): run `lockstep calibrate` again.") from None
+    return _current(found, str(path))
+
+
+def _current(found: Calibration, where: str) -> Calibration:
     if found.format != FORMAT:
-        raise ConfigError(f"{path} has format {found.format}, and this version reads {FORMAT}: run `lockstep calibrate` again.")
+        raise ConfigError(f"{where} has format {found.format}, and this version reads {FORMAT}: run `lockstep calibrate` again.")
     return found

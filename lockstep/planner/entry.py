@@ -61,6 +61,7 @@ def from_entry(entry: Mapping[str, Any], lookup: Callable[[str], Device]) -> Dev
         calibrated=bool(entry.get("calibrated", False)),
         band=ErrorBand(**entry["band"]) if "band" in entry else ZERO_CALIBRATION,
         source=str(entry.get("source", "")),
+        engine=entry.get("engine"),
     )
     like = entry.get("like", LIKE)
     return _with_fits(_borrow(bare, lookup(like)) if like and like != name else bare, entry.get("fits", {}))

@@ -34,7 +34,7 @@ def runners_up(
     d = search.pricer.setting.cluster.devices_per_node
     wide = [c for c in everything if c.layout.tp > d and _kind(c) not in kinds]
     if wide:
-        found.append(max(wide, key=lambda c: (c.fits > 0, c.rate / c.layout.devices, -c.layout.devices)))
+        found.append(max(wide, key=lambda c: (c.fits > 0, c.rate / c.devices, -c.devices)))
     return [_runner(search, winner, count, c) for c in found]
 
 
@@ -45,22 +45,22 @@ def _kind(c: Candidate) -> tuple[int, int, int, bool]:
 def _runner(search: Search, winner: Candidate, count: int, c: Candidate) -> Runner:
     if not c.fits:
         return Runner(c.layout, None, 0.0, f"does not fit: needs {size(c.lacking)} more per rank")
-    mine, rate = winner.layout.devices * count, search.work.rate
-    used = c.needed(rate) or min(c.at_most, max(1, mine // c.layout.devices))
+    mine, rate = winner.devices * count, search.work.rate
+    used = c.needed(rate) or min(c.at_most, max(1, mine // c.devices))
     point, placed = search.loaded(c, used), c.placed(used)
-    parts = [*_shortfall(search, winner, count, c, placed, point), *_messages(search, placed), _terms(search, winner, count, c)]
+    parts = [*_shortfall(search, winner, count, c, used, point), *_messages(search, placed), _terms(search, winner, count, c)]
     return Runner(placed, point, c.rate * used, "; ".join(part for part in parts if part))
 
 
-def _shortfall(search: Search, winner: Candidate, count: int, c: Candidate, placed: Layout, point: Point) -> list[str]:
+def _shortfall(search: Search, winner: Candidate, count: int, c: Candidate, used: int, point: Point) -> list[str]:
     """In what it is worse: promises broken, devices, or load."""
     broken = [f"misses {name.upper()}" for name in search.work.misses(point)]
-    carried, mine, devices = c.rate * (placed.dp // c.layout.dp), winner.rate * count, winner.layout.devices * count
+    carried, mine, devices = c.rate * used, winner.rate * count, winner.devices * count
     if c.best is None:
         return broken or ["keeps no promise under load"]
-    if placed.devices > devices:
-        return [*broken, f"needs {placed.devices} devices, not {devices}"]
-    per_device = c.rate / c.layout.devices / (winner.rate / winner.layout.devices) - 1 if winner.rate else 0.0
+    if c.devices * used > devices:
+        return [*broken, f"needs {c.devices * used} devices, not {devices}"]
+    per_device = c.rate / c.devices / (winner.rate / winner.devices) - 1 if winner.rate else 0.0
     if search.work.rate is not None and carried < search.work.rate:
         return [*broken, f"carries {carried:.3g} of {search.work.rate:g} requests/s"]
     return [*broken, f"carries {carried:.3g} requests/s, not {mine:.3g} ({per_device:+.0%} per device)"]
@@ -83,7 +83,7 @@ def _terms(search: Search, winner: Candidate, count: int, c: Candidate) -> str:
     here = search.replica(winner.layout, winner.chunk)
     running = search.loaded(winner, count).concurrency
     there = search.replica(c.layout, c.chunk)
-    same = max(1, min(c.fits, round(running * c.layout.replica_size / winner.layout.replica_size)))
+    same = max(1, min(c.fits, round(running * winner.layout.dp / winner.devices * c.devices / c.layout.dp)))
     mine, its = ({t.name: t.seconds for t in r.tpot_terms(b)} for r, b in ((here, running), (there, same)))
     differences = sorted(((its.get(name, 0.0) - mine.get(name, 0.0), name) for name in {*mine, *its}), key=lambda each: -abs(each[0]))
     shown = [f"{seconds * 1e3:+.2f} ms {name}" for seconds, name in differences[:2] if abs(seconds) > 5e-6]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 from lockstep.config.errors import ConfigError
 from lockstep.planner.tables import Table
@@ -129,6 +130,7 @@ class Device:
     band: ErrorBand = ZERO_CALIBRATION
     price_per_hour: float | None = None
     source: str = ""
+    engine: Mapping[str, Any] | None = None  # `calibration.Calibration`, as read: the engine's own steps on this machine
 
     def peak(self, dtype: str) -> float:
         """Flops per second for `dtype`, or for the next wider one that the device computes in."""

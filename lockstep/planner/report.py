@@ -21,15 +21,19 @@ def report(plan: Plan, *, explain: bool = False, draw: bool = True) -> str:
 
 def headline(plan: Plan) -> str:
     """What is proposed, and whether it keeps what was asked for."""
-    w, devices = plan.work, plan.layout.devices
+    w, devices = plan.work, plan.devices
     asked = [f"{w.input_len} + {w.output_len} tokens"]
     asked += [f"{w.rate:g} requests/s"] if w.rate else []
     asked += [f"TTFT {w.ttft_s:g} s"] if w.ttft_s else []
     asked += [f"TPOT {w.tpot_s * 1e3:g} ms"] if w.tpot_s else []
-    lines = [f"{plan.model} on {plan.cluster}, {', '.join(asked)}", f"  plan: {plan.layout}, {devices} device{'s' * (devices > 1)}"]
+    lines = [f"{plan.model} on {plan.cluster}, {', '.join(asked)}", f"  plan: {plan.layout}, {_devices(devices)}"]
     if not plan.meets:
         lines.append(f"  the nearest plan; it misses: {'; '.join(plan.misses)}")
     return "\n".join(lines + [f"  note: {note}" for note in plan.notes])
+
+
+def _devices(count: int) -> str:
+    return f"{count} device{'s' * (count > 1)}"
 
 
 def numbers(plan: Plan) -> str:
@@ -65,7 +69,7 @@ def admitted(plan: Plan) -> str:
     """The largest load within each promise."""
     words = {"ttft": "TTFT alone", "tpot": "TPOT alone", "both": "all promises"}
     rows = [f"  {words[name]:<13} {rate:,.3g} requests/s" for name, rate in plan.admits.items()]
-    return "\n".join([f"largest load of this plan ({plan.layout.devices} devices) within", *rows])
+    return "\n".join([f"largest load of this plan ({_devices(plan.devices)}) within", *rows])
 
 
 def runners(plan: Plan) -> str:
@@ -87,7 +91,11 @@ def table(name: str, terms: list[Term]) -> str:
         f"  {t.seconds * 1e3:>10.3f} ms {t.seconds / total:>6.1%}  {t.name:<34} {_work(t):<26} {t.formula}  [{t.source.rpartition('#')[2]}]"
         for t in rows
     ]
-    return "\n".join([f"{name}: sections in brackets are of docs/planner.md", *lines, f"  {total * 1e3:>10.3f} ms 100.0%  in all"])
+    return "\n".join([f"{name}: sections in brackets are of {_pages(terms)}", *lines, f"  {total * 1e3:>10.3f} ms 100.0%  in all"])
+
+
+def _pages(terms: list[Term]) -> str:
+    return " and ".join(sorted({t.source.partition("#")[0] for t in terms}))
 
 
 def _work(term: Term) -> str:

@@ -11,8 +11,10 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from lockstep.planner import memory
+from lockstep.planner.layer import Setting
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Point, Replica, Serving, Workload
 from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
@@ -35,6 +37,7 @@ class Candidate:
     lacking: int  # bytes per rank that one request would need more
     best: Point | None  # the largest load of one replica within the promises
     at_most: int  # deployments that the cluster has room for
+    devices: int  # that one deployment takes
 
     @property
     def rate(self) -> float:
@@ -64,6 +67,7 @@ class Search:
     work: Workload
     serving: Serving
     memory_share: float = 0.9
+    grows: ClassVar[bool] = True  # whether more devices of the kind could be had
 
     def replica(self, layout: Layout, chunk: int) -> Replica:
         """A replica of the layout under this workload."""
@@ -102,10 +106,21 @@ class Search:
 
     def candidate(self, layout: Layout, chunk: int) -> Candidate:
         """The layout's memory and largest load."""
-        at_most = replicas_at_once(layout.replica_size, self.pricer.setting.cluster) // layout.dp
         fits, lacking = self.room(layout, chunk)
         best = self.largest(self.replica(layout, chunk), fits, lambda p: not self.work.misses(p)) if fits else None
-        return Candidate(layout, chunk, fits, lacking, best, at_most)
+        return Candidate(layout, chunk, fits, lacking, best, self.at_most(layout), self.devices(layout))
+
+    def at_most(self, layout: Layout) -> int:
+        """Deployments that the cluster has room for."""
+        return replicas_at_once(layout.replica_size, self.pricer.setting.cluster) // layout.dp
+
+    def devices(self, layout: Layout) -> int:
+        """Devices that one deployment takes."""
+        return layout.devices
+
+    def with_setting(self, setting: Setting) -> Search:
+        """The same search in another setting."""
+        return replace(self, pricer=Pricer(setting))
 
     def largest(self, replica: Replica, fits: int, good: Callable[[Point], bool]) -> Point | None:
         """The largest load, among a few sizes of batch, that is `good`."""
@@ -142,14 +157,14 @@ class Search:
     def all(self, wanted: Callable[[Layout], bool] = lambda _: True) -> list[Candidate]:
         """Every layout of the space that `wanted` lets through, one candidate each: that of the chunk that carries most."""
         s = self.pricer.setting
-        chunks, found = self.chunks(), []
-        for layout in deployments(s.shape, s.cluster, self.work.input_len):
-            if not wanted(layout):
-                continue
-            first = self.candidate(layout, chunks[0])  # the smallest activations: where it does not fit, none does
-            rest = [self.candidate(layout, c) for c in chunks[1:]] if first.fits else []
-            found.append(max([first, *rest], key=lambda c: (c.rate, c.fits > 0, -c.chunk)))
-        return found
+        return [self.of_chunks(layout) for layout in deployments(s.shape, s.cluster, self.work.input_len) if wanted(layout)]
+
+    def of_chunks(self, layout: Layout) -> Candidate:
+        """The layout with the chunk that carries most."""
+        chunks = self.chunks()
+        first = self.candidate(layout, chunks[0])  # the smallest activations: where it does not fit, none does
+        rest = [self.candidate(layout, c) for c in chunks[1:]] if first.fits else []
+        return max([first, *rest], key=lambda c: (c.rate, c.fits > 0, -c.chunk))
 
     def order(self, candidates: Iterable[Candidate]) -> list[Candidate]:
         """Those that keep the promises at the rate asked for, the best first."""
@@ -157,7 +172,7 @@ class Search:
         for c in candidates:
             count = c.needed(rate)
             if count:
-                devices = count * c.layout.devices if rate is not None else 0
+                devices = count * c.devices if rate is not None else 0
                 good.append(((devices, -c.rate * count, c.layout), c))
         return [c for _, c in sorted(good, key=lambda each: each[0])]
 

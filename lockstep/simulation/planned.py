@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lockstep.engine.admission import Limits
 from lockstep.engine.scheduler import Scheduler
 from lockstep.planner.answer import Plan
+from lockstep.planner.host import HostPricer
 from lockstep.planner.layer import Work
 from lockstep.planner.layout import Layout
 from lockstep.planner.memory import BLOCK_TOKENS
@@ -15,6 +16,7 @@ from lockstep.planner.search import request_blocks
 from lockstep.planner.step import Pricer
 from lockstep.simulation.arrivals import Arrival, at_once, poisson
 from lockstep.simulation.cost import StepWork
+from lockstep.simulation.engine_cost import CalibratedCost
 from lockstep.simulation.report import Report
 from lockstep.simulation.simulate import simulate
 
@@ -70,7 +72,7 @@ def simulate_plan(plan: Plan, pricer: Pricer) -> Report:
     )
     return simulate(
         lambda clock: Scheduler(limits, prefix_caching=False, stages=layout.pp, clock=clock),
-        PlannedCost(pricer, layout),
+        CalibratedCost(pricer.model(layout)) if isinstance(pricer, HostPricer) else PlannedCost(pricer, layout),
         arrivals,
         replicas=layout.dp,
         depth=layout.pp,

@@ -1,0 +1,138 @@
+"""One calibrated machine as a cluster: its ranks share cores and memory, so a layout is priced and fitted whole.
+
+`lockstep calibrate` measures one rank on all cores, and two that share them. Layouts of so many ranks are the space; steps come
+from `cpu.py`, memory from `cpu_memory.py`: what a rank of the engine takes here, not what one of a GPU would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+from lockstep.planner import cpu_memory
+from lockstep.planner.calibration import Calibration
+from lockstep.planner.cpu import CpuModel
+from lockstep.planner.layer import Setting, Work
+from lockstep.planner.layout import Layout
+from lockstep.planner.load import Serving
+from lockstep.planner.memory import LIBRARY_BYTES, RankMemory, kv_bytes_per_token
+from lockstep.planner.search import Candidate, Search
+from lockstep.planner.step import Pricer, Step
+from lockstep.planner.terms import Term, merge
+
+SOURCE = "docs/planner_cpu.md#the-step-of-a-stage"
+SERVING = Serving(arrival_s=0.0, calibrated=True)  # steps hold the engine's own share; nothing is added for the server
+PRODUCT = "launch + edge (n + k) + work n k"
+FORMULAS = {
+    "qkv": PRODUCT,
+    "out": PRODUCT + " + finish n",
+    "gate and up": PRODUCT + " + gate n / 2",
+    "down": PRODUCT + " + finish n",
+    "head": PRODUCT,
+    "attention": "base + bytes of keys and values + pairs x head width x heads",
+    "engine, executor and worker": "base + per request + per prompt token",
+    "sums over the ranks": "base + per value",
+}
+
+
+class HostPricer(Pricer):
+    """Prices from the machine's own steps. Unlike devices that stand apart, ranks slow each other down: `dp` counts too."""
+
+    def __init__(self, setting: Setting, found: Calibration) -> None:
+        super().__init__(setting)
+        self.found = found
+        self._whole: dict[tuple[Layout, Work], Step] = {}
+
+    def model(self, layout: Layout, *, alone: bool = False) -> CpuModel:
+        """The machine's steps of this layout. alone: one request, so that other stages wait."""
+        return CpuModel(self.found, self.setting.shape, layout, how="even", weight_dtype=self.setting.weight_dtype, alone=alone)
+
+    def step(self, layout: Layout, work: Work) -> Step:
+        """The times of one step."""
+        kept = self._whole.get((layout, work))
+        if kept is None:
+            stages = self._stage_s(layout, work)
+            hop = self.model(layout).hop_s(work.tokens) * (layout.pp - 1)
+            kept = self._whole[layout, work] = Step(sum(stages) + hop, max(stages), hop)
+        return kept
+
+    def _stage_s(self, layout: Layout, work: Work) -> list[float]:
+        queries, contexts = rows_of(work)
+        return self.model(layout, alone=_alone(layout, work)).stage_s(queries, contexts, len(queries))
+
+    def terms(self, layout: Layout, work: Work) -> list[Term]:
+        """The terms of one micro-batch through all stages."""
+        queries, contexts = rows_of(work)
+        model, found = self.model(layout, alone=_alone(layout, work)), []
+        for stage in range(layout.pp):
+            for op in model.operations(stage, queries, contexts, len(queries)):
+                found.append(Term(op.name, op.seconds, formula=FORMULAS.get(op.name, "base + per element"), source=SOURCE))
+        if layout.pp > 1:
+            hops = model.hop_s(work.tokens) * (layout.pp - 1)
+            found.append(Term("hops between stages", hops, formula="(p-1)(base + per byte)", source=SOURCE))
+        return merge(found)
+
+
+def _alone(layout: Layout, work: Work) -> bool:
+    """Whether other stages wait for this step."""
+    return work.decode and work.tokens == 1 and layout.dp == 1
+
+
+def rows_of(work: Work) -> tuple[list[int], list[int]]:
+    """(new tokens, tokens held afterwards) of each request of a step."""
+    if work.decode:
+        return [1] * work.tokens, [round(work.context) + 1] * work.tokens
+    return [work.tokens], [round(work.context) + work.tokens]
+
+
+@dataclass(frozen=True)
+class HostSearch(Search):
+    """The search on one machine: every deployment is all of its replicas, and there is room for one."""
+
+    grows: ClassVar[bool] = False
+
+    @property
+    def found(self) -> Calibration:
+        pricer = self.pricer
+        assert isinstance(pricer, HostPricer)
+        return pricer.found
+
+    def with_setting(self, setting: Setting) -> Search:
+        return replace(self, pricer=HostPricer(setting, self.found))
+
+    def at_most(self, layout: Layout) -> int:
+        return 1
+
+    def devices(self, layout: Layout) -> int:
+        return 1
+
+    def fullest(self, layout: Layout, chunk: int, rows: int) -> tuple[int, RankMemory]:
+        """(bytes free for KV, memory) of the rank with room for the fewest tokens, when all ranks share the machine evenly."""
+        capacity = int(self.pricer.setting.device.capacity_bytes * self.memory_share) // layout.devices
+        ranks = [self._rank(layout, stage, rank, max(chunk, rows), rows) for stage in range(layout.pp) for rank in range(layout.tp)]
+        return min(((capacity - rank.fixed, rank) for rank in ranks), key=lambda each: each[0] / each[1].kv_per_token)
+
+    def _rank(self, layout: Layout, stage: int, rank: int, tokens: int, rows: int) -> RankMemory:
+        s, granule = self.pricer.setting, cpu_memory.AMX_GRANULE if "amx" in self.found.kernels else cpu_memory.PAIR
+        sizes = cpu_memory.StepSizes(tokens, rows * layout.pp, rows, self.work.tokens)
+        return RankMemory(
+            cpu_memory.weight_bytes(s.shape, layout, stage, rank, how="even", weight_dtype=s.weight_dtype, granule=granule),
+            kv_bytes_per_token(s.shape, layout, stage, rank),
+            cpu_memory.activation_bytes(s.shape, layout, stage, rank, sizes) + cpu_memory.batch_bytes(sizes),
+            cpu_memory.exchange_bytes(layout) + LIBRARY_BYTES,
+        )
+
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        """Layouts of as many ranks as were measured."""
+        shape, found = self.pricer.setting.shape, []
+        for ranks in sorted({mode.ranks for mode in self.found.modes}):
+            for tp in (n for n in range(1, ranks + 1) if ranks % n == 0 and n <= min(shape.num_heads, shape.intermediate_size)):
+                left = ranks // tp
+                found += [Layout(tp, pp, left // pp) for pp in range(1, left + 1) if left % pp == 0 and pp <= shape.num_layers]
+        return found
+
+    def all(self, wanted: Callable[[Layout], bool] = lambda _: True) -> list[Candidate]:
+        return [self.of_chunks(layout) for layout in self.layouts if wanted(layout)]

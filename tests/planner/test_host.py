@@ -1,0 +1,125 @@
+"""Plans for a calibrated machine: its own steps, its own memory, its ranks together on it, and commands that its engine takes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from lockstep.cli.flags import parse
+from lockstep.config.errors import ConfigError
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.serve import ServeOptions
+from lockstep.config.validate import check_values
+from lockstep.planner import calibration, cpu_memory, plan
+from lockstep.planner.answer import pricer_of
+from lockstep.planner.calibration import AttentionRates, Calibration, Line, Mode, ProductRates
+from lockstep.planner.catalogue import cluster
+from lockstep.planner.cpu import CpuModel
+from lockstep.planner.hardware import make_cluster
+from lockstep.planner.host import HostPricer
+from lockstep.planner.layer import Work
+from lockstep.planner.layout import Layout
+from lockstep.planner.memory import LIBRARY_BYTES
+from lockstep.planner.model import from_spec
+from lockstep.planner.terms import total_s
+from lockstep.simulation.planned import simulate_plan
+
+SPEC = ModelSpec("LlamaForCausalLM", 256, 6, 8, 4, 32, 768, 8000, 4096, layer_kinds=("full",) * 6, dtype="bfloat16")
+SHAPE = from_spec(SPEC, "small")
+SPLITS = {Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2)}
+
+
+def mode(ranks: int, slower: float = 1.0, **more: object) -> Mode:
+    """A rank of one alone takes 1 ns for a weight; one of two 2 ns, `slower` times."""
+    rates = [ProductRates(r, 1e-6, 0.0, [(1e6, slower * ranks * 1e-9 * r)], 0.0, 0.0) for r in (1, 8, 64, 512)]
+    flat, line = AttentionRates(1e-6, 1e-10, 1e-12, 0.0), Line(1e-6)
+    common = {"rope": line, "angles": line, "embed": line, "norm": line, "choose": line, "step": Line(1e-4)}
+    return Mode(ranks=ranks, busy=ranks, threads=2 // ranks, bandwidth=1e10, products=rates, decode=flat, prefill=flat, **common, **more)
+
+
+def entry(tmp_path: Path, *modes: Mode, capacity: int = 1 << 30) -> str:
+    """The file of a calibrated machine."""
+    found = Calibration(
+        name="here", machine="a test", cores=2, kernels="avx512", dtype="bfloat16", capacity_bytes=capacity, memory_bandwidth=2e10,
+        cache_bytes=1 << 40, flops={"bfloat16": 1e12}, all_reduce=[(256, 2e-6), (1 << 20, 1e-4)], send_recv=[(256, 3e-6), (1 << 20, 8e-5)],
+        modes=list(modes),
+    )  # fmt: skip
+    path = tmp_path / "here.json"
+    calibration.save(found, path)
+    return str(path)
+
+
+def test_it_is_calibrated_and_its_terms_are_the_machine_s_steps(tmp_path: Path):
+    where = entry(tmp_path, mode(1), mode(2, combine=Line(1e-6)))
+    pricer = pricer_of(SHAPE, where)
+    assert isinstance(pricer, HostPricer)
+    for layout in SPLITS:
+        for work in (Work(True, 8, 100.0), Work(False, 64, 32.0)):
+            rows = ([1] * 8, [101] * 8, 8) if work.decode else ([64], [96], 1)
+            model = CpuModel(pricer.found, SHAPE, layout, how="even")
+            assert pricer.step(layout, work).sum_s == pytest.approx(sum(model.stage_s(*rows)) + model.hop_s(work.tokens))
+            assert total_s(pricer.terms(layout, work)) == pytest.approx(pricer.step(layout, work).sum_s)
+    found = plan(SHAPE, where, input_len=64, output_len=32)
+    assert found.calibrated and found.devices == 1
+    assert found.considered == len(SPLITS)
+    assert {found.layout, *(runner.layout for runner in found.runners)} <= SPLITS
+
+
+def test_ranks_that_pay_win_and_ranks_that_do_not_lose(tmp_path: Path):
+    """Two ranks that are as fast together as one alone add nothing but sums; twice as fast, they carry more."""
+    ask = {"input_len": 64, "output_len": 32}
+    assert plan(SHAPE, entry(tmp_path, mode(1), mode(2, slower=1.5)), **ask).layout == Layout()
+    assert plan(SHAPE, entry(tmp_path, mode(1), mode(2, slower=0.5)), **ask).layout.devices == 2
+
+
+def test_memory_is_that_of_the_machine_and_shared_by_its_ranks(tmp_path: Path):
+    where = entry(tmp_path, mode(1), mode(2))
+    found = plan(SHAPE, where, input_len=64, output_len=32, fixed={"tp": 2, "pp": 1, "dp": 1})
+    layout = Layout(tp=2)
+    assert found.memory.weights == max(cpu_memory.weight_bytes(SHAPE, layout, 0, rank, how="even") for rank in (0, 1))
+    assert found.memory.buffers == cpu_memory.exchange_bytes(layout) + LIBRARY_BYTES
+    assert found.kv_room == int(0.9 * (1 << 30)) // 2 - found.memory.fixed
+    tight = entry(tmp_path, mode(1), mode(2, slower=0.5), capacity=150 << 20)
+    assert plan(SHAPE, tight, input_len=64, output_len=32).layout.dp == 1, "two whole models have no room"
+    with pytest.raises(ConfigError, match=r"does not fit on 1x1xhere: .* needs .* more per rank"):
+        plan(SHAPE, entry(tmp_path, mode(1), mode(2), capacity=1 << 25), input_len=64, output_len=32)
+
+
+@pytest.mark.parametrize("layout", sorted(SPLITS), ids=str)
+def test_its_command_is_parsed_and_simulated(layout: Layout, tmp_path: Path):
+    where = entry(tmp_path, mode(1), mode(2))
+    found = plan(SHAPE, where, input_len=64, output_len=32, fixed={"tp": layout.tp, "pp": layout.pp, "dp": layout.dp})
+    (command,) = found.commands
+    words = shlex.split(command.line)
+    config = parse("serve", words[2:], ServeOptions, max_tokens=None, description="", sampling=False).config
+    check_values(config)
+    parallel = config.parallel
+    assert (parallel.tensor_parallel_size, parallel.pipeline_parallel_size) == (layout.tp, layout.pp)
+    assert parallel.data_parallel_size == layout.dp
+    tokens = simulate_plan(found, pricer_of(SHAPE, where)).served
+    assert all(len(request.token_s) == 32 for request in tokens) and tokens
+
+
+def test_more_replicas_than_there_is_room_for_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="dp=3"):
+        plan(SHAPE, entry(tmp_path, mode(1), mode(2)), input_len=64, output_len=32, fixed={"dp": 3})
+
+
+def test_what_was_not_measured_is_priced_as_any_device(tmp_path: Path):
+    where = cluster(entry(tmp_path, mode(1), mode(2)))
+    assert not isinstance(pricer_of(SHAPE, make_cluster(where.device, 2, 1)), HostPricer), "two machines"
+    assert not isinstance(pricer_of(replace(SHAPE, dtype="float32"), where), HostPricer), "another type"
+    assert not isinstance(pricer_of("mixtral-8x7b", where), HostPricer), "a model that the engine does not run"
+
+
+def test_a_calibration_of_another_version_is_named(tmp_path: Path):
+    where = Path(entry(tmp_path, mode(1), mode(2)))
+    raw = json.loads(where.read_bytes())
+    where.write_bytes(msgspec.json.encode({**raw, "engine": {**raw["engine"], "format": 99}}))
+    with pytest.raises(ConfigError, match=r"format 99.*lockstep calibrate"):
+        plan(SHAPE, str(where), input_len=64, output_len=32)
