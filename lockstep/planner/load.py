@@ -1,7 +1,7 @@
 """A replica under load: time to first token, time per output token and the rate it carries, by how many requests it runs at once.
 
-    TPOT(B) = step overhead + round(B) + interference * B / output_len * occupancy
-    TTFT(B) = arrival + prefill_scale * prefill + round(B) + queue * B * occupancy
+    TPOT(B) = step overhead + round(B) + interference * B / output_len * occupancy * stalls(B)
+    TTFT(B) = arrival + prefill_scale * prefill + beside(B) + queue * B * occupancy
     rate(B) = B / (TTFT(B) + (output_len - 1) * TPOT(B))                       (Little's law)
 
 round: until every running request has one more token. Under PP the requests are in m = min(p, B) micro-batches, and steady
@@ -11,6 +11,7 @@ slowest stage busy. prefill: fill and drain of its chunks. The constants are in 
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from dataclasses import dataclass
 
@@ -101,39 +102,56 @@ class Replica:
     def decode(self, concurrency: int) -> Work:
         return Work(True, self.in_flight(concurrency)[1], self.work.decode_context)
 
+    def beside_s(self, decode: Step) -> float:
+        """What running requests add to a prompt: every step that computes a part of it computes a token for each of them."""
+        return (self.chunks + self.layout.pp - 1) * decode.beat_s
+
+    def others_s(self, concurrency: int) -> float:
+        """What prompts of other requests add to each output token, if every chunk delays everybody once (interference 1).
+
+        In a pipeline a chunk delays more than its own stage: the step that carries it holds all p stages up, one after the other,
+        unless the steps around it carry chunks too. Of p steps in a row one at least has a chunk with probability 1 - (1 - x)^p,
+        x being the chunks per step. Chunks of one prompt follow each other and share the holes, though not all of them: the root
+        of their number is what the event simulation shows.
+        """
+        m, _ = self.in_flight(concurrency)
+        x = min(1.0, concurrency * self.chunks / (self.work.output_len * m))
+        stalls = 1 + ((1 - (1 - x) ** self.layout.pp) / x - 1) / math.sqrt(self.chunks)
+        return concurrency / self.work.output_len * self.occupancy_s * stalls
+
     def at(self, concurrency: int) -> Point:
         """What so many requests at once see, and the rate that they make."""
         m, _ = self.in_flight(concurrency)
         step, s = self.pricer.step(self.layout, self.decode(concurrency)), self.serving
         round_s = step.round_s(m)
-        tpot = s.step_overhead_s + round_s + s.interference * concurrency / self.work.output_len * self.occupancy_s
-        ttft = s.arrival_s + s.prefill_scale * self.prefill_s + round_s + s.queue * concurrency * self.occupancy_s
+        tpot = s.step_overhead_s + round_s + s.interference * self.others_s(concurrency)
+        ttft = s.arrival_s + s.prefill_scale * self.prefill_s + self.beside_s(step) + s.queue * concurrency * self.occupancy_s
         return Point(concurrency, ttft, tpot, concurrency / (ttft + (self.work.output_len - 1) * tpot))
 
     def tpot_terms(self, concurrency: int) -> list[Term]:
         """What `at(concurrency).tpot_s` is made of."""
         s, (m, _) = self.serving, self.in_flight(concurrency)
         step = self.pricer.step(self.layout, self.decode(concurrency))
-        others = s.interference * concurrency / self.work.output_len * self.occupancy_s
+        others = s.interference * self.others_s(concurrency)
         terms = [
             *self.pricer.terms(self.layout, self.decode(concurrency)),
             _term("waiting for the slowest stage", step.round_s(m) - step.sum_s, "max(0, m * slowest stage - sum of stages)"),
-            _term("prefill of other requests", others, "interference * B / output_len * occupancy"),
+            _term("prefill of other requests", others, "interference * B / output_len * occupancy * stalls"),
             _term("step overhead", s.step_overhead_s, "constant"),
         ]
         return [t for t in terms if t.seconds]
 
     def ttft_terms(self, concurrency: int) -> list[Term]:
         """What `at(concurrency).ttft_s` is made of."""
-        s, (m, _) = self.serving, self.in_flight(concurrency)
+        s = self.serving
         step: Step = self.pricer.step(self.layout, self.prompt)
-        running = self.pricer.step(self.layout, self.decode(concurrency)).round_s(m)
+        running = self.beside_s(self.pricer.step(self.layout, self.decode(concurrency)))
         terms = [
             *(t.times(self.chunks) for t in self.pricer.terms(self.layout, self.prompt)),
             _term(
                 "overlap of chunks over stages", self.prefill_s - self.chunks * step.sum_s, "sum + (n-1) slowest - n sum (fill and drain)"
             ),
-            _term("a step that is running", running, "round(B)"),
+            _term("running requests in the same steps", running, "(chunks + p - 1) * slowest stage of a decode step"),
             _term("queue", s.queue * concurrency * self.occupancy_s, "queue * B * occupancy"),
             _term("prefill beyond its own steps", (s.prefill_scale - 1) * self.prefill_s, "(scale - 1) * prefill"),
             _term("arrival", s.arrival_s, "constant"),

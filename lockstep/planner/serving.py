@@ -1,7 +1,7 @@
 """The constants of a serving engine, from measured TTFT and TPOT at some concurrencies: two for TPOT, three for TTFT.
 
-TPOT(B) = step overhead + round(B) + interference * B / output_len * occupancy
-TTFT(B) = arrival + prefill_scale * prefill + round(B) + queue * B * occupancy         (load.py has the words)
+TPOT(B) = step overhead + round(B) + interference * B / output_len * occupancy * stalls(B)
+TTFT(B) = arrival + prefill_scale * prefill + beside(B) + queue * B * occupancy        (load.py has the words)
 """
 
 from __future__ import annotations
