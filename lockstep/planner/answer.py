@@ -10,6 +10,7 @@ from typing import Any
 from lockstep.config.errors import ConfigError
 from lockstep.planner.calibration import of_device
 from lockstep.planner.catalogue import cluster as find_cluster
+from lockstep.planner.choose import choose
 from lockstep.planner.command import Command, Limits, commands
 from lockstep.planner.crossover import Crossover, tp_or_pp
 from lockstep.planner.explain import Runner, runners_up
@@ -103,21 +104,23 @@ def plan(
     search = search_of(pricer_of(shape, where, quantization), work, serving, memory_share)
     wanted = (dict.fromkeys(("ep", "cp", "dcp"), 1) if startable else {}) | (fixed or {})
     everything = search.all(lambda layout: all(getattr(layout, axis) == size for axis, size in wanted.items() if axis != "dp"))
-    everything = [
-        c for c in everything if "dp" not in wanted or wanted["dp"] in range(c.layout.dp, c.layout.dp * c.at_most + 1, c.layout.dp)
-    ]
-    ordered = [c for c in search.order(everything) if "dp" not in wanted or c.needed(rate) * c.layout.dp <= wanted["dp"]]
+    if "dp" in wanted:
+        everything = [c.pinned(wanted["dp"] // c.layout.dp) for c in everything if _has_room(c, wanted["dp"])]
     if not any(c.fits for c in everything):
         raise ConfigError(_nothing_fits(search, everything, wanted))
-    best = search.refined(ordered[0] if ordered else search.nearest(everything)[0])
-    count = (wanted["dp"] // best.layout.dp if "dp" in wanted else best.needed(rate)) or best.at_most
-    found = answer(search, best, count, ordered, everything, price)
+    chosen = choose(search, everything)
+    found = answer(search, chosen.best, chosen.best.needed(rate) or chosen.best.at_most, chosen.ordered, chosen.everything, price)
     names = hosts or [f"node{i}" for i in range(where.nodes)]
     if len(names) < where.nodes:
         raise ConfigError(f"hosts={','.join(names)} names {len(names)} hosts, and {where} has {where.nodes} nodes: name each of them.")
     per_node = where.devices_per_node * (found.layout.devices // found.devices)  # ranks: of a calibrated machine, several on one device
     lines = commands(name, found.layout, found.limits, names, per_node, quantization=quantization, share=memory_share)
     return replace(found, commands=lines, seconds=time.perf_counter() - start)
+
+
+def _has_room(c: Candidate, replicas: int) -> bool:
+    """Whether just so many replicas are a number of this deployment that the cluster has room for."""
+    return replicas in range(c.layout.dp, c.layout.dp * c.at_most + 1, c.layout.dp)
 
 
 def pricer_of(model: str | ModelShape, cluster: str | Cluster, quantization: str = "") -> Pricer:

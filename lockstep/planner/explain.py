@@ -27,7 +27,8 @@ def runners_up(
     """The best layouts of other kinds than the winner's, and TP across nodes where the cluster has nodes."""
     kinds = {_kind(winner)}
     found: list[Candidate] = []
-    for c in [*ordered, *search.nearest(c for c in everything if c.best is None or c not in ordered)[:50]]:
+    keeping = {c.layout for c in ordered}
+    for c in [*ordered, *search.nearest(c for c in everything if c.layout not in keeping)[:50]]:
         if len(found) < most and _kind(c) not in kinds:
             kinds.add(_kind(c))
             found.append(c)
@@ -43,6 +44,7 @@ def _kind(c: Candidate) -> tuple[int, int, int, bool]:
 
 
 def _runner(search: Search, winner: Candidate, count: int, c: Candidate) -> Runner:
+    c = search.refined(c)
     if not c.fits:
         return Runner(c.layout, None, 0.0, f"does not fit: needs {size(c.lacking)} more per rank")
     mine, rate = winner.devices * count, search.work.rate

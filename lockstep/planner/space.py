@@ -28,7 +28,7 @@ def deployments(shape: ModelShape, cluster: Cluster, input_len: int) -> Iterator
             for pp in depths(shape, cluster.devices // stage):
                 if not replica_fits(stage * pp, cluster):
                     continue
-                for dcp in powers(repeats(shape, tp)):
+                for dcp in (n for n in powers(repeats(shape, tp)) if tp % n == 0):
                     yield Layout(tp, pp, 1, 1, cp, dcp)
                     yield from _with_experts(shape, cluster, tp, pp, cp, dcp)
 
