@@ -105,12 +105,19 @@ def link_of(where: str, key: str, raw: Any, own: Link | None = None) -> Link:
     if "scale" in raw and own is not None and len(raw) == 1:
         return own.scaled(quantity.read(where, f"{key} scale", raw["scale"], quantity.FACTOR))
     latency = "launch_s" if "launch_s" in raw else "latency_s"
-    unknown = sorted(set(map(str, raw)) - ({"launch_s", "step_s", "bandwidth", "knee_bytes"} if "launch_s" in raw else {"bandwidth", "latency_s"}))
+    unknown = sorted(
+        set(map(str, raw)) - ({"launch_s", "step_s", "bandwidth", "knee_bytes"} if "launch_s" in raw else {"bandwidth", "latency_s"})
+    )
     if unknown or "bandwidth" not in raw or latency not in raw:
         raise ConfigError(f"{where}: {key} is {dict(raw)}: it needs `bandwidth` (bytes/s, one direction) and `latency_s` (seconds).")
     bandwidth = quantity.read(where, f"{key} bandwidth", raw["bandwidth"], quantity.LINK_BANDWIDTH)
     if latency == "launch_s":
-        return Link(_constant(where, key, raw, "launch_s"), _constant(where, key, raw, "step_s"), bandwidth, _constant(where, key, raw, "knee_bytes"))
+        return Link(
+            _constant(where, key, raw, "launch_s"),
+            _constant(where, key, raw, "step_s"),
+            bandwidth,
+            _constant(where, key, raw, "knee_bytes"),
+        )
     seconds = quantity.read(where, f"{key} latency_s", raw["latency_s"], quantity.LATENCY)
     return Link(seconds * (1 - STEP_SHARE), seconds * STEP_SHARE, bandwidth)
 

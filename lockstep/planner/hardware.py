@@ -19,7 +19,15 @@ DTYPE_BYTES: Mapping[str, float] = MappingProxyType(
     {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "mxfp4": 17 / 32, "fp4": 0.5, "int4": 0.5}
 )  # mxfp4: 4 bits, and 8 more for each block of 32
 # A device without units for a dtype computes in the next wider one that it has.
-_WIDER = {"mxfp4": "bfloat16", "fp4": "fp8", "int4": "int8", "fp8": "bfloat16", "int8": "bfloat16", "float16": "bfloat16", "bfloat16": "float32"}
+_WIDER = {
+    "mxfp4": "bfloat16",
+    "fp4": "fp8",
+    "int4": "int8",
+    "fp8": "bfloat16",
+    "int8": "bfloat16",
+    "float16": "bfloat16",
+    "bfloat16": "float32",
+}
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from heapq import heapify, heappop, heappush
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
 from typing import Any, ClassVar
 
 from lockstep.planner import memory
+from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.planner.layer import Setting
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Point, Replica, Serving, Workload
 from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
-from lockstep.planner.model import DTYPE_BYTES
 from lockstep.planner.space import deployments, replicas_at_once
 from lockstep.planner.step import Pricer
 

@@ -73,7 +73,9 @@ def test_a_rate_that_is_too_high_keeps_the_latencies_and_says_what_is_carried():
 def test_no_room_says_what_is_missing_and_what_fits(capsys):
     assert main(["plan", "llama-3.1-70b", "--cluster", "1x1xH100"]) == 2
     error = capsys.readouterr().err
-    assert "GiB more per rank" in error and "int8 or TP=2 on 2 devices fits" in error
+    assert "GiB more per rank" in error and "fp8 or TP=2 on 2 devices fits" in error
+    assert main(["plan", "llama-3.1-70b", "--cluster", "1x1xA100"]) == 2
+    assert "int8 or TP=2 on 2 devices fits" in capsys.readouterr().err
 
 
 def test_json_and_text_and_svg_say_the_same(tmp_path, capsys):
@@ -95,6 +97,17 @@ def test_json_and_text_and_svg_say_the_same(tmp_path, capsys):
         (["nosuchmodel"], "not in the catalogue"),
         (["llama-3.1-8", "--cluster", "8xH100"], "llama-3.1-8b"),
         (["llama-3.1-8b", "--cluster", "8xNOPE"], "NOPE"),
+        (["qwen3-235b"], "Did you mean 'qwen3-235b-a22b'?"),
+        (["nosuchmodel"], "error: model 'nosuchmodel' is"),
+        (["llama-3.1-8b", "--rate", "inf"], "--rate=inf must be more than 0 and finite"),
+        (["llama-3.1-8b", "--price", "-2"], "--price=-2 must be 0 or more"),
+        (["llama-3.1-8b", "--price", "nan"], "--price=nan must be 0 or more"),
+        (["llama-3.1-8b", "--fix", "tp=8,TP=4"], "gives tp twice"),
+        (["llama-3.1-8b", "--hosts", "a,b,c", "--cluster", "2x8xH100"], "names 3 hosts"),
+        (["llama-3.1-8b", "--cluster", "2x8xH100", "--inter-scale", "0"], "inter_scale is 0.0: it must be a number above 0"),
+        (["qwen3-235b-a22b", "--startable"], "is startable: the engine does not run MoE yet; leave --startable out"),
+        (["llama-3.1-8b", "--startable", "-q", "fp8"], "does not run fp8 weights yet"),
+        (["deepseek-v3"], "deepseek-v3 with fp8 weights (as published) does not fit on 1x8xH100"),
         (["llama-3.1-8b", "--rate", "0"], "--rate=0 must be more than 0"),
         (["llama-3.1-8b", "--rate", "nan"], "must be more than 0"),
         (["llama-3.1-8b", "--input-len", "0"], "must be at least 1"),
@@ -113,8 +126,10 @@ def test_mistakes_are_one_line_and_exit_code_2(argv, words, capsys):
 def test_fixed_axes_are_kept_and_startable_leaves_out_what_does_not_run():
     assert plan("llama-3.1-70b", "2x8xH100", fixed={"tp": 16}).layout.tp == 16
     assert plan("llama-3.1-8b", "1x8xH100", fixed={"dp": 2, "tp": 4}).layout.dp == 2
-    layout = plan("qwen3-30b-a3b", "1x8xH100", startable=True).layout
-    assert (layout.ep, layout.cp, layout.dcp) == (1, 1, 1)
+    ask = {"input_len": 8000, "output_len": 200, "rate": 0.2, "ttft": 0.6}
+    free, kept = (plan("llama-3.1-70b", "2x8xH100", startable=only, **ask) for only in (False, True))
+    assert kept.startable and (kept.layout.ep, kept.layout.cp, kept.layout.dcp) == (1, 1, 1)
+    assert free.layout != kept.layout and free.missing == ["context parallelism"] and not free.startable
 
 
 def test_the_search_finds_what_trying_everything_finds():
