@@ -100,7 +100,7 @@ def axes(text: str) -> dict[str, int]:
 def scaled(text: str, factor: float) -> Cluster:
     """The cluster that was named, with `factor` times the bandwidth between nodes. Raises ConfigError for what is none."""
     found = find_cluster(text)
-    return found if factor == 1 else found.with_links(inter=found.inter.scaled(read("", "inter_scale", factor, FACTOR)))
+    return found if factor == 1 else found.with_links(inter=found.inter.scaled(read(f"--cluster {text}", "--inter-scale", factor, FACTOR)))
 
 
 def draw(found: Plan, file: str) -> None:

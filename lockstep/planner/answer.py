@@ -25,7 +25,7 @@ from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
 from lockstep.planner.model import ModelShape
 from lockstep.planner.pareto import Mark, frontier
 from lockstep.planner.search import Candidate, Search, loads, request_blocks
-from lockstep.planner.startable import NONE, assumed, listed, missing, weight_dtype
+from lockstep.planner.startable import NONE, assumed, axes_missing, listed, missing, weight_dtype
 from lockstep.planner.step import Pricer
 from lockstep.planner.terms import Term, total_s
 from lockstep.utils.sizes import size
@@ -112,7 +112,7 @@ def plan(
             f"hosts={','.join(names)} names {len(names)} hosts, and {where} has {where.nodes} nodes: name each of them, once."
         )
     search = search_of(pricer_of(shape, where, quantization), work, serving, memory_share)
-    if startable and (lacking := missing(search.pricer.setting, Layout())):
+    if startable and (lacking := [*missing(search.pricer.setting, Layout()), *axes_missing(fixed or {})]):
         words = f"no layout of {shape.name} on {where} is startable: the engine does not run {listed(lacking)} yet"
         raise ConfigError(f"{words}; leave --startable out to see the plan.")
     wanted = (dict.fromkeys(("ep", "cp", "dcp"), 1) if startable else {}) | (fixed or {})

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Workload
 from lockstep.planner.search import Candidate, Search
+from lockstep.planner.startable import axes_missing
 
 EQUAL = 1.05  # latencies so far apart are equal where no layout keeps the promises: the prediction is not finer
 
@@ -22,7 +23,7 @@ class Choice:
 
 def runs(layout: Layout) -> bool:
     """Whether this version of the engine runs such a split (of a model and on devices that it runs)."""
-    return layout.ep == layout.cp == layout.dcp == 1
+    return not axes_missing({"ep": layout.ep, "cp": layout.cp, "dcp": layout.dcp})
 
 
 def choose(search: Search, everything: list[Candidate]) -> Choice:
@@ -41,7 +42,7 @@ def choose(search: Search, everything: list[Candidate]) -> Choice:
     again = [replace(near.of_chunks(c.layout), at_least=c.at_least, at_most=c.at_most) for c in fitting]
     keeping = [c for c in again if c.best]
     useful = [c for c in keeping if runs(c.layout)] or keeping
-    return Choice((near.order(useful) or near.nearest(useful))[0], near.order(keeping), again)
+    return Choice((near.order(useful) or near.nearest(useful))[0], near.order(keeping), [*again, *(c for c in everything if not c.fits)])
 
 
 def stretched(search: Search, fitting: list[Candidate]) -> Workload:

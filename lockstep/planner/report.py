@@ -44,11 +44,12 @@ def numbers(plan: Plan) -> str:
     cost = "no price known: give --price" if plan.cost_per_million is None else f"${plan.cost_per_million:.2f} per million output tokens"
     paid = "" if plan.price_per_hour is None else f" (at ${plan.price_per_hour:g} per device-hour)"
     steady = f"; a stage works {plan.utilisation:.0%} of the time, min(1, m/p) in steady decode" if plan.layout.pp > 1 else ""
+    tpot = f"{plan.tpot_s * 1e3:,.2f} ms" if plan.work.streams else "-"
     sure = "calibrated" if plan.calibrated else "not calibrated: run `lockstep calibrate` on the machines"
     return "\n".join(
         [
             f"  TTFT          {plan.ttft_s * 1e3:,.1f} ms",
-            f"  TPOT          {f'{plan.tpot_s * 1e3:,.2f} ms' if plan.work.streams else '-'} at {plan.point.concurrency} requests a replica{steady}",
+            f"  TPOT          {tpot} at {plan.point.concurrency} requests a replica{steady}",
             f"  longest gap   {plan.longest_gap_s * 1e3:,.1f} ms between two tokens, while a chunk of another prompt runs",
             f"  throughput    {plan.rate:,.3g} requests/s, {plan.tokens_per_device_s:,.1f} output tokens/s per device",
             f"  cost          {cost}{paid}",

@@ -23,7 +23,7 @@ from lockstep.planner.layer import Setting
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Point, Replica, Serving, Workload
 from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
-from lockstep.planner.space import deployments, replicas_at_once
+from lockstep.planner.space import deployments, deployments_at_once
 from lockstep.planner.step import Pricer
 
 CHUNKS = (512, 2048, 8192)
@@ -126,7 +126,7 @@ class Search:
 
     def at_most(self, layout: Layout) -> int:
         """Deployments that the cluster has room for."""
-        return replicas_at_once(layout.replica_size, self.pricer.setting.cluster) // layout.dp
+        return deployments_at_once(layout.replica_size, layout.dp, self.pricer.setting.cluster)
 
     def devices(self, layout: Layout) -> int:
         """Devices that one deployment takes."""
@@ -168,7 +168,7 @@ class Search:
         return replace(found, bound=found.rate, rivals=(), at_least=c.at_least, at_most=c.at_most)
 
     def _to_one(self, c: Candidate) -> Candidate:
-        """The candidate with the load between `best` and `until` that carries most: the largest one, or the last that fills micro-batches."""
+        """The candidate with the load from `best` to `until` that carries most: the largest, or the last that fills micro-batches."""
         if c.best is None or c.until <= c.best.concurrency + 1:
             return c
         replica, least = self.replica(c.layout, c.chunk), c.best.concurrency

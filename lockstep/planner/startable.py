@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lockstep.planner.layer import Setting
 from lockstep.planner.layout import Layout
 from lockstep.planner.model import ModelShape
@@ -23,9 +25,9 @@ def assumed(shape: ModelShape, stored: str) -> str:
     """In words, how the weights are priced where a reader may expect otherwise; empty where there is nothing to say."""
     if not shape.quantized:
         return ""
-    if stored == PUBLISHED.get(shape.quantized, ""):
+    if stored and stored == weight_dtype(shape, ""):
         experts = " (experts only)" if stored == "mxfp4" else ""
-        return f"weights as published, in {stored}{experts}; --quantization none prices them in {shape.dtype}" if stored else ""
+        return f"weights as published, in {stored}{experts}; --quantization none prices them in {shape.dtype}"
     return f"the public checkpoint is quantized ({shape.quantized}); priced in {stored or shape.dtype}, see --quantization"
 
 
@@ -35,8 +37,7 @@ def missing(setting: Setting, layout: Layout) -> list[str]:
     found = [name for name, there in (("MoE", shape.moe), ("MLA", shape.mla)) if there is not None]
     if not found and shape.spec is None:
         found.append(shape.architecture)
-    found += ["expert parallelism"] if layout.ep > 1 else []
-    found += ["context parallelism"] if layout.cp * layout.dcp > 1 else []
+    found += axes_missing({"ep": layout.ep, "cp": layout.cp, "dcp": layout.dcp})
     if shape.quantized or stored in ("fp8", "mxfp4"):
         found.append(f"{shape.quantized or stored} weights")
     elif stored == "int8" and device.platform != "cpu":
@@ -44,6 +45,12 @@ def missing(setting: Setting, layout: Layout) -> list[str]:
     if device.platform not in PLATFORMS:
         found.append(f"devices like {device.name}")
     return found
+
+
+def axes_missing(sizes: Mapping[str, int]) -> list[str]:
+    """Of axes with these sizes, the kinds of parallelism that this version of the engine does not run."""
+    expert, context = sizes.get("ep", 1), sizes.get("cp", 1) * sizes.get("dcp", 1)
+    return ["expert parallelism"] * (expert > 1) + ["context parallelism"] * (context > 1)
 
 
 def listed(words: list[str]) -> str:

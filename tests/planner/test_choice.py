@@ -86,11 +86,11 @@ def test_with_one_token_there_is_no_time_between_tokens():
 
 @pytest.mark.parametrize(("where", "fixed"), [
     ("2x8xH100", {"dp": 3}), ("2x8xH100", {"tp": 4, "dp": 3}), ("3x7xH100", {}), ("2x6xH100", {"dp": 5}), ("2x8xH100", {"pp": 3, "dp": 2}),
-    ("3x8xH100", {"tp": 4, "dp": 5}),
+    ("3x8xH100", {"tp": 4, "dp": 5}), ("3x7xH100", {"ep": 4}), ("3x6xH100", {"ep": 4}), ("4x3xH100", {"ep": 2}), ("2x6xH100", {"cp": 2}),
 ])  # fmt: skip
 def test_odd_splits_have_a_command_on_every_node_they_use(where, fixed):
     for ask in ({}, {"rate": 10.0, "ttft": 0.5, "tpot": 0.04}):
-        found = plan("llama-3.1-8b", where, **W, **ask, fixed=fixed)
+        found = plan("gpt-oss-20b" if "ep" in fixed else "llama-3.1-8b", where, **W, **ask, fixed=fixed)
         assert all(getattr(found.layout, axis) == size for axis, size in fixed.items())
         per_node = cluster(where).devices_per_node
         assert -(-found.devices // per_node) <= len({c.node for c in found.commands}) <= cluster(where).nodes
