@@ -124,6 +124,8 @@ def start(plan: Plan) -> str:
     lines = [f"  {c.node}: {c.line}" for c in plan.commands]
     if len(lines) > MOST_LINES:
         left = len(lines) - SHOWN_LINES - 1
-        more = f"  ... and likewise on {left} more ({plan.commands[SHOWN_LINES].node} to {plan.commands[-2].node}): --json has every line"
+        own = [flag for flag in ("-dpr", "--node-rank", "--port") if f" {flag} " in plan.commands[-1].line]
+        nodes = f"{plan.commands[SHOWN_LINES].node} to {plan.commands[-2].node}{''.join(f', each with its own {flag}' for flag in own[:1])}"
+        more = f"  ... and likewise {left} more ({nodes}): --json has every line"
         lines = [*lines[:SHOWN_LINES], more, lines[-1]]
     return "\n".join(["start it with", *lines])

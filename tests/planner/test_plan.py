@@ -220,7 +220,9 @@ def test_many_commands_are_collapsed_in_text_and_whole_in_json(capsys):
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     shown = lines[lines.index("start it with") + 1 :]
-    assert len(shown) < 8 and "likewise on 36 more (node3 to node38)" in shown[-2] and shown[-1].startswith("  node39:")
+    assert (
+        len(shown) < 8 and "likewise 36 more (node3 to node38, each with its own -dpr)" in shown[-2] and shown[-1].startswith("  node39:")
+    )
     assert main([*argv, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["commands"]) == 40
 
