@@ -43,6 +43,7 @@ SHEET: dict[str, tuple[str, tuple[str, ...], int, int | None]] = {
     "MI300X": ("MI300X", (), 304, None),
     "TPU-V5E": ("TPU-v5e", ("V5E",), 4, None),
 }
+PLATFORMS = {"MI300X": "rocm", "TPU-V5E": "tpu"}  # others are cuda
 MEASURED = {"H100": "h100_sxm", "A100": "a100_sxm", "L40S": "l40s", "GB200": "gb200", "GB300": "gb300"}
 OPS_BAND = {"operation": 0.10, "tpot": 0.20, "ttft": 0.50}  # of a device whose operations were measured, engine uncalibrated
 TABLES = "aiconfigurator-core 0.12.0 op tables (Apache-2.0); messages: microsoft/vidur data/profiling/network (MIT)"
@@ -117,6 +118,7 @@ def bare_entry(name: str, row: dict[str, str], aliases: tuple[str, ...], cores: 
         "scale_up": {"bandwidth": float(row["scaleup_bw_Bps_per_dir"] or 45e9), "latency_s": 5e-6},
         "scale_out": {"bandwidth": float(row["scaleout_bw_Bps_per_gpu"] or 50e9), "latency_s": 18e-6},
         "per_node": int(row["gpus_per_node"] or 1),
+        **({"platform": PLATFORMS[name]} if name in PLATFORMS else {}),
         "cores": cores,
         "like": "" if name == "H100" else "H100",
         "source": row["source"],
@@ -208,6 +210,7 @@ def cpu() -> dict[str, Any]:
         "capacity_bytes": 16 << 30,
         "scale_up": {"bandwidth": 3.85e9, "latency_s": 79e-6},
         "per_node": 1,
+        "platform": "cpu",
         "cores": 1,
         "source": f"{raw['machine']}; run `lockstep calibrate` for this one",
     }

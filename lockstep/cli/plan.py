@@ -13,7 +13,10 @@ from pathlib import Path
 
 from lockstep.cli.errors import UsageError
 from lockstep.planner.answer import Plan, plan, pricer_of
+from lockstep.planner.catalogue import cluster as find_cluster
+from lockstep.planner.hardware import Cluster
 from lockstep.planner.pareto import as_svg, write_png
+from lockstep.planner.quantity import FACTOR, read
 from lockstep.planner.report import report
 
 AXES = ("tp", "pp", "dp", "ep", "cp", "dcp")
@@ -23,6 +26,7 @@ def run(argv: list[str]) -> int:
     """Plan and print; the exit code."""
     args = parser().parse_args(argv)
     try:
+        args.cluster = scaled(args.cluster, args.inter_scale)
         found = plan(
             args.model,
             args.cluster,
@@ -59,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ttft", type=float, help="longest time to the first token, in seconds")
     p.add_argument("--tpot", type=float, help="longest time per output token, in seconds")
     p.add_argument("--price", type=float, help="dollars per device-hour; default: the catalogue's")
-    p.add_argument("--quantization", "-q", default="", choices=("int8", "fp8"), help="weights in 8 bits; default: as the model is")
+    p.add_argument("--inter-scale", type=float, default=1.0, help="so many times the bandwidth between nodes, like 0.5 (default 1)")
+    weights = "weights in 8 bits; none: the model's own type; default: as published, where that has a price (fp8, MXFP4 experts)"
+    p.add_argument("--quantization", "-q", default="", choices=("int8", "fp8", "none"), help=weights)
     p.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="share of a device's memory to plan with (default 0.9)")
     p.add_argument("--fix", default="", metavar="AXES", help="sizes that are given, like tp=16,pp=1")
     p.add_argument("--startable", action="store_true", help="only splits that this version of the engine runs (no EP, no CP)")
@@ -80,13 +86,21 @@ def spelled(message: str, flags: Iterable[str]) -> str:
 
 def axes(text: str) -> dict[str, int]:
     """ "tp=16,pp=1" as a dict. Raises UsageError for what is no axis or no size."""
-    found = {}
+    found: dict[str, int] = {}
     for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
-        if name.strip() not in AXES or not value.strip().isdigit() or int(value) < 1:
+        name, _, value = (word.strip().lower() for word in part.partition("="))
+        if name not in AXES or not (value.isascii() and value.isdigit()) or int(value) < 1:
             raise UsageError(f"--fix={text!r}: {part!r} is no axis with a size: write them like tp=16,pp=1, of {', '.join(AXES)}.")
-        found[name.strip()] = int(value)
+        if name in found:
+            raise UsageError(f"--fix={text!r} gives {name} twice: give it once.")
+        found[name] = int(value)
     return found
+
+
+def scaled(text: str, factor: float) -> Cluster:
+    """The cluster that was named, with `factor` times the bandwidth between nodes. Raises ConfigError for what is none."""
+    found = find_cluster(text)
+    return found if factor == 1 else found.with_links(inter=found.inter.scaled(read(f"--cluster {text}", "--inter-scale", factor, FACTOR)))
 
 
 def draw(found: Plan, file: str) -> None:

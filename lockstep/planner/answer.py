@@ -10,11 +10,12 @@ from typing import Any
 from lockstep.config.errors import ConfigError
 from lockstep.planner.calibration import of_device
 from lockstep.planner.catalogue import cluster as find_cluster
+from lockstep.planner.choose import choose
 from lockstep.planner.command import Command, Limits, commands
 from lockstep.planner.crossover import Crossover, tp_or_pp
 from lockstep.planner.explain import Runner, runners_up
 from lockstep.planner.find import find_model
-from lockstep.planner.hardware import Cluster
+from lockstep.planner.hardware import Cluster, Link
 from lockstep.planner.host import SERVING as HOST_SERVING
 from lockstep.planner.host import HostPricer, HostSearch
 from lockstep.planner.layer import Setting
@@ -24,10 +25,12 @@ from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
 from lockstep.planner.model import ModelShape
 from lockstep.planner.pareto import Mark, frontier
 from lockstep.planner.search import Candidate, Search, loads, request_blocks
+from lockstep.planner.startable import NONE, assumed, axes_missing, listed, missing, weight_dtype
 from lockstep.planner.step import Pricer
 from lockstep.planner.terms import Term, total_s
 from lockstep.utils.sizes import size
 
+LONG_TTFT_S, LONG_TPOT_S = 60.0, 1.0  # promises beyond which the unit is doubted
 DRAWN = 200  # layouts whose points may be on the frontier: the best ones
 
 
@@ -67,6 +70,9 @@ class Plan:
     considered: int
     seconds: float
     notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # what this version of the engine lacks to run it
+    startable: bool = True  # the commands start the plan as printed
+    links: dict[str, Link] = field(default_factory=dict)  # inside a node, between nodes
 
     @property
     def mark(self) -> Mark:
@@ -74,8 +80,8 @@ class Plan:
         return Mark(str(self.layout), self.point.concurrency, 1 / self.tpot_s, self.tokens_per_device_s, self.ttft_s)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
-        found = asdict(self)
+        """Everything as plain data; TPOT is null where an answer is one token."""
+        found = asdict(self) | ({} if self.work.streams else {"tpot_s": None})
         found["layout"]["devices"] = self.devices
         found["crossover"] = (
             None if self.crossover is None else {"from_requests": self.crossover.from_requests, "words": str(self.crossover)}
@@ -92,40 +98,48 @@ def plan(
     """The best layout of `model` on `cluster` for requests of `input_len` + `output_len` tokens. Seconds, requests per second.
 
     fixed: axes that are given, like {"tp": 16}. startable: only what this version of the engine runs (no EP, no CP).
-    price: dollars per device-hour. quantization: "int8" or "fp8" weights.
+    price: dollars per device-hour. quantization: "int8" or "fp8" weights, "none" for the model's own type, empty for what is published.
     Promises that cannot be kept give the nearest plan, with `meets` False. Raises ConfigError for a setting that cannot be, and
     where no layout has the memory for one request: its message says how much is missing and what would fit.
     """
     start = time.perf_counter()
     shape, name = find_model(model) if isinstance(model, str) else (model, model.name)
     where = find_cluster(cluster) if isinstance(cluster, str) else cluster
-    work = check(Workload(input_len, output_len, rate, ttft, tpot), shape, memory_share, quantization)
+    work = check(Workload(input_len, output_len, rate, ttft, tpot), shape, memory_share, quantization, price)
+    names = hosts or [f"node{i}" for i in range(where.nodes)]
+    if len(names) != where.nodes:
+        raise ConfigError(
+            f"hosts={','.join(names)} names {len(names)} hosts, and {where} has {where.nodes} nodes: name each of them, once."
+        )
     search = search_of(pricer_of(shape, where, quantization), work, serving, memory_share)
+    if startable and (lacking := [*missing(search.pricer.setting, Layout()), *axes_missing(fixed or {})]):
+        words = f"no layout of {shape.name} on {where} is startable: the engine does not run {listed(lacking)} yet"
+        raise ConfigError(f"{words}; leave --startable out to see the plan.")
     wanted = (dict.fromkeys(("ep", "cp", "dcp"), 1) if startable else {}) | (fixed or {})
     everything = search.all(lambda layout: all(getattr(layout, axis) == size for axis, size in wanted.items() if axis != "dp"))
-    everything = [
-        c for c in everything if "dp" not in wanted or wanted["dp"] in range(c.layout.dp, c.layout.dp * c.at_most + 1, c.layout.dp)
-    ]
-    ordered = [c for c in search.order(everything) if "dp" not in wanted or c.needed(rate) * c.layout.dp <= wanted["dp"]]
+    if "dp" in wanted:
+        everything = [c.pinned(wanted["dp"] // c.layout.dp) for c in everything if _has_room(c, wanted["dp"])]
     if not any(c.fits for c in everything):
         raise ConfigError(_nothing_fits(search, everything, wanted))
-    best = search.refined(ordered[0] if ordered else search.nearest(everything)[0])
-    count = (wanted["dp"] // best.layout.dp if "dp" in wanted else best.needed(rate)) or best.at_most
-    found = answer(search, best, count, ordered, everything, price)
-    names = hosts or [f"node{i}" for i in range(where.nodes)]
-    if len(names) < where.nodes:
-        raise ConfigError(f"hosts={','.join(names)} names {len(names)} hosts, and {where} has {where.nodes} nodes: name each of them.")
+    chosen = choose(search, everything)
+    found = answer(search, chosen.best, chosen.best.needed(rate) or chosen.best.at_most, chosen.ordered, chosen.everything, price)
     per_node = where.devices_per_node * (found.layout.devices // found.devices)  # ranks: of a calibrated machine, several on one device
     lines = commands(name, found.layout, found.limits, names, per_node, quantization=quantization, share=memory_share)
     return replace(found, commands=lines, seconds=time.perf_counter() - start)
+
+
+def _has_room(c: Candidate, replicas: int) -> bool:
+    """Whether just so many replicas are a number of this deployment that the cluster has room for."""
+    return replicas in range(c.layout.dp, c.layout.dp * c.at_most + 1, c.layout.dp)
 
 
 def pricer_of(model: str | ModelShape, cluster: str | Cluster, quantization: str = "") -> Pricer:
     """The prices that a plan of these is made with: this machine's own steps, where it is calibrated and the engine runs the model."""
     shape = find_model(model)[0] if isinstance(model, str) else model
     where = find_cluster(cluster) if isinstance(cluster, str) else cluster
-    setting, found = Setting(shape, where, weight_dtype=quantization), of_device(where.device)
-    own = found is not None and where.devices == 1 and shape.spec is not None and quantization != "fp8" and shape.dtype == found.dtype
+    stored = weight_dtype(shape, quantization)
+    setting, found = Setting(shape, where, weight_dtype=stored), of_device(where.device)
+    own = found is not None and where.devices == 1 and shape.spec is not None and stored in ("", "int8") and shape.dtype == found.dtype
     return HostPricer(setting, found) if own and found else Pricer(setting)
 
 
@@ -135,14 +149,17 @@ def search_of(pricer: Pricer, work: Workload, serving: Serving | None = None, me
     return (HostSearch if own else Search)(pricer, work, serving or (HOST_SERVING if own else Serving()), memory_share)
 
 
-def check(work: Workload, shape: ModelShape, memory_share: float, quantization: str) -> Workload:
+def check(work: Workload, shape: ModelShape, memory_share: float, quantization: str, price: float | None = None) -> Workload:
     """The workload, every rule checked."""
     for name, value in (("input_len", work.input_len), ("output_len", work.output_len)):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1: give a number of tokens.")
     for name, number in (("rate", work.rate), ("ttft", work.ttft_s), ("tpot", work.tpot_s)):
         if number is not None and not (number > 0 and math.isfinite(number)):
-            raise ConfigError(f"{name}={number:g} must be more than 0: give {'requests per second' if name == 'rate' else 'seconds'}.")
+            unit = "requests per second" if name == "rate" else "seconds"
+            raise ConfigError(f"{name}={number:g} must be more than 0 and finite: give {unit}.")
+    if price is not None and not (price >= 0 and math.isfinite(price)):
+        raise ConfigError(f"price={price:g} must be 0 or more and finite: give dollars per device-hour.")
     if work.tokens > shape.max_position_embeddings:
         raise ConfigError(
             f"input_len={work.input_len} and output_len={work.output_len} make {work.tokens} tokens, more than the "
@@ -150,8 +167,8 @@ def check(work: Workload, shape: ModelShape, memory_share: float, quantization: 
         )
     if not 0 < memory_share <= 1:
         raise ConfigError(f"gpu_memory_utilization={memory_share:g} must be greater than 0 and at most 1.")
-    if quantization not in ("", "int8", "fp8"):
-        raise ConfigError(f"quantization={quantization!r} is not one of int8, fp8.")
+    if quantization not in ("", NONE, "int8", "fp8"):
+        raise ConfigError(f"quantization={quantization!r} is not one of int8, fp8, {NONE}.")
     return work
 
 
@@ -167,7 +184,8 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     admits = _admits(search, best, replica, layout.dp)
     seqs = max(best.best.concurrency if best.best else point.concurrency, point.concurrency)
     room, memory = search.fullest(best.layout, best.chunk, -(-seqs // layout.pp))
-    misses = _misses(work, point, rate)
+    misses = _misses(search, everything, point, rate)
+    lacking = missing(setting, layout)
     band = setting.device.band
     return Plan(
         model=setting.shape.name, cluster=str(setting.cluster), work=work, layout=layout, devices=best.devices * count,
@@ -180,18 +198,25 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
         admits=admits, runners=runners_up(search, best, count, ordered, everything), commands=[],
         calibrated=setting.device.calibrated and search.serving.calibrated,
         band={"tpot": band.tpot, "ttft": band.ttft, "operation": band.operation},
-        pareto=_frontier(search, everything), crossover=tp_or_pp(search.pricer, work.decode_context),
-        considered=len(everything), seconds=0.0, notes=_notes(setting, layout),
+        pareto=_frontier(search, everything), crossover=tp_or_pp(search.pricer, work.decode_context) if work.streams else None,
+        considered=len(everything), seconds=0.0, notes=_notes(setting, work, layout, lacking),
+        missing=lacking, startable=not lacking, links={"inside a node": setting.cluster.intra, "between nodes": setting.cluster.inter},
     )  # fmt: skip
 
 
-def _misses(work: Workload, point: Point, rate: float) -> list[str]:
-    """Promises that the point breaks, with both numbers."""
-    found = []
-    if work.ttft_s is not None and point.ttft_s > work.ttft_s:
-        found.append(f"TTFT is {point.ttft_s:.3g} s, {work.ttft_s:g} s was asked for")
-    if work.tpot_s is not None and point.tpot_s > work.tpot_s:
-        found.append(f"TPOT is {point.tpot_s * 1e3:.3g} ms, {work.tpot_s * 1e3:g} ms was asked for")
+def _misses(search: Search, everything: list[Candidate], point: Point, rate: float) -> list[str]:
+    """Promises that the point breaks, with both numbers; and with the best one, where no layout keeps it under any load."""
+    work, found = search.work, []
+    broken = work.misses(point)
+    alone = [search.replica(c.layout, c.chunk).at(1) for c in everything if c.fits] if broken else []
+    if "ttft" in broken:
+        best, asked = min(p.ttft_s for p in alone), work.ttft_s or 0.0
+        never = f" and cannot be kept at any load (best {best:.3g} s at one request)" if best > asked else ""
+        found.append(f"TTFT is {point.ttft_s:.3g} s, {asked:g} s was asked for{never}")
+    if "tpot" in broken:
+        best, asked = min(p.tpot_s for p in alone), work.tpot_s or 0.0
+        never = f" and cannot be kept at any load (best {best * 1e3:.3g} ms at one request)" if best > asked else ""
+        found.append(f"TPOT is {point.tpot_s * 1e3:.3g} ms, {asked * 1e3:g} ms was asked for{never}")
     if work.rate is not None and rate < work.rate * (1 - 1e-9):
         found.append(f"the whole cluster carries {rate:.3g} requests/s, {work.rate:g} were asked for")
     return found
@@ -208,6 +233,8 @@ def _admits(search: Search, c: Candidate, replica: Replica, replicas: int) -> di
 
 def _frontier(search: Search, everything: list[Candidate]) -> list[Mark]:
     """What nothing beats, among the best layouts of the space at every load."""
+    if not search.work.streams:
+        return []
     shown = sorted((c for c in everything if c.fits), key=lambda c: -c.rate / c.devices)[:DRAWN]
     marks = []
     for c in shown:
@@ -227,7 +254,7 @@ def _nothing_fits(search: Search, everything: list[Candidate], wanted: dict[str,
         return f"no layout of {s.shape.name} on {s.cluster} has {given or 'one device'}: {rule}."
     least = min(everything, key=lambda c: (c.lacking, c.layout))
     remedies = []
-    for dtype in () if s.weight_dtype else ("int8", "fp8"):
+    for dtype in () if s.weight_dtype else ("fp8", "int8") if "fp8" in s.device.flops else ("int8",):
         other = search.with_setting(replace(s, weight_dtype=dtype))
         if any(other.room(c.layout, c.chunk)[0] for c in everything):
             remedies.append(dtype)
@@ -243,24 +270,25 @@ def _nothing_fits(search: Search, everything: list[Candidate], wanted: dict[str,
         free = min((c.layout for c in search.all() if c.fits), key=lambda x: (x.devices, -x.tp))
         remedies.insert(0, str(free))
     words = " or ".join(remedies)
+    stored = f" with {s.weight_dtype} weights{' (as published)' if s.shape.quantized else ''}" if s.weight_dtype else ""
     return (
-        f"{s.shape.name} does not fit on {s.cluster}: {least.layout} needs {size(least.lacking)} more per rank for one request of "
+        f"{s.shape.name}{stored} does not fit on {s.cluster}: {least.layout} needs {size(least.lacking)} more per rank for one request of "
         f"{search.work.tokens} tokens" + (f"; {words} fits." if words else "; use fewer tokens or more devices.")
     )
 
 
-def _notes(setting: Setting, layout: Layout) -> list[str]:
+def _notes(setting: Setting, work: Workload, layout: Layout, lacking: list[str]) -> list[str]:
     """What a reader should know about these numbers."""
-    shape, found = setting.shape, []
-    missing = [name for name, there in (("MoE", shape.moe is not None), ("MLA", shape.mla is not None)) if there]
-    missing += [
-        name for name, there in (("expert parallelism", layout.ep > 1), ("context parallelism", layout.cp * layout.dcp > 1)) if there
-    ]
-    if missing:
-        words = "" if shape.moe or shape.mla else "; --startable leaves such layouts out"
-        found.append(f"this version of the engine does not run {' and '.join(missing)} yet: planned and priced, not startable{words}")
-    if shape.quantized and not setting.weight_dtype:
-        found.append(f"the public checkpoint is quantized ({shape.quantized}); priced as {shape.dtype}, see --quantization")
-    if setting.weight_dtype == "fp8":
-        found.append("fp8 weights are priced, not run by this version of the engine")
-    return found
+    found = [note for note in (assumed(setting.shape, setting.weight_dtype),) if note]
+    if lacking:
+        other = missing(setting, Layout()) != lacking and not missing(setting, Layout())
+        words = "; --startable leaves such layouts out" if other else ""
+        found.append(f"this version of the engine does not run {listed(lacking)} yet: planned and priced, not startable{words}")
+    if setting.weight_dtype == "fp8" and not setting.shape.quantized:
+        found.append(f"the printed command starts {setting.shape.dtype} weights: the engine has no flag for fp8 ones yet")
+    for name, asked, most in (("--ttft", work.ttft_s, LONG_TTFT_S), ("--tpot", work.tpot_s, LONG_TPOT_S)):
+        if asked is not None and asked > most:
+            found.append(f"{name} {asked:g} is in seconds: {asked / 1e3:g} would be {asked:g} ms")
+    if not work.streams:
+        found.append("answers of one token have no time between tokens: TPOT takes no part" if work.tpot_s else "")
+    return [note for note in found if note]

@@ -117,6 +117,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
             elementwise=Roofline(mode.norm.base_s, 1.0, 1.0),
             calibrated=True,
             band=MEASURED,
+            platform="cpu",
             source=f"lockstep calibrate on {self.machine}",
         )
 

@@ -16,10 +16,11 @@ from typing import Any
 from lockstep.config.errors import ConfigError
 from lockstep.planner.entry import from_entry, link_of, to_entry
 from lockstep.planner.hardware import Cluster, Device, make_cluster
+from lockstep.planner.quantity import COUNT, mapping, read
 from lockstep.utils import env
 
 SHIPPED = Path(__file__).parent / "data" / "devices.json"
-_CLUSTER = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?([A-Za-z][\w.+-]*)")
+_CLUSTER = re.compile(r"(?:(\d+)[xX])?(?:(\d+)[xX])?([A-Za-z][\w.+-]*)")
 _FILES = (".yaml", ".yml", ".json")
 
 
@@ -33,7 +34,15 @@ def cluster(text: str) -> Cluster:
         raise ConfigError(f"cluster {text!r}: write NODESxDEVICESxDEVICE, as in 2x8xH100 or 8xH200, or the name of a YAML file.")
     first, second, name = found.groups()
     nodes, per_node = (int(first), int(second)) if second else (1, int(first or 1))
-    return make_cluster(device(name), nodes, per_node)
+    made = make_cluster(device(name), nodes, per_node)
+    most = made.device.per_node
+    if per_node > most:
+        better = f"{made.devices // most}x{most}x{name}" if made.devices % most == 0 else f"{nodes}x{most}x{name}"
+        raise ConfigError(
+            f"cluster {text!r} has {per_node} devices in a node, and nodes of {made.device.name} have {most}: did you mean {better}? "
+            "A YAML file with devices_per_node may say otherwise."
+        )
+    return made
 
 
 def device(name: str) -> Device:
@@ -41,6 +50,8 @@ def device(name: str) -> Device:
     own = user_file(name)
     if own.exists():
         return _device_of(own, own.stat().st_mtime_ns)
+    if name.lower() == "this":
+        raise ConfigError("device 'this' is this machine, which is not calibrated yet: run `lockstep calibrate` first.")
     return _shipped(name.upper())
 
 
@@ -96,13 +107,16 @@ def cluster_file(path: Path) -> Cluster:
     """A file with `device` (a name, or an entry) and optionally nodes, devices_per_node, and links that replace the device's own."""
     raw = _read(path)
     if "device" not in raw:
-        return make_cluster(from_entry(raw, device_shipped))  # a device alone: one node of it
+        return make_cluster(from_entry(raw, device))  # a device alone: one node of it
     unknown = sorted(set(raw) - {"device", "nodes", "devices_per_node", "intra", "inter"})
     if unknown:
         raise ConfigError(f"{path}: unknown keys {', '.join(unknown)}: a cluster has device, nodes, devices_per_node, intra and inter.")
-    found = device(raw["device"]) if isinstance(raw["device"], str) else from_entry(raw["device"], device_shipped)
-    made = make_cluster(found, int(raw.get("nodes", 1)), int(raw.get("devices_per_node", found.per_node)))
-    links = {key: link_of(str(path), key, raw[key]) for key in ("intra", "inter") if key in raw}
+    entry = raw["device"]
+    example = "like: H100, memory_bandwidth: 4e12"
+    found = device(entry) if isinstance(entry, str) else from_entry(mapping(str(path), "device", entry, example), device)
+    counts = {"nodes": raw.get("nodes", 1), "devices_per_node": raw.get("devices_per_node", found.per_node)}
+    made = make_cluster(found, *(int(read(str(path), key, value, COUNT)) for key, value in counts.items()))
+    links = {key: link_of(str(path), key, raw[key], getattr(made, key)) for key in ("intra", "inter") if key in raw}
     return made.with_links(**links)
 
 
@@ -112,12 +126,24 @@ def _read(path: Path) -> Mapping[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): give the file of a device or a cluster.") from error
-    if path.suffix == ".json":
-        raw = json.loads(text)
-    else:
-        import yaml
-
-        raw = yaml.safe_load(text)
+    try:
+        raw = _parse(path, text)
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Write a mapping with the keys of a device or a cluster.") from None
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} holds a {type(raw).__name__}: it must be a mapping with the keys of a device or a cluster.")
     return raw
+
+
+def _parse(path: Path, text: str) -> Any:
+    """JSON or YAML, by the suffix. Raises ValueError for what is neither, in one line."""
+    if path.suffix == ".json":
+        return json.loads(text)
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{getattr(error, 'problem', None) or 'no YAML'}{where}") from None

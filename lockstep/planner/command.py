@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from lockstep.planner.layout import Layout
 
+PORT = 8000  # of the first server on a node; the others' follow
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -92,9 +94,16 @@ def _groups(common: list[str], layout: Layout, per_node: int, hosts: list[str]) 
     nodes = -(-layout.group_replicas // per_node)
     for i in range(layout.deployments):
         first = i // here if nodes == 1 else i * nodes
-        group = hosts[first : first + nodes]
-        found += _replicas(common, layout.group_replicas, per_node, group)
+        group = _replicas(common, layout.group_replicas, per_node, hosts[first : first + nodes])
+        shared = here > 1 and layout.deployments > 1
+        found += [_beside(c, i % here, layout.replica_size * layout.group_replicas) for c in group] if shared else group
     return found
+
+
+def _beside(command: Command, i: int, devices: int) -> Command:
+    """The command of the i-th server on a node: each has devices and a port of its own."""
+    mine = ",".join(str(d) for d in range(i * devices, (i + 1) * devices))
+    return Command(command.node, f"CUDA_VISIBLE_DEVICES={mine} {command.line} --port {PORT + i}")
 
 
 def _command(host: str, words: list[str], *, leader: bool) -> Command:

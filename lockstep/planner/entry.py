@@ -8,7 +8,8 @@
     scale_out: {bandwidth: 25e9, latency_s: 20e-6}
 
 These are the six numbers (bandwidths in bytes/s, one direction, per device); everything else has a default: constants that
-nobody measured are those of the device named by `like` (H100), and the prediction says so.
+nobody measured are those of the H100, and the prediction says so. An entry with `like: NAME` is that device with other numbers: it
+needs only those that differ. Sizes may be written with units, as in 64GiB or 2TB/s (`quantity.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lockstep.config.errors import ConfigError
+from lockstep.planner import quantity
 from lockstep.planner.hardware import (
     DTYPE_BYTES,
     ZERO_CALIBRATION,
@@ -32,12 +34,19 @@ from lockstep.planner.hardware import (
 
 LIKE = "H100"
 _NEEDED = ("name", "flops", "memory_bandwidth", "capacity_bytes", "scale_up")
-_OPTIONAL = ("scale_out", "per_node", "cores", "price_per_hour", "source", "like", "calibrated", "band", "fits", "aliases", "engine")
+_OPTIONAL = (
+    *("scale_out", "per_node", "cores", "price_per_hour", "source", "like", "calibrated", "band", "fits", "aliases", "engine"),
+    "platform",
+)
+LINK = "bandwidth: 25e9, latency_s: 20e-6"
 
 
 def from_entry(entry: Mapping[str, Any], lookup: Callable[[str], Device]) -> Device:
     """The device of an entry; `lookup` finds the one whose constants it borrows. Raises ConfigError naming the key that is wrong."""
     name = str(entry.get("name", "?"))
+    if entry.get("like") and any(key not in entry for key in _NEEDED):
+        entry = _changed(lookup(str(entry["like"])), entry)
+        name = str(entry["name"])
     missing = [key for key in _NEEDED if key not in entry]
     unknown = sorted(set(entry) - {*_NEEDED, *_OPTIONAL})
     if missing or unknown:
@@ -47,44 +56,77 @@ def from_entry(entry: Mapping[str, Any], lookup: Callable[[str], Device]) -> Dev
     for dtype in flops:
         if dtype not in DTYPE_BYTES:
             raise ConfigError(f"device {name}: flops lists {dtype!r}: it must be one of {', '.join(sorted(DTYPE_BYTES))}.")
-    up = link_of(name, "scale_up", entry["scale_up"])
+    where = f"device {name}"
+    up = link_of(where, "scale_up", entry["scale_up"])
     bare = Device(
         name=name,
-        flops={dtype: _positive(name, f"flops of {dtype}", value) for dtype, value in flops.items()},
-        memory_bandwidth=_positive(name, "memory_bandwidth", entry["memory_bandwidth"]),
-        capacity_bytes=int(_positive(name, "capacity_bytes", entry["capacity_bytes"])),
+        flops={str(dtype): quantity.read(where, f"flops of {dtype}", value, quantity.FLOPS) for dtype, value in flops.items()},
+        memory_bandwidth=quantity.read(where, "memory_bandwidth", entry["memory_bandwidth"], quantity.MEMORY_BANDWIDTH),
+        capacity_bytes=int(quantity.read(where, "capacity_bytes", entry["capacity_bytes"], quantity.CAPACITY)),
         scale_up=up,
-        scale_out=link_of(name, "scale_out", entry["scale_out"]) if "scale_out" in entry else up,
-        per_node=int(_positive(name, "per_node", entry.get("per_node", 8))),
-        cores=int(_positive(name, "cores", entry.get("cores", 132))),
-        price_per_hour=entry.get("price_per_hour"),
+        scale_out=link_of(where, "scale_out", entry["scale_out"]) if "scale_out" in entry else up,
+        per_node=int(quantity.read(where, "per_node", entry.get("per_node", 8), quantity.COUNT)),
+        cores=int(quantity.read(where, "cores", entry.get("cores", 132), quantity.COUNT)),
+        price_per_hour=_price(where, entry.get("price_per_hour")),
         calibrated=bool(entry.get("calibrated", False)),
-        band=ErrorBand(**entry["band"]) if "band" in entry else ZERO_CALIBRATION,
         source=str(entry.get("source", "")),
         engine=entry.get("engine"),
+        platform=str(entry.get("platform", "cpu" if entry.get("engine") else "cuda")),
     )
     like = entry.get("like", LIKE)
-    return _with_fits(_borrow(bare, lookup(like)) if like and like != name else bare, entry.get("fits", {}))
-
-
-def _positive(name: str, key: str, value: Any) -> float:
     try:
-        number = float(value)  # YAML reads 4e12 without a dot as text
-    except (TypeError, ValueError):
-        number = 0.0
-    if not number > 0:
-        raise ConfigError(f"device {name}: {key} is {value!r}: it must be a number above 0.")
-    return number
+        band = ErrorBand(**entry["band"]) if "band" in entry else ZERO_CALIBRATION
+        return _with_fits(replace(_borrow(bare, lookup(like)) if like and like != name else bare, band=band), entry.get("fits", {}))
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ConfigError(f"{where}: band or fits are not what `lockstep calibrate` writes ({error}): leave them out.") from None
 
 
-def link_of(name: str, key: str, raw: Mapping[str, Any]) -> Link:
-    """Of a bandwidth and a latency, or of all four constants."""
-    if "launch_s" in raw:
-        return Link(float(raw["launch_s"]), float(raw["step_s"]), float(raw["bandwidth"]), float(raw.get("knee_bytes", 0.0)))
-    if "bandwidth" not in raw or "latency_s" not in raw:
-        raise ConfigError(f"device {name}: {key} is {dict(raw)}: it needs `bandwidth` (bytes/s, one direction) and `latency_s`.")
-    latency = _positive(name, f"{key} latency_s", raw["latency_s"])
-    return Link(latency * (1 - STEP_SHARE), latency * STEP_SHARE, _positive(name, f"{key} bandwidth", raw["bandwidth"]))
+def _changed(base: Device, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole entry of another device with this entry's numbers. What was measured on it stays where it is about something else."""
+    found = {**to_entry(base), "name": f"MY-{base.name}", "source": f"{base.name} with other numbers", **entry, "like": ""}
+    if "scale_up" in entry:
+        found["fits"] = {**found["fits"], "collectives": {}}
+    if {"flops", "memory_bandwidth", "scale_up", "cores"} & set(entry):
+        found |= {"calibrated": False, "band": asdict(ZERO_CALIBRATION)}
+    for key, own in (("scale_up", base.scale_up), ("scale_out", base.scale_out)):
+        if key in entry:
+            found[key] = asdict(link_of(str(found["name"]), key, entry[key], own))
+    return found
+
+
+def _price(where: str, value: Any) -> float | None:
+    """Dollars per hour; 0 is a price."""
+    return value if value is None else 0.0 if value == 0 else quantity.read(where, "price_per_hour", value, quantity.PRICE)
+
+
+def link_of(where: str, key: str, raw: Any, own: Link | None = None) -> Link:
+    """Of a bandwidth and a latency, of all four constants, or, where there is a link to change, {scale: 0.5}: half of its bandwidth."""
+    raw = quantity.mapping(where, key, raw, LINK + ("} or {scale: 0.5" if own else ""))
+    if "scale" in raw and own is not None and len(raw) == 1:
+        return own.scaled(quantity.read(where, f"{key} scale", raw["scale"], quantity.FACTOR))
+    latency = "launch_s" if "launch_s" in raw else "latency_s"
+    unknown = sorted(
+        set(map(str, raw)) - ({"launch_s", "step_s", "bandwidth", "knee_bytes"} if "launch_s" in raw else {"bandwidth", "latency_s"})
+    )
+    if unknown or "bandwidth" not in raw or latency not in raw:
+        raise ConfigError(f"{where}: {key} is {dict(raw)}: it needs `bandwidth` (bytes/s, one direction) and `latency_s` (seconds).")
+    bandwidth = quantity.read(where, f"{key} bandwidth", raw["bandwidth"], quantity.LINK_BANDWIDTH)
+    if latency == "launch_s":
+        return Link(
+            _constant(where, key, raw, "launch_s"),
+            _constant(where, key, raw, "step_s"),
+            bandwidth,
+            _constant(where, key, raw, "knee_bytes"),
+        )
+    seconds = quantity.read(where, f"{key} latency_s", raw["latency_s"], quantity.LATENCY)
+    return Link(seconds * (1 - STEP_SHARE), seconds * STEP_SHARE, bandwidth)
+
+
+def _constant(where: str, key: str, raw: Mapping[str, Any], name: str) -> float:
+    """A fitted constant, which may be 0."""
+    value = raw.get(name, 0.0)
+    rule = quantity.BYTES if name == "knee_bytes" else quantity.LATENCY
+    return 0.0 if value == 0 else quantity.read(where, f"{key} {name}", value, rule)
 
 
 # Of a message's latency, what every further step of a ring pays again: an all-reduce of two ranks on two nodes (two steps)

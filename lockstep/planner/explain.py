@@ -27,7 +27,8 @@ def runners_up(
     """The best layouts of other kinds than the winner's, and TP across nodes where the cluster has nodes."""
     kinds = {_kind(winner)}
     found: list[Candidate] = []
-    for c in [*ordered, *search.nearest(c for c in everything if c.best is None or c not in ordered)[:50]]:
+    keeping = {c.layout for c in ordered}
+    for c in [*ordered, *search.nearest(c for c in everything if c.layout not in keeping)[:50]]:
         if len(found) < most and _kind(c) not in kinds:
             kinds.add(_kind(c))
             found.append(c)
@@ -43,6 +44,7 @@ def _kind(c: Candidate) -> tuple[int, int, int, bool]:
 
 
 def _runner(search: Search, winner: Candidate, count: int, c: Candidate) -> Runner:
+    c = search.refined(c)
     if not c.fits:
         return Runner(c.layout, None, 0.0, f"does not fit: needs {size(c.lacking)} more per rank")
     mine, rate = winner.devices * count, search.work.rate
@@ -79,12 +81,14 @@ def _messages(search: Search, placed: Layout) -> list[str]:
 
 
 def _terms(search: Search, winner: Candidate, count: int, c: Candidate) -> str:
-    """The largest differences per output token, with as many requests on each device as the winner has."""
+    """The largest differences per output token (per prompt, where that is all), with as many requests on each device as the winner has."""
     here = search.replica(winner.layout, winner.chunk)
     running = search.loaded(winner, count).concurrency
     there = search.replica(c.layout, c.chunk)
     same = max(1, min(c.fits, round(running * winner.layout.dp / winner.devices * c.devices / c.layout.dp)))
-    mine, its = ({t.name: t.seconds for t in r.tpot_terms(b)} for r, b in ((here, running), (there, same)))
+    streams = search.work.streams
+    sides = ((here, running), (there, same))
+    mine, its = ({t.name: t.seconds for t in (r.tpot_terms(b) if streams else r.ttft_terms(b))} for r, b in sides)
     differences = sorted(((its.get(name, 0.0) - mine.get(name, 0.0), name) for name in {*mine, *its}), key=lambda each: -abs(each[0]))
     shown = [f"{seconds * 1e3:+.2f} ms {name}" for seconds, name in differences[:2] if abs(seconds) > 5e-6]
-    return f"per token at equal load {', '.join(shown)}" if shown else ""
+    return f"per {'token' if streams else 'prompt'} at equal load {', '.join(shown)}" if shown else ""

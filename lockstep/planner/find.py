@@ -12,6 +12,7 @@ from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import read_config_json
 from lockstep.planner.model import ModelShape, from_config
 
+HUB_TIMEOUT_S = 5.0
 CATALOGUE = Path(__file__).parent / "data" / "models.json"
 
 
@@ -35,10 +36,16 @@ def find_model(name: str) -> tuple[ModelShape, str]:
         return from_config(_read(path), name), str(path.parent)
     if not name or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ConfigError(
-            f"model={name!r} is no folder, no config.json, no hub id (owner/name) and not in the catalogue, which has "
-            f"{', '.join(catalogue())}.{nearest(name, catalogue())}"
+            f"model {name!r} is no folder, no config.json, no hub id (owner/name) and not in the catalogue, which has "
+            f"{', '.join(catalogue())}.{_suggested(name)}"
         )
     return from_config(_read(_from_hub(name)), name), name
+
+
+def _suggested(name: str) -> str:
+    """The catalogue's name that starts with what was typed, else the most similar one."""
+    starts = [known for known in catalogue() if name and known.startswith(name.lower())]
+    return f" Did you mean {starts[0]!r}?" if starts else nearest(name, catalogue())
 
 
 def _known(name: str) -> str | None:
@@ -61,16 +68,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _from_hub(name: str) -> Path:
-    """The hub's config.json, from the download cache where it is there."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    """The hub's config.json, from the download cache where it is there. The hub is asked once first: its library retries for long."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
         return Path(cached)
     try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT_S)
         return Path(hf_hub_download(name, "config.json"))
-    except (OSError, ValueError) as e:
+    except Exception as e:  # of the HTTP client, which is the library's own choice, or of the library
         raise ConfigError(
-            f"model={name!r} is not in the catalogue, and its config.json could not be had from the hub ({type(e).__name__}): "
-            f"go online, or name a config.json.{nearest(name, catalogue())}"
+            f"model {name!r} is not in the catalogue, and its config.json could not be had from the hub ({type(e).__name__}): "
+            f"go online, or name a config.json.{_suggested(name)}"
         ) from None

@@ -16,10 +16,18 @@ from lockstep.config.errors import ConfigError
 from lockstep.planner.tables import Table
 
 DTYPE_BYTES: Mapping[str, float] = MappingProxyType(
-    {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5, "int4": 0.5}
-)
+    {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "mxfp4": 17 / 32, "fp4": 0.5, "int4": 0.5}
+)  # mxfp4: 4 bits, and 8 more for each block of 32
 # A device without units for a dtype computes in the next wider one that it has.
-_WIDER = {"fp4": "fp8", "int4": "int8", "fp8": "bfloat16", "int8": "bfloat16", "float16": "bfloat16", "bfloat16": "float32"}
+_WIDER = {
+    "mxfp4": "bfloat16",
+    "fp4": "fp8",
+    "int4": "int8",
+    "fp8": "bfloat16",
+    "int8": "bfloat16",
+    "float16": "bfloat16",
+    "bfloat16": "float32",
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,10 @@ class Link:
     step_s: float
     bandwidth: float
     knee_bytes: float = 0.0
+
+    def scaled(self, factor: float) -> Link:
+        """The same link with so many times the bandwidth."""
+        return replace(self, bandwidth=self.bandwidth * factor)
 
     def seconds(self, size_bytes: float, traffic_bytes: float, steps: int = 1) -> float:
         """size_bytes: the message as its owner sees it; traffic_bytes: what each device sends of it."""
@@ -130,6 +142,7 @@ class Device:
     band: ErrorBand = ZERO_CALIBRATION
     price_per_hour: float | None = None
     source: str = ""
+    platform: str = "cuda"  # cuda and cpu are what the engine runs on
     engine: Mapping[str, Any] | None = None  # `calibration.Calibration`, as read: the engine's own steps on this machine
 
     def peak(self, dtype: str) -> float:
@@ -183,7 +196,7 @@ class Cluster:
 
 def make_cluster(device: Device, nodes: int = 1, devices_per_node: int | None = None) -> Cluster:
     """A cluster of catalogue devices over the device's own links."""
-    per_node = devices_per_node or device.per_node
+    per_node = device.per_node if devices_per_node is None else devices_per_node
     for name, count in (("nodes", nodes), ("devices per node", per_node)):
         if count < 1:
             raise ConfigError(f"{name} is {count}: a cluster has at least 1.")

@@ -29,7 +29,7 @@ class Setting:
 
     shape: ModelShape
     cluster: Cluster
-    weight_dtype: str = ""  # int8 (weights only), fp8 (weights and products), or empty: as the model is
+    weight_dtype: str = ""  # int8 (weights only), fp8 (weights and products), mxfp4 (experts' weights), or empty: the model's dtype
     kv_dtype: str = ""
 
     @property
@@ -39,11 +39,16 @@ class Setting:
     @property
     def compute(self) -> str:
         """The type in which matrices are multiplied."""
-        return "fp8" if self.weight_dtype == "fp8" else self.shape.dtype
+        return "fp8" if self.weight_dtype == "fp8" and "fp8" in self.device.flops else self.shape.dtype
 
     @property
     def stored(self) -> str:
-        """The type in which matrices are read."""
+        """The type in which matrices are read, experts apart."""
+        return self.weight_dtype if self.weight_dtype in ("int8", "fp8") else self.shape.dtype
+
+    @property
+    def experts(self) -> str:
+        """The type in which routed experts are read."""
         return self.weight_dtype or self.shape.dtype
 
 
@@ -199,10 +204,10 @@ def _routed(s: Setting, layout: Layout, groups: Groups, tokens: int) -> Iterator
     spread = layout.ep > 1
     senders = layout.ep // layout.tp if spread else 1  # TP groups whose tokens meet in the expert group
     tp, together = (1 if spread else layout.tp), tokens * senders
-    args = (together, shape.hidden_size, moe.columns, moe.experts, moe.per_token, tp, layout.ep, s.stored)
+    args = (together, shape.hidden_size, moe.columns, moe.experts, moe.per_token, tp, layout.ep, s.experts)
     flops, moved = ops.moe_work(*args)
     formula = "t0 + max(flop / (F e_f), E(1-(1-k/E)^T) expert bytes / (BW e_b))"
-    yield Term("experts", ops.moe_s(s.device, *args), flops, moved, formula, MOE)
+    yield Term("experts", ops.moe_s(s.device, *args, compute=s.compute), flops, moved, formula, MOE)
     wide = tokens * shape.hidden_size * shape.itemsize
     if senders == 1:
         yield all_reduce(s, groups.tp, wide, "all-reduce after the MLP")

@@ -51,6 +51,11 @@ class Workload:
         return self.input_len + self.output_len
 
     @property
+    def streams(self) -> bool:
+        """Whether an answer has a time between tokens: not where it is one token."""
+        return self.output_len > 1
+
+    @property
     def decode_context(self) -> float:
         """Cached tokens of a running request, on average."""
         return self.input_len + self.output_len / 2
@@ -60,9 +65,13 @@ class Workload:
         found = []
         if self.ttft_s is not None and point.ttft_s > self.ttft_s:
             found.append("ttft")
-        if self.tpot_s is not None and point.tpot_s > self.tpot_s:
+        if self.tpot_s is not None and self.streams and point.tpot_s > self.tpot_s:
             found.append("tpot")
         return found
+
+    def excess(self, point: Point) -> tuple[float, float]:
+        """Predicted / promised TTFT and TPOT; 0 for what was not asked for."""
+        return point.ttft_s / (self.ttft_s or math.inf), point.tpot_s / (self.tpot_s or math.inf) if self.streams else 0.0
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from functools import lru_cache
 
 from lockstep.config.defaults import TokenBytes
 from lockstep.distributed.partition import Shard, head_shard, layer_partition, padded_vocab, shard, stage_layers, vocab_shard
+from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.planner.layout import Layout
-from lockstep.planner.model import DTYPE_BYTES, ModelShape, expert_params
+from lockstep.planner.model import ModelShape
 
 BLOCK_TOKENS = 16  # tokens in a KV block, the engine's default
 LIBRARY_BYTES = 64 << 20  # what maths and collective libraries keep for themselves (worker/profile.py reserves the same)
@@ -29,6 +30,7 @@ class Part:
     name: str
     params: int
     rows: int = 0
+    routed: bool = False  # matrices of routed experts
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,11 @@ def mlp_parts(shape: ModelShape, tp: int, rank: int, experts: Shard | None, *, r
     yield Part("router", moe.experts * hidden + (moe.experts if moe.bias else 0))
     if moe.shared_columns:
         yield from _gated("shared expert", hidden, shard(moe.shared_columns, tp, rank).size)
-    if experts is not None:
-        yield Part("experts", experts.size * expert_params(shape), experts.size * (2 * moe.columns + hidden))
-        return
-    columns = shard(moe.columns, tp, rank).size
-    biases = (2 * columns + hidden) if moe.bias else 0
-    yield Part("experts", moe.experts * (3 * hidden * columns + biases), moe.experts * (2 * columns + hidden))
+    held, columns = (experts.size, moe.columns) if experts is not None else (moe.experts, shard(moe.columns, tp, rank).size)
+    rows = held * (2 * columns + hidden)
+    yield Part("experts", held * 3 * hidden * columns, rows, routed=True)
+    if moe.bias:
+        yield Part("expert biases", rows)
 
 
 def _gated(name: str, hidden: int, columns: int) -> Iterator[Part]:
@@ -153,7 +154,12 @@ def whole_model_params(shape: ModelShape) -> int:
 
 
 def part_bytes(part: Part, dtype: str, weight_dtype: str = "") -> int:
-    """Bytes of one part. int8 keeps a float32 scale per output; fp8 one per output likewise (a bound for block scales)."""
+    """Bytes of one part. int8 keeps a float32 scale per output; fp8 one per output likewise (a bound for block scales).
+
+    mxfp4 is of experts alone: 4 bits, and 8 bits for each block of 32.
+    """
+    if part.routed and weight_dtype == "mxfp4":
+        return part.params // 2 + -(-part.params // 32)
     if part.rows and weight_dtype in ("int8", "fp8"):
         return part.params + 4 * part.rows
     return part.params * int(DTYPE_BYTES[dtype])
@@ -166,7 +172,7 @@ def layer_bytes(shape: ModelShape, tp: int, rank: int, experts: int | None, rout
 
 
 def weight_bytes(shape: ModelShape, layout: Layout, stage: int = 0, rank: int = 0, how: str = "even", weight_dtype: str = "") -> int:
-    """Bytes of one rank's weights. `weight_dtype`: int8 or fp8 for the layers' matrices; empty is the model's dtype."""
+    """Bytes of one rank's weights. `weight_dtype`: int8 or fp8 for the layers' matrices, mxfp4 for experts; empty: the model's dtype."""
     layers = stages(shape, layout.pp, how)[stage]
     routed = Counter(shape.routed(i) for i in range(layers.start, layers.stop))
     return stage_bytes(shape, layout, routed, rank, weight_dtype, first=stage == 0, last=stage == layout.pp - 1)

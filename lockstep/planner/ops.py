@@ -139,9 +139,11 @@ def moe_s(
     ep: int = 1,
     dtype: str = "bfloat16",
     routing: str = "uniform",
+    compute: str = "",
 ) -> float:
     """Seconds of one MoE layer's routed experts on one rank; `tokens` are all tokens that the `ep` ranks route together.
 
+    dtype: in which weights are read; compute: in which they are multiplied, where that is another.
     routing: "balanced", "uniform" (independent even choices) or "skewed" (a power law, as real gates tend to).
     """
     if tokens <= 0:
@@ -150,7 +152,7 @@ def moe_s(
     flops, weights = moe_work(tokens, hidden, inter, experts, topk, tp, ep, dtype, routing, fit.skew if routing == "skewed" else 0.0)
     unrouted = tokens * topk * (3 * inter / tp + 2 * hidden) * 2.0  # activations are 16 bits wide whatever the weights are
     passed = unrouted / (device.memory_bandwidth * fit.pass_efficiency)
-    seconds = fit.seconds(flops / device.peak(dtype), weights / device.memory_bandwidth) + passed
+    seconds = fit.seconds(flops / device.peak(compute or dtype), weights / device.memory_bandwidth) + passed
     return device.corrected(f"MoE {routing}", seconds, tokens, hidden, inter, experts, topk, tp, ep)
 
 

@@ -3,6 +3,9 @@
 What wins: with a rate, the fewest devices that carry it within the promises, and among those the one that could carry most;
 without a rate, the one that carries most on the whole cluster. Layers are priced once for each (tp, cp, ep) and work, pipelines
 are sums of them, and the largest load is found by bisection (latencies grow with it): so 10,000 devices take seconds.
+
+A few sizes of batch are tried for every layout, which bounds what it can carry at any size. In the order of these bounds loads are
+then found to one request, until nothing that is left could be better.
 """
 
 from __future__ import annotations
@@ -11,19 +14,21 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from heapq import heapify, heappop, heappush
+from typing import Any, ClassVar
 
 from lockstep.planner import memory
+from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.planner.layer import Setting
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Point, Replica, Serving, Workload
 from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
-from lockstep.planner.model import DTYPE_BYTES
-from lockstep.planner.space import deployments, replicas_at_once
+from lockstep.planner.space import deployments, deployments_at_once
 from lockstep.planner.step import Pricer
 
 CHUNKS = (512, 2048, 8192)
 MOST_SEQS = 1024  # of one replica
+EXACT = 8  # layouts at the head of an order whose loads are found to one request
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -35,23 +40,32 @@ class Candidate:
     chunk: int
     fits: int  # requests of full length in the KV cache of one replica; 0: none, see `lacking`
     lacking: int  # bytes per rank that one request would need more
-    best: Point | None  # the largest load of one replica within the promises
+    best: Point | None  # the largest load of one replica within the promises, of those tried
     at_most: int  # deployments that the cluster has room for
     devices: int  # that one deployment takes
+    until: int  # the first load above `best` that breaks a promise or does not fit, of those tried
+    bound: float  # requests per second that one deployment cannot exceed within the promises, whatever the load and chunk
+    rivals: tuple[Candidate, ...] = ()  # the same layout with other chunks, which may carry more at a load not tried
+    at_least: int = 1  # deployments that were asked for
 
     @property
     def rate(self) -> float:
         """Requests per second of one deployment, within the promises."""
         return self.best.rate * self.layout.dp if self.best else 0.0
 
-    def needed(self, rate: float | None) -> int:
-        """Deployments for `rate`, or all there is room for; 0 where even those cannot carry it."""
-        if self.best is None:
+    def needed(self, rate: float | None, each: float | None = None) -> int:
+        """Deployments for `rate`, or all there is room for; 0 where even those cannot carry it. each: what one carries, if not `rate`."""
+        each = self.rate if each is None else each
+        if not each:
             return 0
         if rate is None:
             return self.at_most
-        count = max(1, math.ceil(rate / self.rate - 1e-9))
+        count = max(self.at_least, math.ceil(rate / each - 1e-9))
         return count if count <= self.at_most else 0
+
+    def pinned(self, count: int) -> Candidate:
+        """The same where just `count` deployments are asked for."""
+        return replace(self, at_least=count, at_most=count)
 
     def placed(self, count: int) -> Layout:
         """`count` deployments of it."""
@@ -105,14 +119,14 @@ class Search:
         return fits, 0
 
     def candidate(self, layout: Layout, chunk: int) -> Candidate:
-        """The layout's memory and largest load."""
+        """The layout's memory, and the largest of a few loads that keeps the promises."""
         fits, lacking = self.room(layout, chunk)
-        best = self.largest(self.replica(layout, chunk), fits, lambda p: not self.work.misses(p)) if fits else None
-        return Candidate(layout, chunk, fits, lacking, best, self.at_most(layout), self.devices(layout))
+        best, until, bound = self.largest(self.replica(layout, chunk), fits) if fits else (None, 1, 0.0)
+        return Candidate(layout, chunk, fits, lacking, best, self.at_most(layout), self.devices(layout), until, bound * layout.dp)
 
     def at_most(self, layout: Layout) -> int:
         """Deployments that the cluster has room for."""
-        return replicas_at_once(layout.replica_size, self.pricer.setting.cluster) // layout.dp
+        return deployments_at_once(layout.replica_size, layout.dp, self.pricer.setting.cluster)
 
     def devices(self, layout: Layout) -> int:
         """Devices that one deployment takes."""
@@ -122,27 +136,46 @@ class Search:
         """The same search in another setting."""
         return replace(self, pricer=Pricer(setting))
 
-    def largest(self, replica: Replica, fits: int, good: Callable[[Point], bool]) -> Point | None:
-        """The largest load, among a few sizes of batch, that is `good`."""
+    def largest(self, replica: Replica, fits: int) -> tuple[Point | None, int, float]:
+        """(the largest of a few loads within the promises, the first one that is none or does not fit, the most that any can carry).
+
+        Times grow with the load, so n times as many requests make n times the rate at most, and less than a larger batch.
+        """
         sizes = loads(replica.layout.pp, fits)
         points: dict[int, Point] = {}
 
         def bad(i: int) -> bool:
             points[i] = replica.at(sizes[i])
-            return not good(points[i])
+            return bool(self.work.misses(points[i]))
 
         found = bisect_left(range(len(sizes)), True, key=bad) - 1
-        return points[found] if found >= 0 else None
+        if found < 0:
+            return None, 1, 0.0
+        until = sizes[found + 1] if found + 1 < len(sizes) else fits + 1
+        bound = points[found].rate * (until - 1) / sizes[found]
+        return points[found], until, bound if found + 1 == len(sizes) else max(points[found].rate, min(bound, points[found + 1].rate))
 
     def exact(self, replica: Replica, fits: int, good: Callable[[Point], bool]) -> int:
         """The most requests at once, to one, that are `good`; 0 where one is not."""
         return bisect_left(range(1, fits + 1), True, key=lambda b: not good(replica.at(b)))
 
     def refined(self, c: Candidate) -> Candidate:
-        """The candidate with its largest load to one request; the search tries a few sizes of batch."""
-        replica = self.replica(c.layout, c.chunk)
-        most = self.exact(replica, c.fits, lambda p: not self.work.misses(p))
-        return replace(c, best=replica.at(most)) if most else c
+        """The candidate with the chunk and the load, to one request, that carry most."""
+        found = self._to_one(c)
+        for rival in c.rivals:
+            if rival.bound > found.rate:
+                found = max(found, self._to_one(rival), key=lambda each: each.rate)
+        return replace(found, bound=found.rate, rivals=(), at_least=c.at_least, at_most=c.at_most)
+
+    def _to_one(self, c: Candidate) -> Candidate:
+        """The candidate with the load from `best` to `until` that carries most: the largest, or the last that fills micro-batches."""
+        if c.best is None or c.until <= c.best.concurrency + 1:
+            return c
+        replica, least = self.replica(c.layout, c.chunk), c.best.concurrency
+        more = bisect_left(range(least + 1, c.until), True, key=lambda b: bool(self.work.misses(replica.at(b))))
+        most, pp = least + more, c.layout.pp
+        points = [c.best, *(replica.at(b) for b in {most, most - most % pp} if b > least)]
+        return replace(c, best=max(points, key=lambda p: (p.rate, -p.concurrency)), until=most + 1)
 
     def at_rate(self, replica: Replica, fits: int, rate: float) -> Point:
         """The smallest load of a replica that makes `rate`, or the largest that it can have."""
@@ -160,32 +193,55 @@ class Search:
         return [self.of_chunks(layout) for layout in deployments(s.shape, s.cluster, self.work.input_len) if wanted(layout)]
 
     def of_chunks(self, layout: Layout) -> Candidate:
-        """The layout with the chunk that carries most."""
+        """The layout with the chunk that carries most at the loads tried; others that may carry more are its rivals."""
         chunks = self.chunks()
         first = self.candidate(layout, chunks[0])  # the smallest activations: where it does not fit, none does
-        rest = [self.candidate(layout, c) for c in chunks[1:]] if first.fits else []
-        return max([first, *rest], key=lambda c: (c.rate, c.fits > 0, -c.chunk))
+        found = [first, *(self.candidate(layout, c) for c in chunks[1:])] if first.fits else [first]
+        best = max(found, key=lambda c: (c.rate, c.fits > 0, -c.chunk))
+        rivals = tuple(c for c in found if c is not best and c.bound > best.rate)
+        return replace(best, rivals=rivals, bound=max(c.bound for c in found)) if rivals else best
 
     def order(self, candidates: Iterable[Candidate]) -> list[Candidate]:
         """Those that keep the promises at the rate asked for, the best first."""
-        rate, good = self.work.rate, []
-        for c in candidates:
-            count = c.needed(rate)
-            if count:
-                devices = count * c.devices if rate is not None else 0
-                good.append(((devices, -c.rate * count, c.layout), c))
-        return [c for _, c in sorted(good, key=lambda each: each[0])]
+        rate = self.work.rate
+
+        def key(c: Candidate, each: float) -> tuple[float, float, Layout] | None:
+            count = c.needed(rate, each)
+            return (count * c.devices if rate is not None else 0, -each * count, c.layout) if count else None
+
+        return self._best_first(candidates, key)
 
     def nearest(self, candidates: Iterable[Candidate]) -> list[Candidate]:
         """Those that fit in memory: first by the load that the whole cluster carries within the promises, then those that break
         them under any load, by how far."""
         fitting = [c for c in candidates if c.fits]
-        return sorted(fitting, key=lambda c: (-c.rate * c.at_most, self.excess(c) if c.best is None else 0.0, c.layout))
+        keeping = self._best_first(fitting, lambda c, each: (-each * c.at_most, c.layout) if each else None)
+        return keeping + sorted((c for c in fitting if not c.bound), key=lambda c: (self.excess(c), c.layout))
+
+    def _best_first(self, candidates: Iterable[Candidate], key: Callable[[Candidate, float], Any]) -> list[Candidate]:
+        """Candidates in the order of `key` (given what a deployment carries; None leaves it out), the first ones with exact loads.
+
+        A key must not fall where a deployment carries less: then one with an exact load that comes first by the bounds of the others
+        is before them whatever their loads are.
+        """
+        waiting = [(key(c, c.bound), i, False, c) for i, c in enumerate(candidates)]
+        waiting = [each for each in waiting if each[0] is not None]
+        heapify(waiting)
+        found: list[Candidate] = []
+        while waiting and len(found) < EXACT:
+            _, i, exact, c = heappop(waiting)
+            if exact:
+                found.append(c)
+                continue
+            c = self.refined(c)
+            if (after := key(c, c.rate)) is not None:
+                heappush(waiting, (after, i, True, c))
+        rest = [(k, i, c) for _, i, _, c in waiting if (k := key(c, c.rate)) is not None]
+        return found + [c for _, _, c in sorted(rest, key=lambda each: each[:2])]
 
     def excess(self, c: Candidate) -> float:
         """The worst of predicted / promised for a single request."""
-        point, w = self.replica(c.layout, c.chunk).at(1), self.work
-        return max(point.ttft_s / (w.ttft_s or math.inf), point.tpot_s / (w.tpot_s or math.inf))
+        return max(self.work.excess(self.replica(c.layout, c.chunk).at(1)))
 
     def loaded(self, c: Candidate, count: int) -> Point:
         """One replica's load when `count` deployments share the rate. Where that breaks the promises, or none is asked for, the

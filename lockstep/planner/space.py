@@ -28,7 +28,7 @@ def deployments(shape: ModelShape, cluster: Cluster, input_len: int) -> Iterator
             for pp in depths(shape, cluster.devices // stage):
                 if not replica_fits(stage * pp, cluster):
                     continue
-                for dcp in powers(repeats(shape, tp)):
+                for dcp in (n for n in powers(repeats(shape, tp)) if tp % n == 0):
                     yield Layout(tp, pp, 1, 1, cp, dcp)
                     yield from _with_experts(shape, cluster, tp, pp, cp, dcp)
 
@@ -38,7 +38,7 @@ def _with_experts(shape: ModelShape, cluster: Cluster, tp: int, pp: int, cp: int
         return
     stage = tp * cp
     for replicas in powers(min(shape.moe.experts // stage, replicas_at_once(stage * pp, cluster))):
-        if stage * replicas > 1:
+        if stage * replicas > 1 and deployments_at_once(stage * pp, replicas, cluster):
             yield Layout(tp, pp, replicas, stage * replicas, cp, dcp)
 
 
@@ -84,3 +84,14 @@ def replicas_at_once(size: int, cluster: Cluster) -> int:
     """Replicas of so many devices that the cluster has room for, none of them cut up by a node's border."""
     d = cluster.devices_per_node
     return d // size * cluster.nodes if size <= d else cluster.nodes // (size // d)
+
+
+def deployments_at_once(size: int, together: int, cluster: Cluster) -> int:
+    """Groups of `together` replicas of `size` devices that the cluster has room for; each inside a node, or on whole nodes alike.
+
+    0 where the last of its nodes would hold fewer replicas than the others.
+    """
+    here = cluster.devices_per_node // size
+    if together <= here:
+        return here // together * cluster.nodes
+    return replicas_at_once(size, cluster) // together if together % max(1, here) == 0 else 0

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lockstep.config.errors import ConfigError
-from lockstep.planner import catalogue, ops
+from lockstep.planner import catalogue, ops, quantity
 from lockstep.planner.entry import from_entry, to_entry
 from lockstep.planner.hardware import ZERO_CALIBRATION, make_cluster
 
@@ -125,3 +125,102 @@ def test_a_device_calibrated_here_wins_and_comes_back_equal():
     assert to_entry(again) == to_entry(mine)
     assert again.memory_bandwidth == 5e10
     assert catalogue.device_shipped("cpu").memory_bandwidth == 1.5e10
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("16xH100", "did you mean 2x8xH100"),
+        ("2x12xH100", "did you mean 3x8xH100"),
+        ("1x12xH100", "did you mean 1x8xH100"),
+        ("8xTPU-v5e", "did you mean 8x1xTPU-v5e"),
+        ("0xH100", "at least 1"),
+        ("2x0xH100", "at least 1"),
+        ("this", "run `lockstep calibrate` first"),
+    ],
+)
+def test_nodes_are_of_the_size_that_they_are_made_in(text, words):
+    with pytest.raises(ConfigError, match=words):
+        catalogue.cluster(text)
+
+
+def written(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_may_say_that_nodes_are_larger(tmp_path):
+    found = catalogue.cluster(written(tmp_path, "device: H100\ndevices_per_node: 16\n"))
+    assert (found.nodes, found.devices_per_node) == (1, 16)
+    assert str(catalogue.cluster("8XH100")) == "1x8xH100"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("device: H100\n  nodes: 2\n", "in line 2"),
+        ("device: H100\ninter: 0.5\n", r"inter is 0.5: write it like \{bandwidth: 25e9, latency_s: 20e-6\} or \{scale: 0.5\}"),
+        ("device: H100\ninter: 25e9\n", "inter is '25e9': write it like"),
+        ("device: H100\ninter: {scale: fast}\n", "inter scale is 'fast': it must be a number above 0"),
+        (
+            "device: H100\ninter: {bandwidth: 25, latency_s: 2e-5}\n",
+            r"inter bandwidth is 25: it must be at least 1e\+07; its unit",
+        ),
+        ("device: H100\ninter: {bandwidth: 25e9, latency_s: 20}\n", "inter latency_s is 20: it must be at most 1; its unit is seconds"),
+        ("device: H100\ninter: {bandwidth: 25e9, latency_s: 2e-5, scale: 2}\n", "needs `bandwidth`"),
+        ("device: H100\nnodes: two\n", "nodes is 'two': it must be a number above 0"),
+        ("device: H100\nnodes: 1.5\n", "nodes is 1.5: it must be a whole number"),
+        ("device: H100\ndevices_per_node: 0\n", "devices_per_node is 0"),
+        ("device: 5\n", "device is 5: write it like"),
+        ("device: {like: H100, memory_bandwidth: 2.0}\n", r"memory_bandwidth is 2.0: it must be at least 1e\+09; its unit is bytes/s"),
+        ("device: {like: H100, capacity_bytes: 80}\n", "capacity_bytes is 80: it must be at least"),
+        ("device: {like: H100, flops: {bfloat16: 989}}\n", "flops of bfloat16 is 989: it must be at least"),
+        ("device: {like: H100, band: 3}\n", "band or fits"),
+        ("device: {like: H999}\n", "'H999' is not in the catalogue"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_in_words(tmp_path, text, words):
+    with pytest.raises(ConfigError, match=words):
+        catalogue.cluster(written(tmp_path, text))
+
+
+def test_a_json_file_that_is_none(tmp_path):
+    (tmp_path / "mine.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"mine.json cannot be read"):
+        catalogue.cluster(str(tmp_path / "mine.json"))
+
+
+@pytest.mark.parametrize(
+    ("value", "rule", "number"),
+    [
+        ("64GiB", quantity.CAPACITY, 64 << 30), ("80GB", quantity.CAPACITY, 80e9), ("2TB/s", quantity.MEMORY_BANDWIDTH, 2e12),
+        ("2.0e12", quantity.MEMORY_BANDWIDTH, 2e12), ("400 TFLOPS", quantity.FLOPS, 400e12), ("400T", quantity.FLOPS, 400e12),
+        ("4us", quantity.LATENCY, 4e-6), ("0.02ms", quantity.LATENCY, 2e-5), (8, quantity.COUNT, 8),
+    ],
+)  # fmt: skip
+def test_units(value, rule, number):
+    assert quantity.read("x", "y", value, rule) == pytest.approx(number, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", ["64iB", "1.2.3", "fast", "", None, True, float("nan"), float("inf"), -1, "64GiBs"])
+def test_what_is_no_size(value):
+    with pytest.raises(ConfigError, match="must be a number above 0"):
+        quantity.read("x", "y", value, quantity.CAPACITY)
+
+
+def test_links_and_devices_may_be_changed_in_part(tmp_path):
+    plain = catalogue.cluster("2x8xH100")
+    half = catalogue.cluster(written(tmp_path, "nodes: 2\ndevice: H100\ninter: {scale: 0.5}\n"))
+    assert half.inter == plain.inter.scaled(0.5) and half.inter.bandwidth == plain.inter.bandwidth / 2
+    assert half.inter.launch_s == plain.inter.launch_s and half.intra == plain.intra
+    fast = catalogue.cluster(written(tmp_path, "device: {like: H100, memory_bandwidth: 6.7TB/s, scale_out: {scale: 2}}\n")).device
+    base = plain.device
+    assert fast.name == "MY-H100" and fast.memory_bandwidth == 2 * base.memory_bandwidth
+    assert (fast.flops, fast.gemm, fast.collectives, fast.scale_up) == (base.flops, base.gemm, base.collectives, base.scale_up)
+    assert fast.scale_out == base.scale_out.scaled(2)
+    assert base.calibrated and not fast.calibrated and fast.band == ZERO_CALIBRATION
+    dear = catalogue.cluster(written(tmp_path, "device: {like: H100, name: Ours, price_per_hour: 3}\n")).device
+    assert (dear.name, dear.price_per_hour, dear.calibrated, dear.band) == ("Ours", 3, True, base.band)
+    slow = catalogue.cluster(written(tmp_path, "device: {like: H100, scale_up: {bandwidth: 50e9, latency_s: 5us}}\n")).device
+    assert slow.scale_up.bandwidth == 50e9 and not slow.collectives and not slow.calibrated

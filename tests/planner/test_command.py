@@ -25,7 +25,7 @@ HOSTS = [f"10.0.0.{i}" for i in range(1, 17)]
 
 def read(command):
     """(settings, options) of a printed line, by the parser of `lockstep serve`."""
-    words = shlex.split(command.line)
+    words = [word for word in shlex.split(command.line) if not word.startswith("CUDA_VISIBLE_DEVICES=")]
     assert words[:2] == ["lockstep", "serve"]
     found = parse("serve", words[2:], ServeOptions, max_tokens=None, description="", sampling=False)
     return found.config, found.options
@@ -112,3 +112,36 @@ def test_int8_is_a_flag_that_the_engine_has():
     config, options = read(found.commands[0])
     judge(config, options)
     assert config.model.quantization == "int8" and config.model.model == "meta-llama/Meta-Llama-3.1-70B"
+
+
+def test_servers_on_one_node_have_devices_and_ports_of_their_own():
+    lines = commands("m", Layout(tp=1, dp=16, ep=2), LIMITS, HOSTS[:2], 8)
+    found = [(line.node, shlex.split(line.line)[0], read(line)[1].port) for line in lines]
+    pairs = [f"CUDA_VISIBLE_DEVICES={i},{i + 1}" for i in (0, 2, 4, 6)]
+    assert found == [(host, pair, 8000 + i) for host in HOSTS[:2] for i, pair in enumerate(pairs)]
+    alone = commands("m", Layout(tp=4, dp=2, ep=8), LIMITS, HOSTS[:1], 8)
+    assert [line.line.split()[0] for line in alone] == ["lockstep"]
+
+
+@pytest.mark.parametrize(
+    ("model", "where", "ask", "missing"),
+    [
+        ("llama-3.1-8b", "1x8xH100", {}, []),
+        ("llama-3.1-8b", "1xH100", {"quantization": "fp8"}, ["fp8 weights"]),
+        ("llama-3.1-8b", "1xH100", {"quantization": "int8"}, ["int8 weights on a GPU"]),
+        ("qwen3-0.6b", "cpu", {"quantization": "int8"}, []),
+        ("llama-3.1-8b", "1x8xMI300X", {}, ["devices like MI300X"]),
+        ("qwen3-0.6b", "1xTPU-v5e", {}, ["devices like TPU-V5E"]),
+        ("mixtral-8x7b", "8xH100", {"fixed": {"ep": 1}}, ["MoE"]),
+        ("gpt-oss-20b", "8xH100", {"fixed": {"ep": 2}}, ["MoE", "expert parallelism", "mxfp4 weights"]),
+    ],
+)
+def test_what_is_missing_is_named_and_the_command_is_read_all_the_same(model, where, ask, missing):
+    found = plan(model, where, input_len=64, output_len=16, **ask)
+    assert len(found.missing) == len(missing) and all(a.startswith(b) for a, b in zip(found.missing, missing, strict=True))
+    assert found.startable == (not missing) == found.to_json()["startable"]
+    assert all(any(words in note for note in found.notes) for words in found.missing)
+    for line in found.commands:
+        read(line)
+    if ask.get("quantization") == "fp8":
+        assert any("starts bfloat16 weights" in note for note in found.notes)

@@ -9,10 +9,14 @@ from lockstep.config.hf import spec_of
 from lockstep.config.model_spec import read_config_json
 from lockstep.config.source import DEMO_FOLDER
 from lockstep.distributed.partition import ShardMap, stage_layers
+from lockstep.planner.answer import pricer_of
+from lockstep.planner.catalogue import cluster
 from lockstep.planner.find import catalogue, find_model
+from lockstep.planner.layer import Setting
 from lockstep.planner.layout import Layout
 from lockstep.planner.memory import kv_bytes_per_token, rank_params, rank_parts, stages, weight_bytes
 from lockstep.planner.model import from_config
+from lockstep.planner.startable import assumed, weight_dtype
 
 TABLE = list(csv.DictReader((Path(__file__).parent / "data" / "memory_per_rank.csv").open()))
 BY_HUB_NAME = {entry["hf_id"].split("/")[1]: name for name, entry in catalogue().items()}
@@ -75,3 +79,42 @@ def test_whole_experts_are_dealt_out_evenly_first_ranks_one_more():
     expert = 3 * shape.hidden_size * shape.moe.columns * shape.num_layers
     held = [sum(p.params for p in rank_parts(shape, Layout(tp=3, ep=3), 0, rank) if p.name == "experts") for rank in range(3)]
     assert [params / expert for params in held] == [3, 3, 2]
+
+
+@pytest.mark.parametrize(("name", "published"), [("gpt-oss-20b", 13_761_264_768), ("gpt-oss-120b", 65_248_815_744)])
+def test_four_bit_experts_take_four_bits_and_a_scale_for_32(name, published):
+    """published: bytes of all tensors of the checkpoint, as its index says."""
+    shape = find_model(name)[0]
+    assert weight_bytes(shape, Layout(), weight_dtype="mxfp4") == published
+    plain, stored = (weight_bytes(shape, Layout(), weight_dtype=dtype) for dtype in ("", "mxfp4"))
+    experts = sum(shape.moe.layers) * shape.moe.experts * 3 * shape.hidden_size * shape.moe.columns
+    assert plain - stored == experts * 2 - experts // 2 - experts // 32
+    cut = [weight_bytes(shape, Layout(tp=4, ep=ep), rank=0, weight_dtype="mxfp4") for ep in (1, 4)]
+    assert all(stored / 4 < held < plain / 4 for held in cut)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "stored"),
+    [
+        ("deepseek-v3", "", "fp8"), ("kimi-k2", "", "fp8"), ("gpt-oss-20b", "", "mxfp4"), ("gpt-oss-120b", "none", ""),
+        ("deepseek-v3", "none", ""), ("gpt-oss-20b", "fp8", "fp8"), ("llama-3.1-8b", "", ""), ("llama-3.1-8b", "int8", "int8"),
+    ],
+)  # fmt: skip
+def test_weights_are_taken_as_published_unless_asked_otherwise(name, asked, stored):
+    shape = find_model(name)[0]
+    assert weight_dtype(shape, asked) == stored
+    assert pricer_of(shape, "2x8xH200", asked).setting.weight_dtype == stored
+
+
+def test_checkpoints_without_a_price_of_their_own_are_priced_plain_and_said():
+    raw = {**catalogue()["llama-3.1-8b"]["config"], "quantization_config": {"quant_method": "awq"}}
+    shape = from_config(raw, "mine")
+    assert weight_dtype(shape, "") == "" and "quantized (awq); priced in bfloat16" in assumed(shape, "")
+    assert assumed(find_model("llama-3.1-8b")[0], "") == ""
+
+
+def test_fp8_is_multiplied_in_fp8_only_where_the_device_does():
+    shape = find_model("llama-3.1-8b")[0]
+    assert [Setting(shape, cluster(name), "fp8").compute for name in ("H100", "A100")] == ["fp8", "bfloat16"]
+    experts = Setting(find_model("gpt-oss-20b")[0], cluster("H100"), "mxfp4")
+    assert (experts.compute, experts.stored, experts.experts) == ("bfloat16", "bfloat16", "mxfp4")

@@ -73,7 +73,9 @@ def test_a_rate_that_is_too_high_keeps_the_latencies_and_says_what_is_carried():
 def test_no_room_says_what_is_missing_and_what_fits(capsys):
     assert main(["plan", "llama-3.1-70b", "--cluster", "1x1xH100"]) == 2
     error = capsys.readouterr().err
-    assert "GiB more per rank" in error and "int8 or TP=2 on 2 devices fits" in error
+    assert "GiB more per rank" in error and "fp8 or TP=2 on 2 devices fits" in error
+    assert main(["plan", "llama-3.1-70b", "--cluster", "1x1xA100"]) == 2
+    assert "int8 or TP=2 on 2 devices fits" in capsys.readouterr().err
 
 
 def test_json_and_text_and_svg_say_the_same(tmp_path, capsys):
@@ -95,6 +97,18 @@ def test_json_and_text_and_svg_say_the_same(tmp_path, capsys):
         (["nosuchmodel"], "not in the catalogue"),
         (["llama-3.1-8", "--cluster", "8xH100"], "llama-3.1-8b"),
         (["llama-3.1-8b", "--cluster", "8xNOPE"], "NOPE"),
+        (["qwen3-235b"], "Did you mean 'qwen3-235b-a22b'?"),
+        (["nosuchmodel"], "error: model 'nosuchmodel' is"),
+        (["llama-3.1-8b", "--rate", "inf"], "--rate=inf must be more than 0 and finite"),
+        (["llama-3.1-8b", "--price", "-2"], "--price=-2 must be 0 or more"),
+        (["llama-3.1-8b", "--price", "nan"], "--price=nan must be 0 or more"),
+        (["llama-3.1-8b", "--fix", "tp=8,TP=4"], "gives tp twice"),
+        (["llama-3.1-8b", "--hosts", "a,b,c", "--cluster", "2x8xH100"], "names 3 hosts"),
+        (["llama-3.1-8b", "--cluster", "2x8xH100", "--inter-scale", "0"], "--inter-scale is 0.0: it must be a number above 0"),
+        (["qwen3-235b-a22b", "--startable"], "is startable: the engine does not run MoE yet; leave --startable out"),
+        (["llama-3.1-8b", "--startable", "--fix", "cp=2"], "does not run context parallelism yet"),
+        (["llama-3.1-8b", "--startable", "-q", "fp8"], "does not run fp8 weights yet"),
+        (["deepseek-v3"], "deepseek-v3 with fp8 weights (as published) does not fit on 1x8xH100"),
         (["llama-3.1-8b", "--rate", "0"], "--rate=0 must be more than 0"),
         (["llama-3.1-8b", "--rate", "nan"], "must be more than 0"),
         (["llama-3.1-8b", "--input-len", "0"], "must be at least 1"),
@@ -113,8 +127,10 @@ def test_mistakes_are_one_line_and_exit_code_2(argv, words, capsys):
 def test_fixed_axes_are_kept_and_startable_leaves_out_what_does_not_run():
     assert plan("llama-3.1-70b", "2x8xH100", fixed={"tp": 16}).layout.tp == 16
     assert plan("llama-3.1-8b", "1x8xH100", fixed={"dp": 2, "tp": 4}).layout.dp == 2
-    layout = plan("qwen3-30b-a3b", "1x8xH100", startable=True).layout
-    assert (layout.ep, layout.cp, layout.dcp) == (1, 1, 1)
+    ask = {"input_len": 8000, "output_len": 200, "rate": 0.2, "ttft": 0.6}
+    free, kept = (plan("llama-3.1-70b", "2x8xH100", startable=only, **ask) for only in (False, True))
+    assert kept.startable and (kept.layout.ep, kept.layout.cp, kept.layout.dcp) == (1, 1, 1)
+    assert free.layout != kept.layout and free.missing == ["context parallelism"] and not free.startable
 
 
 def test_the_search_finds_what_trying_everything_finds():
@@ -165,3 +181,60 @@ def test_planning_loads_no_torch():
     code = "import sys; from lockstep.cli.main import main; main(['plan', 'qwen3-0.6b', '--no-draw']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_units_that_look_wrong_are_doubted():
+    notes = plan("qwen3-0.6b", "1xH100", tpot=30, ttft=500).notes
+    assert any("--tpot 30 is in seconds" in note for note in notes) and any("--ttft 500" in note for note in notes)
+    assert not plan("qwen3-0.6b", "1xH100", tpot=0.03, ttft=0.5).notes
+
+
+def test_published_weights_are_said_and_can_be_left(capsys):
+    found = plan("deepseek-v3", "2x8xH100")
+    assert any("as published, in fp8" in note for note in found.notes)
+    with pytest.raises(ConfigError, match="deepseek-v3 does not fit"):
+        plan("deepseek-v3", "2x8xH100", quantization="none")
+
+
+def test_one_token_prints_no_time_per_token(capsys):
+    assert main(["plan", "llama-3.1-8b", "--output-len", "1", "--tpot", "0.03", "--explain"]) == 0
+    out = capsys.readouterr().out
+    assert "TPOT          -" in out and "TPOT alone" not in out and "per prompt at equal load" in out and "TPOT takes no part" in out
+
+
+def test_half_a_link_is_slower_and_its_numbers_are_printed(capsys):
+    texts = []
+    for scale in ("1", "0.5"):
+        argv = ["plan", "llama-3.1-70b", "--cluster", "2x8xH100", "--fix", "TP=16", "--explain", "--no-draw", "--inter-scale", scale]
+        assert main(argv) == 0
+        texts.append(capsys.readouterr().out)
+    found = cluster("2x8xH100").inter
+    for text, scale in zip(texts, (1, 0.5), strict=True):
+        assert f"between nodes  {found.bandwidth * scale / 1e9:,.1f} GB/s" in text
+    rates = [plan("llama-3.1-70b", c, fixed={"tp": 16}).rate for c in (cluster("2x8xH100").with_links(inter=found.scaled(0.5)), "2x8xH100")]
+    assert rates[0] < rates[1]
+
+
+def test_many_commands_are_collapsed_in_text_and_whole_in_json(capsys):
+    argv = ["plan", "llama-3.1-8b", "--cluster", "40x8xH100", "--no-draw"]
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = lines[lines.index("start it with") + 1 :]
+    assert (
+        len(shown) < 8 and "likewise 36 more (node3 to node38, each with its own -dpr)" in shown[-2] and shown[-1].startswith("  node39:")
+    )
+    assert main([*argv, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["commands"]) == 40
+
+
+def test_an_unknown_hub_id_is_asked_for_once(monkeypatch):
+    asked = []
+
+    def fails(url, **options):
+        asked.append((url, options["timeout"]))
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fails)
+    with pytest.raises(ConfigError, match="could not be had from the hub"):
+        plan("nobody/nothing", "1xH100")
+    assert len(asked) == 1 and asked[0][0].endswith("nobody/nothing/resolve/main/config.json") and asked[0][1] <= 10

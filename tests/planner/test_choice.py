@@ -1,0 +1,96 @@
+"""Which layout wins: against every layout, chunk and load, one after the other."""
+
+import math
+
+import pytest
+
+from lockstep.planner import plan
+from lockstep.planner.catalogue import cluster
+from lockstep.planner.choose import EQUAL, runs
+from lockstep.planner.find import find_model
+from lockstep.planner.layer import Setting
+from lockstep.planner.load import Serving, Workload
+from lockstep.planner.search import Search
+from lockstep.planner.step import Pricer
+
+W = {"input_len": 2000, "output_len": 300}
+
+
+def search_of(model, where, **ask):
+    work = Workload(ask["input_len"], ask["output_len"], ask.get("rate"), ask.get("ttft"), ask.get("tpot"))
+    return Search(Pricer(Setting(find_model(model)[0], cluster(where))), work, Serving())
+
+
+def most_of(search, layout):
+    """Requests per second of one deployment, at its best chunk and load within the promises."""
+    found = 0.0
+    for chunk in search.chunks():
+        replica = search.replica(layout, chunk)
+        loads = range(1, search.room(layout, chunk)[0] + 1)
+        found = max([found, *(p.rate * layout.dp for p in map(replica.at, loads) if not search.work.misses(p))])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "where", "ask"),
+    [
+        ("llama-3.1-70b", "2x8xH100", {"rate": 6.0, "ttft": 0.5, "tpot": 0.03}),
+        ("llama-3.1-70b", "2x8xH100", {"rate": 11.0, "ttft": 0.5, "tpot": 0.04}),
+        ("llama-3.1-70b", "1x8xH200", {"ttft": 0.8, "tpot": 0.025}),
+        ("qwen3-8b", "1x4xH100", {"rate": 11.0, "tpot": 0.02}),
+        ("mixtral-8x7b", "1x8xH100", {"rate": 9.0, "ttft": 0.6, "tpot": 0.02}),
+    ],
+)  # fmt: skip
+def test_the_plan_is_that_of_trying_every_load(model, where, ask):
+    found = plan(model, where, **W, **ask)
+    search, rate = search_of(model, where, **W, **ask), ask.get("rate")
+    best = (math.inf, -math.inf)
+    for c in search.all():
+        each = most_of(search, c.layout)
+        assert search.refined(c).rate == pytest.approx(each, rel=1e-12), c.layout
+        count = math.ceil(rate / each - 1e-9) if rate and each else c.at_most
+        if each and count <= c.at_most:
+            best = min(best, (count * c.devices if rate else 0, -each * count))
+    assert found.meets
+    assert (found.devices if rate else 0, found.admits["both"]) == (best[0], pytest.approx(-best[1]))
+
+
+@pytest.mark.parametrize("rate", [2.0, 4.0, 6.0, 8.0, 12.0])
+def test_a_larger_cluster_never_needs_more_devices(rate):
+    plans = [plan("llama-3.1-70b", f"{n}x8xH100", **W, rate=rate, ttft=0.5, tpot=0.03) for n in (1, 2, 4)]
+    devices = [p.devices for p in plans if p.meets]
+    assert devices and devices == sorted(devices, reverse=True)
+    assert [p.meets for p in plans] == sorted(p.meets for p in plans)
+
+
+def test_the_nearest_plan_misses_by_least_and_is_of_use():
+    ask = {"rate": 20.0, "ttft": 0.5, "tpot": 0.03}
+    found = plan("llama-3.1-70b", "8xL40S", **W, **ask)
+    search = search_of("llama-3.1-70b", "8xL40S", **W, **ask)
+    points = [search.replica(c.layout, c.chunk).at(1) for c in search.all() if c.fits]
+    least = min(max(p.ttft_s / 0.5, p.tpot_s / 0.03) for p in points)
+    assert least > 1 and not found.meets and runs(found.layout)
+    assert max(found.ttft_s / 0.5, found.tpot_s / 0.03) <= least * EQUAL**2
+    assert found.rate > min(p.rate for p in points)
+    best = min(p.tpot_s for p in points)
+    assert any(f"cannot be kept at any load (best {best * 1e3:.3g} ms at one request)" in miss for miss in found.misses)
+
+
+def test_with_one_token_there_is_no_time_between_tokens():
+    asked = plan("llama-3.1-8b", "1x8xH100", input_len=500, output_len=1, rate=30.0, ttft=0.3, tpot=1e-9)
+    free = plan("llama-3.1-8b", "1x8xH100", input_len=500, output_len=1, rate=30.0, ttft=0.3)
+    assert asked.meets and (asked.layout, asked.point) == (free.layout, free.point)
+    assert asked.to_json()["tpot_s"] is None
+    assert not any("TPOT" in runner.reason for runner in asked.runners)
+
+
+@pytest.mark.parametrize(("where", "fixed"), [
+    ("2x8xH100", {"dp": 3}), ("2x8xH100", {"tp": 4, "dp": 3}), ("3x7xH100", {}), ("2x6xH100", {"dp": 5}), ("2x8xH100", {"pp": 3, "dp": 2}),
+    ("3x8xH100", {"tp": 4, "dp": 5}), ("3x7xH100", {"ep": 4}), ("3x6xH100", {"ep": 4}), ("4x3xH100", {"ep": 2}), ("2x6xH100", {"cp": 2}),
+])  # fmt: skip
+def test_odd_splits_have_a_command_on_every_node_they_use(where, fixed):
+    for ask in ({}, {"rate": 10.0, "ttft": 0.5, "tpot": 0.04}):
+        found = plan("gpt-oss-20b" if "ep" in fixed else "llama-3.1-8b", where, **W, **ask, fixed=fixed)
+        assert all(getattr(found.layout, axis) == size for axis, size in fixed.items())
+        per_node = cluster(where).devices_per_node
+        assert -(-found.devices // per_node) <= len({c.node for c in found.commands}) <= cluster(where).nodes
