@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lockstep.distributed.partition import atom_bounds, head_shard, shard, vocab_shard
+from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.planner.layout import Layout
 from lockstep.planner.memory import kv_bytes_per_token, stages
-from lockstep.planner.model import DTYPE_BYTES, ModelShape
+from lockstep.planner.model import ModelShape
 
 PANEL = 64  # packed.h
 PAIR, AMX_GRANULE = 2, 32

@@ -14,8 +14,9 @@ from functools import lru_cache
 
 from lockstep.config.defaults import TokenBytes
 from lockstep.distributed.partition import Shard, head_shard, layer_partition, padded_vocab, shard, stage_layers, vocab_shard
+from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.planner.layout import Layout
-from lockstep.planner.model import DTYPE_BYTES, ModelShape, expert_params
+from lockstep.planner.model import ModelShape, expert_params
 
 BLOCK_TOKENS = 16  # tokens in a KV block, the engine's default
 LIBRARY_BYTES = 64 << 20  # what maths and collective libraries keep for themselves (worker/profile.py reserves the same)
@@ -33,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank. `kv` is what is left for it, or what the batch needs: the caller says which."""
+    """Bytes of one rank. What is left of its memory after `fixed` is for the KV cache."""
 
     weights: int
     kv_per_token: int

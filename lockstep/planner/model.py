@@ -13,8 +13,7 @@ from typing import Any
 
 from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
-
-DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0}
+from lockstep.planner.hardware import DTYPE_BYTES
 
 
 @dataclass(frozen=True)

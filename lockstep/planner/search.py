@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lockstep.planner import memory
+from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.planner.layer import Setting
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Point, Replica, Serving, Workload
 from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
-from lockstep.planner.model import DTYPE_BYTES
 from lockstep.planner.space import deployments, replicas_at_once
 from lockstep.planner.step import Pricer
 
@@ -77,7 +77,7 @@ class Search:
         """(bytes free for KV, memory) of the rank of the pipeline with room for the fewest tokens."""
         s = self.pricer.setting
         capacity = int(s.device.capacity_bytes * self.memory_share)
-        tokens = max(chunk, rows)
+        tokens = chunk + rows  # a step holds a chunk beside the running requests
         activations = memory.activation_bytes(s.shape, layout, tokens)
         width = memory.kv_elements(s.shape, layout.tp) * DTYPE_BYTES[s.kv_dtype or s.shape.dtype]
         found = []
@@ -124,7 +124,7 @@ class Search:
 
     def largest(self, replica: Replica, fits: int, good: Callable[[Point], bool]) -> Point | None:
         """The largest load, among a few sizes of batch, that is `good`."""
-        sizes = loads(replica.layout.pp, fits)
+        sizes = loads(replica.layout.pp, min(fits, replica.most))
         points: dict[int, Point] = {}
 
         def bad(i: int) -> bool:
@@ -136,7 +136,7 @@ class Search:
 
     def exact(self, replica: Replica, fits: int, good: Callable[[Point], bool]) -> int:
         """The most requests at once, to one, that are `good`; 0 where one is not."""
-        return bisect_left(range(1, fits + 1), True, key=lambda b: not good(replica.at(b)))
+        return bisect_left(range(1, min(fits, replica.most) + 1), True, key=lambda b: not good(replica.at(b)))
 
     def refined(self, c: Candidate) -> Candidate:
         """The candidate with its largest load to one request; the search tries a few sizes of batch."""
@@ -146,8 +146,9 @@ class Search:
 
     def at_rate(self, replica: Replica, fits: int, rate: float) -> Point:
         """The smallest load of a replica that makes `rate`, or the largest that it can have."""
-        found = bisect_left(range(1, fits + 1), rate, key=lambda b: replica.at(b).rate)
-        return replica.at(min(fits, found + 1))
+        most = min(fits, replica.most)
+        found = bisect_left(range(1, most + 1), rate, key=lambda b: replica.at(b).rate)
+        return replica.at(min(most, found + 1))
 
     def chunks(self) -> list[int]:
         """Sizes of chunk that cut this prompt differently."""
