@@ -214,9 +214,10 @@ def _routed(s: Setting, layout: Layout, groups: Groups, work: Work, tokens: int)
         yield all_reduce(s, groups.ep if spread else groups.tp, wide, "all-reduce after the MLP")
         return
     mine = -(-tokens // layout.tp)  # each TP rank sends its part of the tokens
-    where = (*groups.ep, mine, shape.hidden_size, moe.per_token, "low_latency" if work.decode else "normal")
+    mode: collectives.Mode = "low_latency" if work.decode else "normal"
+    where = (*groups.ep, mine, shape.hidden_size, moe.per_token)
     sent = float(mine * shape.hidden_size * moe.per_token)
-    out, back = collectives.dispatch_s(s.cluster, *where), collectives.combine_s(s.cluster, *where)
+    out, back = collectives.dispatch_s(s.cluster, *where, mode), collectives.combine_s(s.cluster, *where, mode)
     yield Term("dispatch to experts", out, 0.0, sent * DTYPE_BYTES["fp8"], "launch + T k h / B (fp8)", MESSAGES)
     yield Term("combine from experts", back, 0.0, sent * shape.itemsize, "launch + T k h / B", MESSAGES)
     if layout.tp > 1:
