@@ -13,8 +13,10 @@ from lockstep.planner.layout import Layout
 from lockstep.planner.load import Replica, Serving, Workload, busy_share
 from lockstep.planner.step import Pricer
 
+ONE, WORK = Layout(), Workload(1000, 100)
 
-def replica(layout=Layout(), work=Workload(1000, 100), chunk=2048, model="llama-3.1-8b", where="8xH100"):
+
+def replica(layout=ONE, work=WORK, chunk=2048, model="llama-3.1-8b", where="8xH100"):
     return Replica(Pricer(Setting(find_model(model)[0], cluster(where))), layout, work, chunk, Serving())
 
 
