@@ -165,3 +165,10 @@ def test_planning_loads_no_torch():
     code = "import sys; from lockstep.cli.main import main; main(['plan', 'qwen3-0.6b', '--no-draw']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"])
+def test_a_hub_id_is_served_as_it_was_typed(name):
+    found = plan(name, "1x1xH100")
+    assert found.model == "llama-3.1-8b"
+    assert f" {name} " in found.commands[0].line
