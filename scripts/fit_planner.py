@@ -32,7 +32,7 @@ ROUNDS = 400
 SHEET: dict[str, tuple[str, tuple[str, ...], int, int | None]] = {
     "H100": ("H100-SXM5-80GB", ("H100-SXM", "H100-SXM5", "H100-SXM5-80GB"), 132, 81559 << 20),
     "H100-PCIE": ("H100-PCIe-80GB", ("H100-PCIE-80GB",), 114, None),
-    "H200": ("H200-SXM-141GB", ("H200-SXM", "H200-SXM-141GB"), 132, None),
+    "H200": ("H200-SXM-141GB", ("H200-SXM", "H200-SXM-141GB"), 132, 143771 << 20),
     "B200": ("B200-SXM", ("B200-SXM",), 148, None),
     "B300": ("B300-SXM", ("B300-SXM",), 148, None),
     "GB200": ("GB200-NVL72", ("GB200-NVL72",), 148, None),

@@ -189,9 +189,9 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     band = setting.device.band
     return Plan(
         model=setting.shape.name, cluster=str(setting.cluster), work=work, layout=layout, devices=best.devices * count,
-        limits=Limits(seqs, max(best.chunk, seqs), work.tokens),
+        limits=Limits(seqs, max(seqs, best.chunk + -(-seqs // layout.pp)), work.tokens),
         point=point, meets=not misses, misses=misses, ttft_s=total_s(ttft_terms), tpot_s=total_s(tpot_terms),
-        ttft_terms=ttft_terms, tpot_terms=tpot_terms, longest_gap_s=replica.longest_gap_s,
+        ttft_terms=ttft_terms, tpot_terms=tpot_terms, longest_gap_s=replica.longest_gap_s(point.concurrency),
         utilisation=replica.utilisation(point.concurrency), rate=rate, tokens_per_device_s=tokens,
         cost_per_million=None if paid is None else paid / 3600 / tokens * 1e6, price_per_hour=paid,
         memory=memory, kv_bytes=seqs * request_blocks(work.tokens, layout) * BLOCK_TOKENS * memory.kv_per_token, kv_room=room,
@@ -239,7 +239,7 @@ def _frontier(search: Search, everything: list[Candidate]) -> list[Mark]:
     marks = []
     for c in shown:
         replica = search.replica(c.layout, c.chunk)
-        for b in loads(c.layout.pp, c.fits):
+        for b in loads(c.layout.pp, min(c.fits, replica.most)):
             p = replica.at(b)
             marks.append(Mark(str(c.layout), b, 1 / p.tpot_s, p.rate * search.work.output_len * c.layout.dp / c.devices, p.ttft_s))
     return frontier(marks)

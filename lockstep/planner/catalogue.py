@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.config.errors import ConfigError
-from lockstep.planner.entry import from_entry, link_of, to_entry
+from lockstep.planner.entry import from_entry, link_of
 from lockstep.planner.hardware import Cluster, Device, make_cluster
 from lockstep.planner.quantity import COUNT, mapping, read
 from lockstep.utils import env
@@ -86,14 +86,6 @@ def names() -> list[str]:
 def user_file(name: str) -> Path:
     """Where a device that was calibrated here is kept."""
     return env.cache_folder() / "devices" / f"{name.lower()}.json"
-
-
-def save(device: Device) -> Path:
-    """Keep a calibrated device under its name, from where `device` and `cluster` find it first."""
-    path = user_file(device.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(to_entry(device), indent=1) + "\n", encoding="utf-8")
-    return path
 
 
 @cache

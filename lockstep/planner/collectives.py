@@ -6,6 +6,7 @@ an all-gather. Ranks are said as `ranks_per_node` on each of `nodes`.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from lockstep.planner.hardware import DTYPE_BYTES, Cluster, Device, Link
@@ -37,20 +38,32 @@ def _inside(cluster: Cluster, op: str, ranks: int, size_bytes: float) -> float:
         return 0.0
     if ranks in cluster.device.collectives.get(op, {}):
         return measured_s(cluster.device, op, ranks, size_bytes)
-    return ring_s(cluster.intra, ranks, size_bytes, ROUNDS[op])
+    ring = ring_s(cluster.intra, ranks, size_bytes, ROUNDS[op])
+    return min(ring, *direct_s(cluster.intra, ranks, size_bytes)) if op == "all_reduce" else ring
 
 
-def all_reduce_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: float, library: str = "custom") -> float:
+def direct_s(link: Link, ranks: int, size_bytes: float) -> tuple[float, float]:
+    """All-reduce without a ring, where each rank reaches each other at once: (one-shot, two-shot).
+
+    One-shot: everybody reads everything, in one step. Two-shot: a reduce-scatter and an all-gather of a step each.
+    """
+    one = link.seconds(size_bytes, (ranks - 1) * size_bytes, 1)
+    return one, link.seconds(size_bytes, 2 * (ranks - 1) / ranks * size_bytes, 2)
+
+
+def across_s(link: Link, nodes: int, size_bytes: float) -> float:
+    """All-reduce over nodes: a ring, or for small messages on many nodes a tree up and down."""
+    tree = link.seconds(size_bytes, 2 * size_bytes, 2 * math.ceil(math.log2(nodes)))
+    return min(ring_s(link, nodes, size_bytes, 2), tree)
+
+
+def all_reduce_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: float) -> float:
     """Inside: launch + knee + 2(n-1)/n * S / B. Across: reduce-scatter inside, all-reduce of each 1/r across, all-gather inside."""
     r = ranks_per_node
-    op = "all_reduce" if library == "custom" else f"all_reduce_{library}"
     if nodes == 1:
-        return _inside(cluster, op, r, size_bytes)
-    return (
-        reduce_scatter_s(cluster, r, 1, size_bytes)
-        + ring_s(cluster.inter, nodes, size_bytes / r, 2)
-        + all_gather_s(cluster, r, 1, size_bytes)
-    )
+        return _inside(cluster, "all_reduce", r, size_bytes)
+    scatter, gather = reduce_scatter_s(cluster, r, 1, size_bytes), all_gather_s(cluster, r, 1, size_bytes)
+    return scatter + across_s(cluster.inter, nodes, size_bytes / r) + gather
 
 
 def all_gather_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: float) -> float:
@@ -84,14 +97,23 @@ def p2p_s(cluster: Cluster, size_bytes: float, where: Literal["inside", "between
     return (cluster.intra if where == "inside" else cluster.inter).seconds(size_bytes, size_bytes)
 
 
-def dispatch_s(cluster: Cluster, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, dtype: str = "fp8") -> float:
+DEEPEP = {"low_latency": "deepep_", "normal": "deepep_normal_"}
+Mode = Literal["low_latency", "normal"]  # kernels for the few tokens of decode, and for the many of prompts
+
+
+def dispatch_s(
+    cluster: Cluster, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, mode: Mode = "low_latency", dtype: str = "fp8"
+) -> float:
     """Expert-parallel dispatch: each rank's `tokens` tokens go to the ranks of their `topk` experts."""
-    return _expert_exchange(cluster, "deepep_dispatch", ranks_per_node, nodes, tokens, hidden, topk, dtype)
+    return _expert_exchange(cluster, DEEPEP[mode] + "dispatch", ranks_per_node, nodes, tokens, hidden, topk, dtype)
 
 
-def combine_s(cluster: Cluster, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, dtype: str = "bfloat16") -> float:
+def combine_s(
+    cluster: Cluster, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, mode: Mode = "low_latency",
+    dtype: str = "bfloat16",
+) -> float:  # fmt: skip
     """Expert-parallel combine: the experts' results return to the rank that owns the token."""
-    return _expert_exchange(cluster, "deepep_combine", ranks_per_node, nodes, tokens, hidden, topk, dtype)
+    return _expert_exchange(cluster, DEEPEP[mode] + "combine", ranks_per_node, nodes, tokens, hidden, topk, dtype)
 
 
 def _expert_exchange(cluster: Cluster, op: str, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, dtype: str) -> float:

@@ -28,7 +28,7 @@ def find_model(name: str) -> tuple[ModelShape, str]:
     known = _known(name)
     if known is not None:
         entry = catalogue()[known]
-        return from_config(entry["config"], known), str(entry["hf_id"])
+        return from_config(entry["config"], known), name if "/" in name else str(entry["hf_id"])
     path = Path(name).expanduser()
     if path.is_dir():
         return from_config(read_config_json(path), name), name
@@ -53,8 +53,12 @@ def _known(name: str) -> str | None:
     low = name.lower()
     if low in catalogue():
         return low
-    plain = low.removesuffix("-instruct")
-    return next((key for key, entry in catalogue().items() if str(entry["hf_id"]).lower().removesuffix("-instruct") == plain), None)
+    return next((key for key, entry in catalogue().items() if _plain(str(entry["hf_id"])) == _plain(low)), None)
+
+
+def _plain(hub_id: str) -> str:
+    """A hub id without what changes no shape: that it is tuned, and the maker's name said twice."""
+    return hub_id.lower().removesuffix("-instruct").replace("/meta-llama-", "/llama-")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -189,8 +189,12 @@ class Cluster:
         return f"{self.nodes}x{self.devices_per_node}x{self.device.name}"
 
     def with_links(self, intra: Link | None = None, inter: Link | None = None) -> Cluster:
-        """The same cluster over another fabric; measured collectives of the old inner link are dropped with it."""
-        device = self.device if intra is None else replace(self.device, collectives={})
+        """The same cluster over another fabric; what was measured over the old one is dropped with it."""
+        kept = {
+            op: {n: link for n, link in by_ranks.items() if inter is None or not op.startswith("deepep") or n == 1}
+            for op, by_ranks in ({} if intra else self.device.collectives).items()
+        }
+        device = replace(self.device, collectives=kept)
         return replace(self, device=device, intra=intra or self.intra, inter=inter or self.inter)
 
 

@@ -111,7 +111,7 @@ class HostSearch(Search):
     def fullest(self, layout: Layout, chunk: int, rows: int) -> tuple[int, RankMemory]:
         """(bytes free for KV, memory) of the rank with room for the fewest tokens, when all ranks share the machine evenly."""
         capacity = int(self.pricer.setting.device.capacity_bytes * self.memory_share) // layout.devices
-        ranks = [self._rank(layout, stage, rank, max(chunk, rows), rows) for stage in range(layout.pp) for rank in range(layout.tp)]
+        ranks = [self._rank(layout, stage, rank, chunk + rows, rows) for stage in range(layout.pp) for rank in range(layout.tp)]
         return min(((capacity - rank.fixed, rank) for rank in ranks), key=lambda each: each[0] / each[1].kv_per_token)
 
     def _rank(self, layout: Layout, stage: int, rank: int, tokens: int, rows: int) -> RankMemory:

@@ -54,11 +54,13 @@ class Setting:
 
 class Work(NamedTuple):
     """What a step does: `tokens` new tokens; decode: one for each of as many requests, of `context` cached tokens on average;
-    prefill: a chunk of one prompt after `context` tokens (the mean over its chunks, so that their sum is exact)."""
+    prefill: a chunk of one prompt after `context` tokens (the mean over its chunks, so that their sum is exact), or the whole
+    prompts, all equal, of so many requests."""
 
     decode: bool
     tokens: int
     context: float
+    prompts: int = 1
 
 
 class Groups(NamedTuple):
@@ -76,10 +78,11 @@ class Groups(NamedTuple):
 def layer_terms(s: Setting, layout: Layout, groups: Groups, work: Work, routed: bool, window: int) -> list[Term]:
     """Every term of one layer."""
     here = work.tokens if work.decode else -(-work.tokens // layout.cp)  # tokens that this rank computes
-    terms = [*_projections(s, layout, here), *_attention(s, layout, groups, work, here, window)]
+    expanded = here if work.decode else here + round(work.context)
+    terms = [*_projections(s, layout, here, expanded), *_attention(s, layout, groups, work, here, window)]
     wide = here * s.shape.hidden_size * s.shape.itemsize
     terms.append(all_reduce(s, groups.tp, wide, "all-reduce after attention"))
-    terms += _routed(s, layout, groups, here) if routed else _dense(s, layout, groups, here)
+    terms += _routed(s, layout, groups, work, here) if routed else _dense(s, layout, groups, here)
     columns = s.shape.moe.columns * s.shape.moe.per_token if routed and s.shape.moe else s.shape.intermediate_size
     moved = 8.0 * wide + 3.0 * here * columns / layout.tp * s.shape.itemsize
     seconds = ops.elementwise_s(s.device, moved, LAUNCHES)
@@ -96,12 +99,13 @@ def product(s: Setting, name: str, m: int, n: int, k: int) -> Term:
 def all_reduce(s: Setting, span: Span, size: float, name: str) -> Term:
     """The sum over a group of `size` bytes."""
     seconds = collectives.all_reduce_s(s.cluster, *span, size) if span.size > 1 else 0.0
-    across = " hierarchical: reduce-scatter and all-gather inside, ring across" if span.nodes > 1 else ""
+    across = "hierarchical: reduce-scatter and all-gather inside, ring or tree across" if span.nodes > 1 else "one node"
     sent = 2 * (span.size - 1) / span.size * size
-    return Term(name, seconds, 0.0, sent, f"launch + steps * step * knee + 2(n-1)/n * S / B,{across or ' one node'}", MESSAGES)
+    return Term(name, seconds, 0.0, sent, f"launch + steps * step * S / (S + knee) + 2(n-1)/n * S / B, {across}", MESSAGES)
 
 
-def _projections(s: Setting, layout: Layout, tokens: int) -> Iterator[Term]:
+def _projections(s: Setting, layout: Layout, tokens: int, expanded: int) -> Iterator[Term]:
+    """expanded: of a latent model, the tokens whose latents become whole heads; a chunk of a prompt does it for all before it."""
     shape, tp = s.shape, layout.tp
     if shape.mla is None:
         heads = head_shard(shape.num_heads, shape.num_kv_heads, tp, 0)
@@ -113,7 +117,7 @@ def _projections(s: Setting, layout: Layout, tokens: int) -> Iterator[Term]:
             yield product(s, "QKV projection", tokens, mla.q_rank, shape.hidden_size)
         yield product(s, "QKV projection", tokens, q * (mla.nope_dim + mla.rope_dim), mla.q_rank or shape.hidden_size)
         yield product(s, "QKV projection", tokens, mla.cached, shape.hidden_size)
-        yield product(s, "latent projection", tokens, q * (mla.nope_dim + mla.v_dim), mla.kv_rank)
+        yield product(s, "latent projection", expanded, q * (mla.nope_dim + mla.v_dim), mla.kv_rank)
     yield product(s, "output projection", tokens, shape.hidden_size, q * shape.v_head_dim)
 
 
@@ -134,13 +138,14 @@ def _heads(s: Setting, tp: int) -> tuple[int, int]:
 
 def _prefill_attention(s: Setting, layout: Layout, groups: Groups, work: Work, here: int, window: int) -> Iterator[Term]:
     """A context group shares the chunk out evenly (each rank early and late tokens): its mean query sees half of the others."""
+    prompts, here = work.prompts, -(-here // work.prompts)
     q, kv = _heads(s, layout.tp)
     q, kv = (q, q) if s.shape.mla is not None else (q, kv)  # a prompt's latent is expanded to whole heads
     width = (s.shape.q_head_dim + s.shape.v_head_dim) // 2
-    context = round(work.context + (work.tokens - here) / 2)
+    context = round(work.context + (work.tokens / prompts - here) / 2)
     limit, dtype = window or None, s.shape.dtype
-    flops, moved = ops.prefill_work(1, here, q, kv, width, context, dtype, limit)
-    seconds = ops.prefill_attention_s(s.device, 1, here, q, kv, width, context, dtype, limit)
+    flops, moved = ops.prefill_work(prompts, here, q, kv, width, context, dtype, limit)
+    seconds = ops.prefill_attention_s(s.device, prompts, here, q, kv, width, context, dtype, limit)
     yield Term("attention", seconds, flops, moved, "t0 + max(4 pairs heads dim / (F e_f), bytes / (BW e_b))", ATTENTION)
     if layout.cp > 1:
         size = work.tokens * s.shape.kv_elements_per_token * s.shape.itemsize * (1 if s.shape.mla else kv / s.shape.num_kv_heads)
@@ -192,7 +197,7 @@ def _dense(s: Setting, layout: Layout, groups: Groups, tokens: int) -> Iterator[
     yield all_reduce(s, groups.tp, tokens * s.shape.hidden_size * s.shape.itemsize, "all-reduce after the MLP")
 
 
-def _routed(s: Setting, layout: Layout, groups: Groups, tokens: int) -> Iterator[Term]:
+def _routed(s: Setting, layout: Layout, groups: Groups, work: Work, tokens: int) -> Iterator[Term]:
     """Experts cut over TP (ep = 1), or whole ones on the ranks of the expert group, with tokens sent to them and back."""
     shape, moe = s.shape, s.shape.moe
     assert moe is not None
@@ -202,7 +207,8 @@ def _routed(s: Setting, layout: Layout, groups: Groups, tokens: int) -> Iterator
         yield product(s, "shared expert", tokens, 2 * columns, shape.hidden_size)
         yield product(s, "shared expert", tokens, shape.hidden_size, columns)
     spread = layout.ep > 1
-    senders = layout.ep // layout.tp if spread else 1  # TP groups whose tokens meet in the expert group
+    # TP groups whose tokens meet in the expert group; the context ranks of a running request all have its token.
+    senders = layout.ep // (layout.stage_size if work.decode else layout.tp) if spread else 1
     tp, together = (1 if spread else layout.tp), tokens * senders
     args = (together, shape.hidden_size, moe.columns, moe.experts, moe.per_token, tp, layout.ep, s.experts)
     flops, moved = ops.moe_work(*args)
@@ -210,12 +216,13 @@ def _routed(s: Setting, layout: Layout, groups: Groups, tokens: int) -> Iterator
     yield Term("experts", ops.moe_s(s.device, *args, compute=s.compute), flops, moved, formula, MOE)
     wide = tokens * shape.hidden_size * shape.itemsize
     if senders == 1:
-        yield all_reduce(s, groups.tp, wide, "all-reduce after the MLP")
+        yield all_reduce(s, groups.ep if spread else groups.tp, wide, "all-reduce after the MLP")
         return
     mine = -(-tokens // layout.tp)  # each TP rank sends its part of the tokens
+    mode: collectives.Mode = "low_latency" if work.decode else "normal"
     where = (*groups.ep, mine, shape.hidden_size, moe.per_token)
     sent = float(mine * shape.hidden_size * moe.per_token)
-    out, back = collectives.dispatch_s(s.cluster, *where), collectives.combine_s(s.cluster, *where)
+    out, back = collectives.dispatch_s(s.cluster, *where, mode), collectives.combine_s(s.cluster, *where, mode)
     yield Term("dispatch to experts", out, 0.0, sent * DTYPE_BYTES["fp8"], "launch + T k h / B (fp8)", MESSAGES)
     yield Term("combine from experts", back, 0.0, sent * shape.itemsize, "launch + T k h / B", MESSAGES)
     if layout.tp > 1:

@@ -99,26 +99,7 @@ def ep_span(layout: Layout, devices_per_node: int) -> Span:
     return Span(inside, -(-layout.ep // inside))
 
 
-def hop_crosses(layout: Layout, devices_per_node: int) -> bool:
-    """Whether some stage sends to a stage on another node."""
-    return layout.pp > 1 and layout.replica_size > devices_per_node
-
-
 def crossings(layout: Layout, devices_per_node: int) -> int:
     """Of the pp - 1 hops between stages, how many lead to another node."""
     stage = layout.stage_size
     return sum((s + 1) * stage // devices_per_node != s * stage // devices_per_node for s in range(layout.pp - 1))
-
-
-def fits_nodes(layout: Layout, nodes: int, devices_per_node: int) -> bool:
-    """Whether groups lie evenly: a stage in a part of a node that divides it, or on whole nodes; replicas likewise."""
-    stage, replica = layout.stage_size, layout.replica_size
-    if replica > nodes * devices_per_node or layout.devices > nodes * devices_per_node:
-        return False
-    if stage > devices_per_node:
-        return stage % devices_per_node == 0
-    if devices_per_node % stage:
-        return replica <= devices_per_node and devices_per_node // replica * nodes >= layout.dp
-    if replica <= devices_per_node:
-        return devices_per_node // replica * nodes >= layout.dp
-    return replica % devices_per_node == 0

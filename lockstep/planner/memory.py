@@ -35,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank. `kv` is what is left for it, or what the batch needs: the caller says which."""
+    """Bytes of one rank. What is left of its memory after `fixed` is for the KV cache."""
 
     weights: int
     kv_per_token: int

@@ -91,7 +91,7 @@ class Search:
         """(bytes free for KV, memory) of the rank of the pipeline with room for the fewest tokens."""
         s = self.pricer.setting
         capacity = int(s.device.capacity_bytes * self.memory_share)
-        tokens = max(chunk, rows)
+        tokens = chunk + rows  # a step holds a chunk beside the running requests
         activations = memory.activation_bytes(s.shape, layout, tokens)
         width = memory.kv_elements(s.shape, layout.tp) * DTYPE_BYTES[s.kv_dtype or s.shape.dtype]
         found = []
@@ -141,6 +141,7 @@ class Search:
 
         Times grow with the load, so n times as many requests make n times the rate at most, and less than a larger batch.
         """
+        fits = min(fits, replica.most)
         sizes = loads(replica.layout.pp, fits)
         points: dict[int, Point] = {}
 
@@ -157,7 +158,7 @@ class Search:
 
     def exact(self, replica: Replica, fits: int, good: Callable[[Point], bool]) -> int:
         """The most requests at once, to one, that are `good`; 0 where one is not."""
-        return bisect_left(range(1, fits + 1), True, key=lambda b: not good(replica.at(b)))
+        return bisect_left(range(1, min(fits, replica.most) + 1), True, key=lambda b: not good(replica.at(b)))
 
     def refined(self, c: Candidate) -> Candidate:
         """The candidate with the chunk and the load, to one request, that carry most."""
@@ -179,8 +180,9 @@ class Search:
 
     def at_rate(self, replica: Replica, fits: int, rate: float) -> Point:
         """The smallest load of a replica that makes `rate`, or the largest that it can have."""
-        found = bisect_left(range(1, fits + 1), rate, key=lambda b: replica.at(b).rate)
-        return replica.at(min(fits, found + 1))
+        most = min(fits, replica.most)
+        found = bisect_left(range(1, most + 1), rate, key=lambda b: replica.at(b).rate)
+        return replica.at(min(most, found + 1))
 
     def chunks(self) -> list[int]:
         """Sizes of chunk that cut this prompt differently."""

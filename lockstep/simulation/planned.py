@@ -26,7 +26,8 @@ CONTEXT_GRAIN = 64  # contexts are priced to so many tokens, so that steps that 
 
 @dataclass(frozen=True)
 class PlannedCost:
-    """See `StepCost`. A step with prompts and running requests costs what the two would one after the other."""
+    """See `StepCost`. A step with prompts and running requests costs what the two would one after the other; prompts that share
+    a step are priced together, each with its mean share of their tokens."""
 
     pricer: Pricer
     layout: Layout
@@ -37,9 +38,10 @@ class PlannedCost:
         seconds = 0.0
         if running:
             seconds += self.pricer.step(self.layout, Work(True, len(running), _rounded(sum(running) / len(running)))).beat_s
-        for queries, context in rows:
-            if queries > 1:
-                seconds += self.pricer.step(self.layout, Work(False, queries, _rounded(context - queries))).beat_s
+        prompts = [(queries, context - queries) for queries, context in rows if queries > 1]
+        if prompts:
+            tokens, before = (sum(column) for column in zip(*prompts, strict=True))
+            seconds += self.pricer.step(self.layout, Work(False, tokens, _rounded(before / len(prompts)), len(prompts))).beat_s
         return [seconds] * self.layout.pp
 
     def hop_s(self, work: StepWork) -> float:

@@ -119,8 +119,9 @@ def test_a_device_calibrated_here_wins_and_comes_back_equal():
     shipped = catalogue.device("H100")
     entry = to_entry(shipped) | {"name": "CPU", "memory_bandwidth": 5e10}
     mine = from_entry(entry, catalogue.device_shipped)
-    path = catalogue.save(mine)
-    assert path == catalogue.user_file("cpu")
+    path = catalogue.user_file("cpu")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(to_entry(mine)))
     again = catalogue.cluster("cpu").device
     assert to_entry(again) == to_entry(mine)
     assert again.memory_bandwidth == 5e10

@@ -138,7 +138,7 @@ def test_the_search_finds_what_trying_everything_finds():
     search = Search(Pricer(Setting(find_model("qwen3-8b")[0], cluster("1x4xH100"))), Workload(1000, 100, None, 0.2, 0.02), Serving())
     for c in search.all():
         replica = search.replica(c.layout, c.chunk)
-        good = [b for b in range(1, c.fits + 1) if not search.work.misses(replica.at(b))]
+        good = [b for b in range(1, min(c.fits, replica.most) + 1) if not search.work.misses(replica.at(b))]
         assert (search.refined(c).best.concurrency if c.best else 0) == max(good, default=0)
         if c.best:
             rate = c.best.rate * 0.7
@@ -238,3 +238,10 @@ def test_an_unknown_hub_id_is_asked_for_once(monkeypatch):
     with pytest.raises(ConfigError, match="could not be had from the hub"):
         plan("nobody/nothing", "1xH100")
     assert len(asked) == 1 and asked[0][0].endswith("nobody/nothing/resolve/main/config.json") and asked[0][1] <= 10
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"])
+def test_a_hub_id_is_served_as_it_was_typed(name):
+    found = plan(name, "1x1xH100")
+    assert found.model == "llama-3.1-8b"
+    assert f" {name} " in found.commands[0].line

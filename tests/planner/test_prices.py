@@ -1,11 +1,12 @@
 """Kernels and collectives: what must hold of any price."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from lockstep.planner import catalogue, collectives, ops
-from lockstep.planner.hardware import Link, make_cluster
+from lockstep.planner.hardware import Cluster, Link, make_cluster
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,24 @@ def test_a_better_fabric_shows(two_nodes):
 def test_the_bare_link_is_the_ring_of_the_text_book():
     link = Link(3e-6, 2e-6, 1e11)
     assert collectives.ring_s(link, 4, 1e6, 2) == pytest.approx(3e-6 + 6 * 2e-6 + 2 * 3 / 4 * 1e6 / 1e11)
+
+
+def test_where_all_reach_all_small_messages_need_no_ring():
+    """Devices without constants of their own: one step for small messages, the ring's traffic for large ones."""
+    device = replace(catalogue.device_shipped("H100"), collectives={})
+    bare = Cluster(16, 8, device, Link(3e-6, 2e-6, 1e11), Link(5e-6, 10e-6, 4e10))
+    one, two = collectives.direct_s(bare.intra, 8, 1024.0)
+    assert collectives.all_reduce_s(bare, 8, 1, 1024.0) == one < two < collectives.ring_s(bare.intra, 8, 1024.0, 2)
+    large = 1e9
+    assert collectives.all_reduce_s(bare, 8, 1, large) == pytest.approx(collectives.ring_s(bare.intra, 8, large, 2), rel=0.01)
+    assert collectives.across_s(bare.inter, 16, 1024.0) < collectives.ring_s(bare.inter, 16, 1024.0, 2), "a tree"
+    assert collectives.across_s(bare.inter, 16, large) == collectives.ring_s(bare.inter, 16, large, 2)
+
+
+def test_exchanges_of_experts_follow_the_fabric_and_the_kernel(two_nodes):
+    few = collectives.dispatch_s(two_nodes, 8, 2, 128, 7168, 8)
+    assert few == pytest.approx(collectives.measured_s(two_nodes.device, "deepep_dispatch", 2, 128 * 7168 * 8.0))
+    many = [collectives.dispatch_s(two_nodes, 8, 2, 4096, 7168, 8, mode) for mode in ("low_latency", "normal")]
+    assert many[1] < many[0], "many tokens have kernels of their own"
+    slow = two_nodes.with_links(inter=Link(1e-3, 1e-3, 1e9))
+    assert collectives.dispatch_s(slow, 8, 2, 128, 7168, 8) > 2 * few

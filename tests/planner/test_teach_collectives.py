@@ -11,7 +11,7 @@ import pytest
 
 from lockstep.config.errors import ConfigError
 from lockstep.planner import collectives as planner
-from lockstep.planner.hardware import Cluster, Device, Link
+from lockstep.planner.hardware import Link
 from lockstep.planner.teach import collectives, links, placement, roofline, schedules
 from lockstep.planner.teach.collectives import Options
 from lockstep.planner.teach.links import Wire
@@ -76,11 +76,10 @@ def test_only_a_share_leaves_the_node():
 def test_the_planners_ring_is_the_same_ring():
     """The planner prices a ring with floats and without a knee as the messages do."""
     link, out = Link(6.86e-6, 0.84e-6, 358e9), Link(6.86e-6, 12.64e-6, 36e9)
-    device = Device("x", {"bfloat16": 1e15}, 3e12, 80 << 30, link, out)
     for n in (2, 4, 8):
         for size in (16_384, 1 << 24):
             exact = collectives.seconds(schedules.ring(n), size, n, Wire.of(link), Wire.of(out))
-            assert planner.all_reduce_s(Cluster(1, n, device, link, out), n, 1, size) == pytest.approx(float(exact), rel=1e-12)
+            assert planner.ring_s(link, n, size, 2) == pytest.approx(float(exact), rel=1e-12)
 
 
 def test_crossovers_are_where_the_lines_meet():
