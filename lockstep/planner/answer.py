@@ -14,7 +14,7 @@ from lockstep.planner.command import Command, Limits, commands
 from lockstep.planner.crossover import Crossover, tp_or_pp
 from lockstep.planner.explain import Runner, runners_up
 from lockstep.planner.find import find_model
-from lockstep.planner.hardware import Cluster
+from lockstep.planner.hardware import Cluster, Device
 from lockstep.planner.host import SERVING as HOST_SERVING
 from lockstep.planner.host import HostPricer, HostSearch
 from lockstep.planner.layer import Setting
@@ -23,6 +23,7 @@ from lockstep.planner.load import Point, Replica, Serving, Workload
 from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
 from lockstep.planner.model import ModelShape
 from lockstep.planner.pareto import Mark, frontier
+from lockstep.planner.promises import Enough, Promise, enough, judge, misses
 from lockstep.planner.search import Candidate, Search, loads, request_blocks
 from lockstep.planner.step import Pricer
 from lockstep.planner.terms import Term, total_s
@@ -44,6 +45,7 @@ class Plan:
     point: Point  # one replica's load
     meets: bool
     misses: list[str]  # in words
+    promises: list[Promise]
     ttft_s: float
     tpot_s: float
     ttft_terms: list[Term]
@@ -61,12 +63,36 @@ class Plan:
     runners: list[Runner]
     commands: list[Command]
     calibrated: bool
+    basis: str  # what the constants come from
     band: dict[str, float]
     pareto: list[Mark]
     crossover: Crossover | None
     considered: int
     seconds: float
     notes: list[str] = field(default_factory=list)
+    nodes: int = 1  # that the commands are for
+    rented: int = 1  # devices of those nodes: machines are rented whole
+    enough: Enough | None = None  # nodes that would carry the rate, where this cluster cannot
+
+    @property
+    def per_hour(self) -> float | None:
+        """Dollars per hour of the devices used; None without a price."""
+        return None if self.price_per_hour is None else self.price_per_hour * self.devices
+
+    @property
+    def nodes_per_hour(self) -> float | None:
+        """Dollars per hour of the whole nodes."""
+        return None if self.price_per_hour is None else self.price_per_hour * self.rented
+
+    @property
+    def nodes_per_million(self) -> float | None:
+        """Dollars per million output tokens when whole nodes are paid for."""
+        return None if self.cost_per_million is None else self.cost_per_million * self.rented / self.devices
+
+    @property
+    def most(self) -> float:
+        """Requests per second that this layout on these devices carries within the promises; as it runs, where it breaks them."""
+        return self.admits["both"] or self.rate
 
     @property
     def mark(self) -> Mark:
@@ -77,6 +103,7 @@ class Plan:
         """Everything as plain data."""
         found = asdict(self)
         found["layout"]["devices"] = self.devices
+        found |= {"per_hour": self.per_hour, "nodes_per_hour": self.nodes_per_hour, "nodes_per_million": self.nodes_per_million}
         found["crossover"] = (
             None if self.crossover is None else {"from_requests": self.crossover.from_requests, "words": str(self.crossover)}
         )
@@ -87,19 +114,20 @@ def plan(
     model: str | ModelShape, cluster: str | Cluster, *, input_len: int = 1024, output_len: int = 256, rate: float | None = None,
     ttft: float | None = None, tpot: float | None = None, price: float | None = None, quantization: str = "",
     memory_share: float = 0.9, fixed: dict[str, int] | None = None, startable: bool = False,
-    hosts: list[str] | None = None, serving: Serving | None = None,
+    hosts: list[str] | None = None, serving: Serving | None = None, margin: float = 0.0, max_model_len: int | None = None,
 ) -> Plan:  # fmt: skip
     """The best layout of `model` on `cluster` for requests of `input_len` + `output_len` tokens. Seconds, requests per second.
 
     fixed: axes that are given, like {"tp": 16}. startable: only what this version of the engine runs (no EP, no CP).
-    price: dollars per device-hour. quantization: "int8" or "fp8" weights.
+    price: dollars per device-hour. margin: the share by which predictions must stay below `ttft` and `tpot`. max_model_len: tokens
+    of the longest request that is let in; default input_len + output_len. quantization: "int8" or "fp8" weights.
     Promises that cannot be kept give the nearest plan, with `meets` False. Raises ConfigError for a setting that cannot be, and
     where no layout has the memory for one request: its message says how much is missing and what would fit.
     """
     start = time.perf_counter()
     shape, name = find_model(model) if isinstance(model, str) else (model, model.name)
     where = find_cluster(cluster) if isinstance(cluster, str) else cluster
-    work = check(Workload(input_len, output_len, rate, ttft, tpot), shape, memory_share, quantization)
+    work = check(Workload(input_len, output_len, rate, ttft, tpot, margin, max_model_len), shape, memory_share, quantization)
     search = search_of(pricer_of(shape, where, quantization), work, serving, memory_share)
     wanted = (dict.fromkeys(("ep", "cp", "dcp"), 1) if startable else {}) | (fixed or {})
     everything = search.all(lambda layout: all(getattr(layout, axis) == size for axis, size in wanted.items() if axis != "dp"))
@@ -117,7 +145,12 @@ def plan(
         raise ConfigError(f"hosts={','.join(names)} names {len(names)} hosts, and {where} has {where.nodes} nodes: name each of them.")
     per_node = where.devices_per_node * (found.layout.devices // found.devices)  # ranks: of a calibrated machine, several on one device
     lines = commands(name, found.layout, found.limits, names, per_node, quantization=quantization, share=memory_share)
-    return replace(found, commands=lines, seconds=time.perf_counter() - start)
+    nodes = len({line.node for line in lines})
+    short = rate is not None and found.rate < rate * (1 - 1e-9) and search.grows and "dp" not in wanted
+    return replace(
+        found, commands=lines, nodes=nodes, rented=nodes * where.devices_per_node,
+        enough=enough(search, everything) if short else None, seconds=time.perf_counter() - start,
+    )  # fmt: skip
 
 
 def pricer_of(model: str | ModelShape, cluster: str | Cluster, quantization: str = "") -> Pricer:
@@ -143,6 +176,17 @@ def check(work: Workload, shape: ModelShape, memory_share: float, quantization: 
     for name, number in (("rate", work.rate), ("ttft", work.ttft_s), ("tpot", work.tpot_s)):
         if number is not None and not (number > 0 and math.isfinite(number)):
             raise ConfigError(f"{name}={number:g} must be more than 0: give {'requests per second' if name == 'rate' else 'seconds'}.")
+    if not 0 <= work.margin < 1:
+        raise ConfigError(f"margin={work.margin:g} must be at least 0 and below 1: give a share, like 0.2.")
+    if work.longest < work.tokens:
+        raise ConfigError(
+            f"max_model_len={work.max_model_len} is less than input_len={work.input_len} and output_len={work.output_len} together: "
+            f"give at least {work.tokens}."
+        )
+    if work.tokens <= shape.max_position_embeddings < work.longest:
+        raise ConfigError(
+            f"max_model_len={work.longest} is more than the {shape.max_position_embeddings} positions of {shape.name}: use less."
+        )
     if work.tokens > shape.max_position_embeddings:
         raise ConfigError(
             f"input_len={work.input_len} and output_len={work.output_len} make {work.tokens} tokens, more than the "
@@ -165,36 +209,27 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     tokens = rate * work.output_len / (best.devices * count)
     paid = price if price is not None else setting.device.price_per_hour
     admits = _admits(search, best, replica, layout.dp)
-    seqs = max(best.best.concurrency if best.best else point.concurrency, point.concurrency)
+    largest = best.best.concurrency if best.best and work.rate is not None else 0
+    seqs = max(largest, point.concurrency)
     room, memory = search.fullest(best.layout, best.chunk, -(-seqs // layout.pp))
-    misses = _misses(work, point, rate)
+    broken = misses(work, point, rate)
     band = setting.device.band
     return Plan(
         model=setting.shape.name, cluster=str(setting.cluster), work=work, layout=layout, devices=best.devices * count,
-        limits=Limits(seqs, max(best.chunk, seqs), work.tokens),
-        point=point, meets=not misses, misses=misses, ttft_s=total_s(ttft_terms), tpot_s=total_s(tpot_terms),
+        limits=Limits(seqs, max(best.chunk, seqs), work.longest),
+        point=point, meets=not broken, misses=broken, promises=judge(work, point, admits["both"], band),
+        ttft_s=total_s(ttft_terms), tpot_s=total_s(tpot_terms),
         ttft_terms=ttft_terms, tpot_terms=tpot_terms, longest_gap_s=replica.longest_gap_s,
         utilisation=replica.utilisation(point.concurrency), rate=rate, tokens_per_device_s=tokens,
         cost_per_million=None if paid is None else paid / 3600 / tokens * 1e6, price_per_hour=paid,
         memory=memory, kv_bytes=seqs * request_blocks(work.tokens, layout) * BLOCK_TOKENS * memory.kv_per_token, kv_room=room,
         admits=admits, runners=runners_up(search, best, count, ordered, everything), commands=[],
         calibrated=setting.device.calibrated and search.serving.calibrated,
+        basis=_basis(setting.device, calibrated=setting.device.calibrated and search.serving.calibrated),
         band={"tpot": band.tpot, "ttft": band.ttft, "operation": band.operation},
         pareto=_frontier(search, everything), crossover=tp_or_pp(search.pricer, work.decode_context),
-        considered=len(everything), seconds=0.0, notes=_notes(setting, layout),
+        considered=len(everything), seconds=0.0, notes=_notes(setting, work, layout),
     )  # fmt: skip
-
-
-def _misses(work: Workload, point: Point, rate: float) -> list[str]:
-    """Promises that the point breaks, with both numbers."""
-    found = []
-    if work.ttft_s is not None and point.ttft_s > work.ttft_s:
-        found.append(f"TTFT is {point.ttft_s:.3g} s, {work.ttft_s:g} s was asked for")
-    if work.tpot_s is not None and point.tpot_s > work.tpot_s:
-        found.append(f"TPOT is {point.tpot_s * 1e3:.3g} ms, {work.tpot_s * 1e3:g} ms was asked for")
-    if work.rate is not None and rate < work.rate * (1 - 1e-9):
-        found.append(f"the whole cluster carries {rate:.3g} requests/s, {work.rate:g} were asked for")
-    return found
 
 
 def _admits(search: Search, c: Candidate, replica: Replica, replicas: int) -> dict[str, float]:
@@ -249,7 +284,21 @@ def _nothing_fits(search: Search, everything: list[Candidate], wanted: dict[str,
     )
 
 
-def _notes(setting: Setting, layout: Layout) -> list[str]:
+def _basis(device: Device, *, calibrated: bool) -> str:
+    """What the constants come from, and what would make them better."""
+    if calibrated:
+        return "calibrated"
+    if device.name.upper() == "CPU":
+        return "not calibrated: run `lockstep calibrate` on the machines"
+    if device.engine is not None:
+        return "not calibrated for this model, type or number of machines: priced by the entry's six numbers"
+    there = f"kernels as measured on {device.name}s" if device.calibrated else "no kernel was measured on this device"
+    lent = f"{', '.join(device.borrowed)}: constants of the {device.like}, scaled by the data sheet" if device.borrowed else ""
+    fit = "a server's overheads are assumed, until you fit them to serving runs of yours (docs/planner.md#serving)"
+    return "; ".join(part for part in (there, lent, fit) if part)
+
+
+def _notes(setting: Setting, work: Workload, layout: Layout) -> list[str]:
     """What a reader should know about these numbers."""
     shape, found = setting.shape, []
     missing = [name for name, there in (("MoE", shape.moe is not None), ("MLA", shape.mla is not None)) if there]
@@ -261,6 +310,10 @@ def _notes(setting: Setting, layout: Layout) -> list[str]:
         found.append(f"this version of the engine does not run {' and '.join(missing)} yet: planned and priced, not startable{words}")
     if shape.quantized and not setting.weight_dtype:
         found.append(f"the public checkpoint is quantized ({shape.quantized}); priced as {shape.dtype}, see --quantization")
+    if not work.max_model_len:
+        found.append(
+            f"lengths are taken as fixed: the command lets in requests of up to {work.longest} tokens; --max-model-len lets in longer ones"
+        )
     if setting.weight_dtype == "fp8":
         found.append("fp8 weights are priced, not run by this version of the engine")
     return found

@@ -86,5 +86,9 @@ def _terms(search: Search, winner: Candidate, count: int, c: Candidate) -> str:
     same = max(1, min(c.fits, round(running * winner.layout.dp / winner.devices * c.devices / c.layout.dp)))
     mine, its = ({t.name: t.seconds for t in r.tpot_terms(b)} for r, b in ((here, running), (there, same)))
     differences = sorted(((its.get(name, 0.0) - mine.get(name, 0.0), name) for name in {*mine, *its}), key=lambda each: -abs(each[0]))
-    shown = [f"{seconds * 1e3:+.2f} ms {name}" for seconds, name in differences[:2] if abs(seconds) > 5e-6]
-    return f"per token at equal load {', '.join(shown)}" if shown else ""
+    shown = [
+        f"{abs(seconds) * 1e3:.2f} ms {'more' if seconds > 0 else 'less'} for {name}"
+        for seconds, name in differences[:2]
+        if abs(seconds) > 5e-6
+    ]
+    return f"compared with this plan, at equal load a device, a token takes {' and '.join(shown)}" if shown else ""

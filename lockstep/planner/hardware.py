@@ -130,6 +130,8 @@ class Device:
     band: ErrorBand = ZERO_CALIBRATION
     price_per_hour: float | None = None
     source: str = ""
+    like: str = ""  # the device whose constants it borrows, and which those are
+    borrowed: tuple[str, ...] = ()
     engine: Mapping[str, Any] | None = None  # `calibration.Calibration`, as read: the engine's own steps on this machine
 
     def peak(self, dtype: str) -> float:

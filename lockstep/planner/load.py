@@ -44,11 +44,28 @@ class Workload:
     rate: float | None = None
     ttft_s: float | None = None
     tpot_s: float | None = None
+    margin: float = 0.0  # the share by which predictions must stay below the latencies promised
+    max_model_len: int | None = None
 
     @property
     def tokens(self) -> int:
-        """Most tokens of one request."""
+        """Tokens of a request at its end."""
         return self.input_len + self.output_len
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request that is let in."""
+        return self.max_model_len or self.tokens
+
+    @property
+    def ttft_limit_s(self) -> float:
+        """What a predicted TTFT must not exceed: the promise less the margin; infinite where any will do."""
+        return math.inf if self.ttft_s is None else self.ttft_s * (1 - self.margin)
+
+    @property
+    def tpot_limit_s(self) -> float:
+        """The same of TPOT."""
+        return math.inf if self.tpot_s is None else self.tpot_s * (1 - self.margin)
 
     @property
     def decode_context(self) -> float:
@@ -57,12 +74,8 @@ class Workload:
 
     def misses(self, point: Point) -> list[str]:
         """Which promises `point` breaks."""
-        found = []
-        if self.ttft_s is not None and point.ttft_s > self.ttft_s:
-            found.append("ttft")
-        if self.tpot_s is not None and point.tpot_s > self.tpot_s:
-            found.append("tpot")
-        return found
+        found = ["ttft"] if point.ttft_s > self.ttft_limit_s else []
+        return found + (["tpot"] if point.tpot_s > self.tpot_limit_s else [])
 
 
 @dataclass(frozen=True)

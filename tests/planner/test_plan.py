@@ -19,6 +19,7 @@ from lockstep.planner.pareto import Mark, as_text, frontier
 from lockstep.planner.search import Search
 from lockstep.planner.step import Pricer
 from lockstep.planner.terms import total_s
+from lockstep.planner.words import ms
 
 ASK = {"input_len": 2000, "output_len": 300, "rate": 8.0, "ttft": 0.5, "tpot": 0.04}
 
@@ -83,8 +84,8 @@ def test_json_and_text_and_svg_say_the_same(tmp_path, capsys):
     data = json.loads(capsys.readouterr().out)
     assert main([*argv, "--explain"]) == 0
     text = capsys.readouterr().out
-    assert f"{data['tpot_s'] * 1e3:,.2f} ms" in text and f"{data['memory']['weights']:,} B" in text
-    assert data["commands"][0]["line"] in text and "[experts]" in text and "not calibrated" in text
+    assert ms(data["tpot_s"]) in text and f"{data['memory']['weights']:,} B" in text
+    assert data["commands"][0]["line"] in text and "[experts]" in text and "overheads are assumed" in text
     dots = ET.fromstring(picture.read_text()).findall("{http://www.w3.org/2000/svg}circle")
     assert len(dots) == len(data["pareto"]) + 1  # and the plan's own
 
