@@ -12,6 +12,7 @@ from lockstep.planner.calibration import of_device
 from lockstep.planner.catalogue import cluster as find_cluster
 from lockstep.planner.command import Command, Limits, commands
 from lockstep.planner.crossover import Crossover, tp_or_pp
+from lockstep.planner.entry import KERNELS
 from lockstep.planner.explain import Runner, runners_up
 from lockstep.planner.find import find_model
 from lockstep.planner.hardware import Cluster, Device
@@ -280,7 +281,7 @@ def _nothing_fits(search: Search, everything: list[Candidate], wanted: dict[str,
     words = " or ".join(remedies)
     return (
         f"{s.shape.name} does not fit on {s.cluster}: {least.layout} needs {size(least.lacking)} more per rank for one request of "
-        f"{search.work.tokens} tokens" + (f"; {words} fits." if words else "; use fewer tokens or more devices.")
+        f"{search.work.longest} tokens" + (f"; {words} fits." if words else "; use fewer tokens or more devices.")
     )
 
 
@@ -292,7 +293,8 @@ def _basis(device: Device, *, calibrated: bool) -> str:
         return "not calibrated: run `lockstep calibrate` on the machines"
     if device.engine is not None:
         return "not calibrated for this model, type or number of machines: priced by the entry's six numbers"
-    there = f"kernels as measured on {device.name}s" if device.calibrated else "no kernel was measured on this device"
+    own = ", ".join(words for words in KERNELS.values() if words not in device.borrowed) if device.borrowed else "kernels"
+    there = f"{own} as measured on {device.name}s" if device.calibrated and own else "no kernel was measured on this device"
     lent = f"{', '.join(device.borrowed)}: constants of the {device.like}, scaled by the data sheet" if device.borrowed else ""
     fit = "a server's overheads are assumed, until you fit them to serving runs of yours (docs/planner.md#serving)"
     return "; ".join(part for part in (there, lent, fit) if part)

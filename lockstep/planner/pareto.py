@@ -45,6 +45,13 @@ class Asked:
             f"{work.rate:g} requests/s on {count(devices, 'device')}" if work.rate else "",
         )
 
+    def words(self, most_user: float, most_device: float) -> tuple[str, str]:
+        """What each line says; of one beyond these edges, that it is there."""
+        return (
+            self.user_words + " (beyond the right edge)" * bool(self.user and self.user > most_user),
+            self.device_words + " (beyond the top)" * bool(self.device and self.device > most_device),
+        )
+
     def edges(self, shown: list[Mark]) -> tuple[float, float]:
         """(most tokens per second of a user, of a device) that a drawing of these points and lines has to hold."""
         user, device = max((m.user for m in shown), default=1.0), max((m.device for m in shown), default=1.0)
@@ -93,6 +100,6 @@ def as_text(marks: list[Mark], chosen: Mark | None = None, asked: Asked | None =
     lines = [f"{most_device * (height - 1 - i) / (height - 1):>8,.0f} |{''.join(line).rstrip()}" for i, line in enumerate(grid)]
     foot = f"{'':>8} +{'-' * width}\n{'':>9}0{most_user:>{width},.0f}"
     legend = ([f"X  this plan: {chosen}"] if chosen else []) + [f"{letter}  {layout}" for layout, letter in letters.items()]
-    legend += [f"{sign}  {words}" for sign, words in (("|", asked.user_words), ("-", asked.device_words)) if words]
+    legend += [f"{sign}  {words}" for sign, words in zip("|-", asked.words(most_user, most_device), strict=True) if words]
     head = wrapped("tokens/s per device (up) by tokens/s of a user (right)", width + 10, 0)
     return "\n".join([head, *lines, foot, *(wrapped(f"{'':>10}{line}", width + 10, 13) for line in legend)])

@@ -21,15 +21,13 @@ def as_svg(marks: list[Mark], chosen: Mark | None = None, title: str = "", asked
         x = MARGIN + user / most_user * (WIDTH - 2 * MARGIN)
         return round(x, 1), round(HEIGHT - MARGIN - device / most_device * (HEIGHT - 2 * MARGIN), 1)
 
-    body, keys = [], [(LINE, "best of all layouts")]
-    if asked.user:
-        keys.append((PROMISE, asked.user_words))
-        if asked.user <= most_user:
-            body.append(_dashes(*place(asked.user, 0), *place(asked.user, most_device), PROMISE))
-    if asked.device:
-        keys.append((RATE, asked.device_words))
-        if asked.device <= most_device:
-            body.append(_dashes(*place(0, asked.device), *place(most_user, asked.device), RATE))
+    keys = [(LINE, "best of all layouts")]
+    keys += [(color, words) for color, words in zip((PROMISE, RATE), asked.words(most_user, most_device), strict=True) if words]
+    body = []
+    if asked.user and asked.user <= most_user:
+        body.append(_dashes(*place(asked.user, 0), *place(asked.user, most_device), PROMISE))
+    if asked.device and asked.device <= most_device:
+        body.append(_dashes(*place(0, asked.device), *place(most_user, asked.device), RATE))
     path = " ".join(f"{x},{y}" for x, y in (place(m.user, m.device) for m in marks))
     body.append(f'<polyline points="{path}" fill="none" stroke="{LINE}" stroke-width="2"/>')
     body += [_dot(mark, *place(mark.user, mark.device), LINE, 4) for mark in marks]

@@ -47,7 +47,10 @@ def headline(plan: Plan) -> str:
     asked += [f"{w.rate:g} requests/s"] if w.rate else []
     asked += [f"TTFT {ms(w.ttft_s)}"] if w.ttft_s else []
     asked += [f"TPOT {ms(w.tpot_s)}"] if w.tpot_s else []
-    lines = [f"{plan.model} on {plan.cluster}, {', '.join(asked)}", f"  plan: {plan.layout}, {count(plan.devices, 'device')}"]
+    lines = [
+        f"{plan.model} on {plan.cluster}, {', '.join(asked)}",
+        f"  plan: {plan.layout}" + f", {count(plan.devices, 'device')}" * (plan.layout.devices > 1),
+    ]
     if not plan.meets:
         lines.append(f"  the nearest plan; it misses: {'; '.join(plan.misses)}")
     if plan.enough:

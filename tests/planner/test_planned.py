@@ -1,6 +1,7 @@
 """The analytic answer against the engine's own scheduler on a virtual clock, with the same prices."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -44,8 +45,17 @@ def test_simulate_is_printed_after_the_plan(capsys):
     assert f"{ms(simulation['analytic_ttft_without_server_s'])} without a server's arrival and queue" in shown
     assert simulation["rate_simulated"] == simulation["rate_asked"] == 20 and simulation["seconds"] >= 60
     assert simulation["requests_of_a_replica"] >= 300 and not simulation["short"]
-    late = {name: seconds for name, seconds in simulation["tpot_s"].items() if seconds > 0.002}
-    assert simulation["misses"] == [f"{min(late)} TPOT {ms(late[min(late)])} misses 2.00 ms"] and simulation["misses"][0] in shown
+    assert simulation["misses"] == [] and "p50, p90 and p99 keep them" in shown
+
+
+def test_percentiles_are_held_against_the_promises():
+    found = plan("qwen3-0.6b", "1x1xH100", output_len=8, rate=20.0)
+    done = simulate_plan(found, pricer_of("qwen3-0.6b", "1x1xH100"))
+    between = (done.window.ttft_s(0.5) + done.window.ttft_s(0.9)) / 2
+    asked = replace(done, plan=replace(found, work=replace(found.work, ttft_s=between, tpot_s=1e-6)))
+    median, p90 = done.window.tpot_s(0.5), done.window.ttft_s(0.9)
+    assert asked.misses() == [f"p90 TTFT {ms(p90)} misses {ms(between)}", f"p50 TPOT {ms(median)} misses 0.00 ms"]
+    assert asked.misses()[0] in asked.describe() and asked.to_json()["misses"] == asked.misses()
 
 
 def test_a_load_that_is_not_the_one_asked_for_is_said(capsys):
