@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lockstep.config.errors import ConfigError
 from lockstep.engine.admission import Limits
 from lockstep.engine.scheduler import Scheduler
 from lockstep.planner.answer import Plan
@@ -31,8 +32,9 @@ from lockstep.simulation.simulate import simulate
 REQUESTS = 300  # that the steady middle has at least, and how long it is at least
 SECONDS = 60.0
 STEADY = 0.93  # of the requests that come, those that are answered in the same time: with less, a queue grows
-WARM_UP = 1.5  # residence times that are left out: one to fill the replica, half of one for what that leaves uneven
-MOST_TOKENS = 600_000  # generated in a run, so that it takes seconds
+WARM_UP = 1.25  # residence times that are left out: one to fill the replica, and a part of one for what that leaves uneven
+LEAST = 0.25  # residence times that the steady middle has at least
+MOST_TOKENS, TOO_MANY = 600_000, 1_500_000  # generated in a run: beyond the first the middle is shorter, beyond the second it is refused
 CONTEXT_GRAIN = 64  # contexts are priced to so many tokens, so that steps that cost alike are priced once
 SERVER_ONLY = ("arrival", "queue", "prefill beyond its own steps")  # terms of the TTFT of a real server
 
@@ -155,14 +157,22 @@ def _shares(of: Any) -> str:
 
 
 def simulate_plan(plan: Plan, pricer: Pricer) -> Simulated:
-    """The plan under its rate, requests as they come (Poisson); without a rate, as many clients as it runs requests at once."""
+    """The plan under its rate, requests as they come (Poisson); without a rate, as many clients as it runs requests at once.
+
+    Raises ConfigError for a load whose steady state is so many tokens away that a simulation would take minutes.
+    """
     work, layout, replicas, running = plan.work, plan.layout, plan.layout.dp, plan.point.concurrency
     residence_s = plan.ttft_s + (work.output_len - 1) * plan.tpot_s
     rate = plan.rate / replicas
     warm_s = WARM_UP * residence_s
     wanted_s = max(SECONDS, REQUESTS / rate)
-    least_s = residence_s / 2  # below that a middle says nothing
-    length_s = min(wanted_s, max(least_s, MOST_TOKENS / (rate * work.output_len) - warm_s))
+    least = rate * work.output_len * (warm_s + LEAST * residence_s)
+    if least > TOO_MANY:
+        raise ConfigError(
+            f"--simulate: {running} requests at once of {work.output_len} tokens are steady after {least / 1e6:.1f} million simulated "
+            f"tokens, more than {TOO_MANY / 1e6:g} million: give a lower --rate, or a shorter --output-len."
+        )
+    length_s = min(wanted_s, max(LEAST * residence_s, MOST_TOKENS / (rate * work.output_len) - warm_s))
     until_s = warm_s + length_s
     count = math.ceil(rate * until_s * 2) + 2 * running + 10  # more than can come until then
     arrivals: Sequence[Arrival]

@@ -75,3 +75,10 @@ def test_clients_that_ask_again_begin_one_after_the_other_and_only_the_steady_mi
     assert done.window.ttft_s(0.9) < 5 * done.analytic_ttft_s
     assert done.window.rate * 2 == pytest.approx(found.rate, rel=0.2)
     assert all(done.window.since_s < r.token_s[-1] <= done.window.until_s for r in done.window.ended)
+
+
+def test_a_load_that_would_take_minutes_is_refused_with_what_to_do(capsys):
+    argv = ["plan", "llama-3.1-70b", "--cluster", "8xH200", "--fix", "tp=8", "--input-len", "10", "--output-len", "3000", "--simulate"]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "--simulate" in error and "give a lower --rate" in error and error.count("\n") == 1
