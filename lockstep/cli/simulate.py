@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +28,7 @@ from lockstep.cli.errors import UsageError
 from lockstep.config.build import nearest
 from lockstep.config.errors import ConfigError
 from lockstep.config.tree import opt
+from lockstep.planner.words import wrapped
 
 # name -> module with Options, simulate, report and picture. `data` routes by the server's rules, so it stands up here.
 SIMULATORS = {
@@ -71,6 +73,8 @@ def run(argv: list[str]) -> int:
         return 0 if argv else 2
     done = simulated(argv)
     if done.output.svg:
+        if not done.output.svg.endswith(".svg"):
+            raise UsageError(f"--svg={done.output.svg} is written as SVG: give it a name that ends in .svg.")
         try:
             Path(done.output.svg).write_text(done.picture())
         except OSError as e:
@@ -92,9 +96,22 @@ def simulated(argv: list[str]) -> Simulated:
     module = import_module(SIMULATORS[name])
     forms = {name: options_form(module.Options), "output": options_form(Output)}
     command = dataclasses.make_dataclass("Command", [(key, form, dataclasses.field(default_factory=form)) for key, form in forms.items()])
-    about = (import_module(module.simulate.__module__).__doc__ or "").strip()
-    found: Any = tyro.cli(command, prog=f"lockstep simulate {name}", args=rest, description=about, config=(OmitArgPrefixes,))
+    if {"-h", "--help"} & set(rest):
+        print(lesson(module.Options), end="\n\n")
+    found: Any = tyro.cli(command, prog=f"lockstep simulate {name}", args=rest, description="", config=(OmitArgPrefixes,))
     return Simulated(module, solve(module, module.Options(**vars(getattr(found, name)))), Output(**vars(found.output)))
+
+
+def lesson(options: type) -> str:
+    """What the simulator is about: its module's docstring, prose filled to the terminal's width, numbered steps on lines of their own."""
+    lines: list[str] = []
+    for line in (import_module(options.__module__).__doc__ or "").strip().split("\n"):
+        step, in_step = line[:1].isdigit(), bool(lines) and lines[-1][:1].isdigit()
+        if lines and lines[-1] and line.strip() and (line.startswith("  ") or not (step or in_step)):
+            lines[-1] += " " + line.strip()
+        else:
+            lines.append(line.strip())
+    return wrapped("\n".join(lines), shutil.get_terminal_size().columns, 0)
 
 
 def solve(module: Any, options: Any) -> Any:

@@ -13,9 +13,10 @@ from lockstep.planner.catalogue import cluster as find_cluster
 from lockstep.planner.choose import choose
 from lockstep.planner.command import Command, Limits, commands
 from lockstep.planner.crossover import Crossover, tp_or_pp
+from lockstep.planner.entry import KERNELS
 from lockstep.planner.explain import Runner, runners_up
 from lockstep.planner.find import find_model
-from lockstep.planner.hardware import Cluster, Link
+from lockstep.planner.hardware import Cluster, Device, Link
 from lockstep.planner.host import SERVING as HOST_SERVING
 from lockstep.planner.host import HostPricer, HostSearch
 from lockstep.planner.layer import Setting
@@ -24,6 +25,7 @@ from lockstep.planner.load import Point, Replica, Serving, Workload
 from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
 from lockstep.planner.model import ModelShape
 from lockstep.planner.pareto import Mark, frontier
+from lockstep.planner.promises import Enough, Promise, enough, judge, misses
 from lockstep.planner.search import Candidate, Search, loads, request_blocks
 from lockstep.planner.startable import NONE, assumed, axes_missing, listed, missing, weight_dtype
 from lockstep.planner.step import Pricer
@@ -47,6 +49,7 @@ class Plan:
     point: Point  # one replica's load
     meets: bool
     misses: list[str]  # in words
+    promises: list[Promise]
     ttft_s: float
     tpot_s: float
     ttft_terms: list[Term]
@@ -64,6 +67,7 @@ class Plan:
     runners: list[Runner]
     commands: list[Command]
     calibrated: bool
+    basis: str  # what the constants come from
     band: dict[str, float]
     pareto: list[Mark]
     crossover: Crossover | None
@@ -73,6 +77,29 @@ class Plan:
     missing: list[str] = field(default_factory=list)  # what this version of the engine lacks to run it
     startable: bool = True  # the commands start the plan as printed
     links: dict[str, Link] = field(default_factory=dict)  # inside a node, between nodes
+    nodes: int = 1  # that the commands are for
+    rented: int = 1  # devices of those nodes: machines are rented whole
+    enough: Enough | None = None  # nodes that would carry the rate, where this cluster cannot
+
+    @property
+    def per_hour(self) -> float | None:
+        """Dollars per hour of the devices used; None without a price."""
+        return None if self.price_per_hour is None else self.price_per_hour * self.devices
+
+    @property
+    def nodes_per_hour(self) -> float | None:
+        """Dollars per hour of the whole nodes."""
+        return None if self.price_per_hour is None else self.price_per_hour * self.rented
+
+    @property
+    def nodes_per_million(self) -> float | None:
+        """Dollars per million output tokens when whole nodes are paid for."""
+        return None if self.cost_per_million is None else self.cost_per_million * self.rented / self.devices
+
+    @property
+    def most(self) -> float:
+        """Requests per second that this layout on these devices carries within the promises; as it runs, where it breaks them."""
+        return self.admits["both"] or self.rate
 
     @property
     def mark(self) -> Mark:
@@ -83,6 +110,7 @@ class Plan:
         """Everything as plain data; TPOT is null where an answer is one token."""
         found = asdict(self) | ({} if self.work.streams else {"tpot_s": None})
         found["layout"]["devices"] = self.devices
+        found |= {"per_hour": self.per_hour, "nodes_per_hour": self.nodes_per_hour, "nodes_per_million": self.nodes_per_million}
         found["crossover"] = (
             None if self.crossover is None else {"from_requests": self.crossover.from_requests, "words": str(self.crossover)}
         )
@@ -93,19 +121,21 @@ def plan(
     model: str | ModelShape, cluster: str | Cluster, *, input_len: int = 1024, output_len: int = 256, rate: float | None = None,
     ttft: float | None = None, tpot: float | None = None, price: float | None = None, quantization: str = "",
     memory_share: float = 0.9, fixed: dict[str, int] | None = None, startable: bool = False,
-    hosts: list[str] | None = None, serving: Serving | None = None,
+    hosts: list[str] | None = None, serving: Serving | None = None, margin: float = 0.0, max_model_len: int | None = None,
 ) -> Plan:  # fmt: skip
     """The best layout of `model` on `cluster` for requests of `input_len` + `output_len` tokens. Seconds, requests per second.
 
     fixed: axes that are given, like {"tp": 16}. startable: only what this version of the engine runs (no EP, no CP).
-    price: dollars per device-hour. quantization: "int8" or "fp8" weights, "none" for the model's own type, empty for what is published.
+    price: dollars per device-hour. margin: the share by which predictions must stay below `ttft` and `tpot`. max_model_len: tokens
+    of the longest request that is let in; default input_len + output_len. quantization: "int8" or "fp8" weights, "none" for the
+    model's own type, empty for what is published.
     Promises that cannot be kept give the nearest plan, with `meets` False. Raises ConfigError for a setting that cannot be, and
     where no layout has the memory for one request: its message says how much is missing and what would fit.
     """
     start = time.perf_counter()
     shape, name = find_model(model) if isinstance(model, str) else (model, model.name)
     where = find_cluster(cluster) if isinstance(cluster, str) else cluster
-    work = check(Workload(input_len, output_len, rate, ttft, tpot), shape, memory_share, quantization, price)
+    work = check(Workload(input_len, output_len, rate, ttft, tpot, margin, max_model_len), shape, memory_share, quantization, price)
     names = hosts or [f"node{i}" for i in range(where.nodes)]
     if len(names) != where.nodes:
         raise ConfigError(
@@ -125,7 +155,12 @@ def plan(
     found = answer(search, chosen.best, chosen.best.needed(rate) or chosen.best.at_most, chosen.ordered, chosen.everything, price)
     per_node = where.devices_per_node * (found.layout.devices // found.devices)  # ranks: of a calibrated machine, several on one device
     lines = commands(name, found.layout, found.limits, names, per_node, quantization=quantization, share=memory_share)
-    return replace(found, commands=lines, seconds=time.perf_counter() - start)
+    nodes = len({line.node for line in lines})
+    short = rate is not None and found.rate < rate * (1 - 1e-9) and search.grows and "dp" not in wanted
+    return replace(
+        found, commands=lines, nodes=nodes, rented=nodes * where.devices_per_node,
+        enough=enough(search, everything) if short else None, seconds=time.perf_counter() - start,
+    )  # fmt: skip
 
 
 def _has_room(c: Candidate, replicas: int) -> bool:
@@ -160,6 +195,17 @@ def check(work: Workload, shape: ModelShape, memory_share: float, quantization: 
             raise ConfigError(f"{name}={number:g} must be more than 0 and finite: give {unit}.")
     if price is not None and not (price >= 0 and math.isfinite(price)):
         raise ConfigError(f"price={price:g} must be 0 or more and finite: give dollars per device-hour.")
+    if not 0 <= work.margin < 1:
+        raise ConfigError(f"margin={work.margin:g} must be at least 0 and below 1: give a share, like 0.2.")
+    if work.longest < work.tokens:
+        raise ConfigError(
+            f"max_model_len={work.max_model_len} is less than input_len={work.input_len} and output_len={work.output_len} together: "
+            f"give at least {work.tokens}."
+        )
+    if work.tokens <= shape.max_position_embeddings < work.longest:
+        raise ConfigError(
+            f"max_model_len={work.longest} is more than the {shape.max_position_embeddings} positions of {shape.name}: use less."
+        )
     if work.tokens > shape.max_position_embeddings:
         raise ConfigError(
             f"input_len={work.input_len} and output_len={work.output_len} make {work.tokens} tokens, more than the "
@@ -182,44 +228,30 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     tokens = rate * work.output_len / (best.devices * count)
     paid = price if price is not None else setting.device.price_per_hour
     admits = _admits(search, best, replica, layout.dp)
-    seqs = max(best.best.concurrency if best.best else point.concurrency, point.concurrency)
+    largest = best.best.concurrency if best.best and work.rate is not None else 0
+    seqs = max(largest, point.concurrency)
     room, memory = search.fullest(best.layout, best.chunk, -(-seqs // layout.pp))
-    misses = _misses(search, everything, point, rate)
+    alone = [search.replica(c.layout, c.chunk).at(1) for c in everything if c.fits] if work.misses(point) else []
+    broken = misses(work, point, rate, alone)
     lacking = missing(setting, layout)
     band = setting.device.band
     return Plan(
         model=setting.shape.name, cluster=str(setting.cluster), work=work, layout=layout, devices=best.devices * count,
-        limits=Limits(seqs, max(seqs, best.chunk + -(-seqs // layout.pp)), work.tokens),
-        point=point, meets=not misses, misses=misses, ttft_s=total_s(ttft_terms), tpot_s=total_s(tpot_terms),
+        limits=Limits(seqs, max(seqs, best.chunk + -(-seqs // layout.pp)), work.longest),
+        point=point, meets=not broken, misses=broken, promises=judge(work, point, admits["both"], band),
+        ttft_s=total_s(ttft_terms), tpot_s=total_s(tpot_terms),
         ttft_terms=ttft_terms, tpot_terms=tpot_terms, longest_gap_s=replica.longest_gap_s(point.concurrency),
         utilisation=replica.utilisation(point.concurrency), rate=rate, tokens_per_device_s=tokens,
         cost_per_million=None if paid is None else paid / 3600 / tokens * 1e6, price_per_hour=paid,
         memory=memory, kv_bytes=seqs * request_blocks(work.tokens, layout) * BLOCK_TOKENS * memory.kv_per_token, kv_room=room,
         admits=admits, runners=runners_up(search, best, count, ordered, everything), commands=[],
         calibrated=setting.device.calibrated and search.serving.calibrated,
+        basis=_basis(setting.device, calibrated=setting.device.calibrated and search.serving.calibrated),
         band={"tpot": band.tpot, "ttft": band.ttft, "operation": band.operation},
         pareto=_frontier(search, everything), crossover=tp_or_pp(search.pricer, work.decode_context) if work.streams else None,
         considered=len(everything), seconds=0.0, notes=_notes(setting, work, layout, lacking),
         missing=lacking, startable=not lacking, links={"inside a node": setting.cluster.intra, "between nodes": setting.cluster.inter},
     )  # fmt: skip
-
-
-def _misses(search: Search, everything: list[Candidate], point: Point, rate: float) -> list[str]:
-    """Promises that the point breaks, with both numbers; and with the best one, where no layout keeps it under any load."""
-    work, found = search.work, []
-    broken = work.misses(point)
-    alone = [search.replica(c.layout, c.chunk).at(1) for c in everything if c.fits] if broken else []
-    if "ttft" in broken:
-        best, asked = min(p.ttft_s for p in alone), work.ttft_s or 0.0
-        never = f" and cannot be kept at any load (best {best:.3g} s at one request)" if best > asked else ""
-        found.append(f"TTFT is {point.ttft_s:.3g} s, {asked:g} s was asked for{never}")
-    if "tpot" in broken:
-        best, asked = min(p.tpot_s for p in alone), work.tpot_s or 0.0
-        never = f" and cannot be kept at any load (best {best * 1e3:.3g} ms at one request)" if best > asked else ""
-        found.append(f"TPOT is {point.tpot_s * 1e3:.3g} ms, {asked * 1e3:g} ms was asked for{never}")
-    if work.rate is not None and rate < work.rate * (1 - 1e-9):
-        found.append(f"the whole cluster carries {rate:.3g} requests/s, {work.rate:g} were asked for")
-    return found
 
 
 def _admits(search: Search, c: Candidate, replica: Replica, replicas: int) -> dict[str, float]:
@@ -273,8 +305,23 @@ def _nothing_fits(search: Search, everything: list[Candidate], wanted: dict[str,
     stored = f" with {s.weight_dtype} weights{' (as published)' if s.shape.quantized else ''}" if s.weight_dtype else ""
     return (
         f"{s.shape.name}{stored} does not fit on {s.cluster}: {least.layout} needs {size(least.lacking)} more per rank for one request of "
-        f"{search.work.tokens} tokens" + (f"; {words} fits." if words else "; use fewer tokens or more devices.")
+        f"{search.work.longest} tokens" + (f"; {words} fits." if words else "; use fewer tokens or more devices.")
     )
+
+
+def _basis(device: Device, *, calibrated: bool) -> str:
+    """What the constants come from, and what would make them better."""
+    if calibrated:
+        return "calibrated"
+    if device.name.upper() == "CPU":
+        return "not calibrated: run `lockstep calibrate` on the machines"
+    if device.engine is not None:
+        return "not calibrated for this model, type or number of machines: priced by the entry's six numbers"
+    own = ", ".join(words for words in KERNELS.values() if words not in device.borrowed) if device.borrowed else "kernels"
+    there = f"{own} as measured on {device.name}s" if device.calibrated and own else "no kernel was measured on this device"
+    lent = f"{', '.join(device.borrowed)}: constants of the {device.like}, scaled by the data sheet" if device.borrowed else ""
+    fit = "a server's overheads are assumed, until you fit them to serving runs of yours (docs/planner.md#serving)"
+    return "; ".join(part for part in (there, lent, fit) if part)
 
 
 def _notes(setting: Setting, work: Workload, layout: Layout, lacking: list[str]) -> list[str]:
@@ -289,6 +336,9 @@ def _notes(setting: Setting, work: Workload, layout: Layout, lacking: list[str])
     for name, asked, most in (("--ttft", work.ttft_s, LONG_TTFT_S), ("--tpot", work.tpot_s, LONG_TPOT_S)):
         if asked is not None and asked > most:
             found.append(f"{name} {asked:g} is in seconds: {asked / 1e3:g} would be {asked:g} ms")
+    if not work.max_model_len:
+        words = f"the command lets in requests of up to {work.longest} tokens; --max-model-len lets in longer ones"
+        found.append(f"lengths are taken as fixed: {words}")
     if not work.streams:
         found.append("answers of one token have no time between tokens: TPOT takes no part" if work.tpot_s else "")
     return [note for note in found if note]

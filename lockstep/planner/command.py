@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lockstep.planner.layout import Layout
 
 PORT = 8000  # of the first server on a node; the others' follow
+# Listening for other machines asks for a key; where the variable is not set, the server refuses the empty one and does not start.
+OPEN = ' --host 0.0.0.0 --api-key "$LOCKSTEP_API_KEY"'
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,18 @@ class Command:
 def commands(
     model: str, layout: Layout, limits: Limits, hosts: list[str], devices_per_node: int, *, quantization: str = "", share: float = 0.9
 ) -> list[Command]:
-    """One command for each server and each node that helps it. `hosts`: names or addresses of all nodes, in order."""
+    """One command for each server and each node that helps it. `hosts`: names or addresses of all nodes, in order.
+
+    On one node the server listens to that node alone; on several, to whoever has the key.
+    """
+    found = _on_nodes(model, layout, limits, hosts, devices_per_node, quantization, share)
+    alone = len({command.node for command in found}) == 1
+    return [replace(command, line=command.line.removesuffix(OPEN)) for command in found] if alone else found
+
+
+def _on_nodes(
+    model: str, layout: Layout, limits: Limits, hosts: list[str], devices_per_node: int, quantization: str, share: float
+) -> list[Command]:
     common = ["lockstep", "serve", model, *_axes(layout), *_limits(limits, share)]
     if quantization == "int8":
         common += ["--quantization", "int8"]
@@ -107,5 +120,4 @@ def _beside(command: Command, i: int, devices: int) -> Command:
 
 
 def _command(host: str, words: list[str], *, leader: bool) -> Command:
-    listen = ["--host", "0.0.0.0"] if leader else []
-    return Command(host, shlex.join([*words, *listen]))
+    return Command(host, shlex.join(words) + OPEN * leader)

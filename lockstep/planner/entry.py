@@ -34,6 +34,9 @@ from lockstep.planner.hardware import (
 
 LIKE = "H100"
 _NEEDED = ("name", "flops", "memory_bandwidth", "capacity_bytes", "scale_up")
+KERNELS = {
+    "gemm": "products", "prefill": "prefill attention", "decode": "decode attention", "moe": "experts", "elementwise": "small kernels",
+}  # fmt: skip
 _OPTIONAL = (
     *("scale_out", "per_node", "cores", "price_per_hour", "source", "like", "calibrated", "band", "fits", "aliases", "engine"),
     "platform",
@@ -136,7 +139,8 @@ STEP_SHARE = 0.7
 
 def _borrow(device: Device, like: Device) -> Device:
     """The device with another's constants: efficiencies and launches as they are, since rooflines scale by the data sheet."""
-    return replace(device, gemm=like.gemm, prefill=like.prefill, decode=like.decode, moe=like.moe, elementwise=like.elementwise)
+    lent = {key: getattr(like, key) for key in KERNELS}
+    return replace(device, **lent, like=like.name, borrowed=tuple(KERNELS.values()))
 
 
 def _with_fits(device: Device, fits: Mapping[str, Any]) -> Device:
@@ -151,13 +155,15 @@ def _with_fits(device: Device, fits: Mapping[str, Any]) -> Device:
     if "collectives" in fits:
         ranks = {op: {int(n): Link(**link) for n, link in by_ranks.items()} for op, by_ranks in fits["collectives"].items()}
         found["collectives"] = {**device.collectives, **ranks}
-    return replace(device, **found)
+    left = tuple(words for key, words in KERNELS.items() if key not in fits and words in device.borrowed)
+    return replace(device, **found, borrowed=left)
 
 
 def to_entry(device: Device) -> dict[str, Any]:
     """The entry that `from_entry` makes the device from again; all its constants are written out."""
     raw = asdict(replace(device, tables={}))
     fits = {key: raw.pop(key) for key in ("gemm", "prefill", "decode", "moe", "elementwise", "collectives")}
+    raw.pop("borrowed")
     raw.pop("tables")  # samples are not constants: whoever measured keeps them
     fits["collectives"] = {op: {str(n): link for n, link in by_ranks.items()} for op, by_ranks in fits["collectives"].items()}
     return {key: value for key, value in raw.items() if value is not None} | {"like": "", "fits": fits}

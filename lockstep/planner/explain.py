@@ -8,6 +8,7 @@ from lockstep.planner import collectives
 from lockstep.planner.layout import Layout, Span, tp_span
 from lockstep.planner.load import Point
 from lockstep.planner.search import Candidate, Search
+from lockstep.planner.words import rate_of
 from lockstep.utils.sizes import size
 
 
@@ -64,8 +65,8 @@ def _shortfall(search: Search, winner: Candidate, count: int, c: Candidate, used
         return [*broken, f"needs {c.devices * used} devices, not {devices}"]
     per_device = c.rate / c.devices / (winner.rate / winner.devices) - 1 if winner.rate else 0.0
     if search.work.rate is not None and carried < search.work.rate:
-        return [*broken, f"carries {carried:.3g} of {search.work.rate:g} requests/s"]
-    return [*broken, f"carries {carried:.3g} requests/s, not {mine:.3g} ({per_device:+.0%} per device)"]
+        return [*broken, f"carries {rate_of(carried)} of {search.work.rate:g} requests/s"]
+    return [*broken, f"carries {rate_of(carried)} requests/s, not {rate_of(mine)} ({per_device:+.0%} per device)"]
 
 
 def _messages(search: Search, placed: Layout) -> list[str]:
@@ -90,5 +91,10 @@ def _terms(search: Search, winner: Candidate, count: int, c: Candidate) -> str:
     sides = ((here, running), (there, same))
     mine, its = ({t.name: t.seconds for t in (r.tpot_terms(b) if streams else r.ttft_terms(b))} for r, b in sides)
     differences = sorted(((its.get(name, 0.0) - mine.get(name, 0.0), name) for name in {*mine, *its}), key=lambda each: -abs(each[0]))
-    shown = [f"{seconds * 1e3:+.2f} ms {name}" for seconds, name in differences[:2] if abs(seconds) > 5e-6]
-    return f"per {'token' if streams else 'prompt'} at equal load {', '.join(shown)}" if shown else ""
+    shown = [
+        f"{abs(seconds) * 1e3:.2f} ms {'more' if seconds > 0 else 'less'} for {name}"
+        for seconds, name in differences[:2]
+        if abs(seconds) > 5e-6
+    ]
+    what = "token" if streams else "prompt"
+    return f"compared with this plan, at equal load a device, a {what} takes {' and '.join(shown)}" if shown else ""

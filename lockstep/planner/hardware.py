@@ -143,6 +143,8 @@ class Device:
     price_per_hour: float | None = None
     source: str = ""
     platform: str = "cuda"  # cuda and cpu are what the engine runs on
+    like: str = ""  # the device whose constants it borrows, and which those are
+    borrowed: tuple[str, ...] = ()
     engine: Mapping[str, Any] | None = None  # `calibration.Calibration`, as read: the engine's own steps on this machine
 
     def peak(self, dtype: str) -> float:

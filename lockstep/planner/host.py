@@ -116,7 +116,7 @@ class HostSearch(Search):
 
     def _rank(self, layout: Layout, stage: int, rank: int, tokens: int, rows: int) -> RankMemory:
         s, granule = self.pricer.setting, cpu_memory.AMX_GRANULE if "amx" in self.found.kernels else cpu_memory.PAIR
-        sizes = cpu_memory.StepSizes(tokens, rows * layout.pp, rows, self.work.tokens)
+        sizes = cpu_memory.StepSizes(tokens, rows * layout.pp, rows, self.work.longest)
         return RankMemory(
             cpu_memory.weight_bytes(s.shape, layout, stage, rank, how="even", weight_dtype=s.weight_dtype, granule=granule),
             kv_bytes_per_token(s.shape, layout, stage, rank),

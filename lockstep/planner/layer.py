@@ -21,6 +21,7 @@ LAUNCHES = 4  # memory-bound kernels of a layer: two norms with the residual, ro
 MLA_FLOP_SHARE = 0.6  # of peak, that latent decode attention reaches when its heads make it compute-bound
 GEMM, ATTENTION, MOE = "docs/planner.md#products", "docs/planner.md#attention", "docs/planner.md#experts"
 MESSAGES, MEMORY = "docs/planner.md#collectives", "docs/planner.md#elementwise"
+LINK = "launch + steps * step * S / (S + knee)"  # of every message and collective, before its traffic
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ def all_reduce(s: Setting, span: Span, size: float, name: str) -> Term:
     seconds = collectives.all_reduce_s(s.cluster, *span, size) if span.size > 1 else 0.0
     across = "hierarchical: reduce-scatter and all-gather inside, ring or tree across" if span.nodes > 1 else "one node"
     sent = 2 * (span.size - 1) / span.size * size
-    return Term(name, seconds, 0.0, sent, f"launch + steps * step * S / (S + knee) + 2(n-1)/n * S / B, {across}", MESSAGES)
+    return Term(name, seconds, 0.0, sent, f"{LINK} + 2(n-1)/n S / B, {across}", MESSAGES)
 
 
 def _projections(s: Setting, layout: Layout, tokens: int, expanded: int) -> Iterator[Term]:
@@ -150,7 +151,7 @@ def _prefill_attention(s: Setting, layout: Layout, groups: Groups, work: Work, h
     if layout.cp > 1:
         size = work.tokens * s.shape.kv_elements_per_token * s.shape.itemsize * (1 if s.shape.mla else kv / s.shape.num_kv_heads)
         seconds = collectives.all_gather_s(s.cluster, *groups.cp, size)
-        yield Term("KV all-gather over the context group", seconds, 0.0, size, "launch + (n-1)/n * S / B", MESSAGES)
+        yield Term("KV all-gather over the context group", seconds, 0.0, size, f"{LINK} + (n-1)/n S / B", MESSAGES)
 
 
 def _decode_attention(s: Setting, layout: Layout, groups: Groups, work: Work, window: int) -> Iterator[Term]:
@@ -223,8 +224,8 @@ def _routed(s: Setting, layout: Layout, groups: Groups, work: Work, tokens: int)
     where = (*groups.ep, mine, shape.hidden_size, moe.per_token)
     sent = float(mine * shape.hidden_size * moe.per_token)
     out, back = collectives.dispatch_s(s.cluster, *where, mode), collectives.combine_s(s.cluster, *where, mode)
-    yield Term("dispatch to experts", out, 0.0, sent * DTYPE_BYTES["fp8"], "launch + T k h / B (fp8)", MESSAGES)
-    yield Term("combine from experts", back, 0.0, sent * shape.itemsize, "launch + T k h / B", MESSAGES)
+    yield Term("dispatch to experts", out, 0.0, sent * DTYPE_BYTES["fp8"], f"{LINK} + T k h / B (fp8)", MESSAGES)
+    yield Term("combine from experts", back, 0.0, sent * shape.itemsize, f"{LINK} + T k h / B", MESSAGES)
     if layout.tp > 1:
         gather = collectives.all_gather_s(s.cluster, *groups.tp, wide)
-        yield Term("all-gather after the experts", gather, 0.0, wide, "launch + (n-1)/n * S / B", MESSAGES)
+        yield Term("all-gather after the experts", gather, 0.0, wide, f"{LINK} + (n-1)/n S / B", MESSAGES)

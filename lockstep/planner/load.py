@@ -46,10 +46,12 @@ class Workload:
     rate: float | None = None
     ttft_s: float | None = None
     tpot_s: float | None = None
+    margin: float = 0.0  # the share by which predictions must stay below the latencies promised
+    max_model_len: int | None = None
 
     @property
     def tokens(self) -> int:
-        """Most tokens of one request."""
+        """Tokens of a request at its end."""
         return self.input_len + self.output_len
 
     @property
@@ -58,22 +60,33 @@ class Workload:
         return self.output_len > 1
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest request that is let in."""
+        return self.max_model_len or self.tokens
+
+    @property
+    def ttft_limit_s(self) -> float:
+        """What a predicted TTFT must not exceed: the promise less the margin; infinite where any will do."""
+        return math.inf if self.ttft_s is None else self.ttft_s * (1 - self.margin)
+
+    @property
+    def tpot_limit_s(self) -> float:
+        """The same of TPOT."""
+        return math.inf if self.tpot_s is None else self.tpot_s * (1 - self.margin)
+
+    @property
     def decode_context(self) -> float:
         """Cached tokens of a running request, on average."""
         return self.input_len + self.output_len / 2
 
     def misses(self, point: Point) -> list[str]:
         """Which promises `point` breaks."""
-        found = []
-        if self.ttft_s is not None and point.ttft_s > self.ttft_s:
-            found.append("ttft")
-        if self.tpot_s is not None and self.streams and point.tpot_s > self.tpot_s:
-            found.append("tpot")
-        return found
+        found = ["ttft"] if point.ttft_s > self.ttft_limit_s else []
+        return found + (["tpot"] if self.streams and point.tpot_s > self.tpot_limit_s else [])
 
     def excess(self, point: Point) -> tuple[float, float]:
-        """Predicted / promised TTFT and TPOT; 0 for what was not asked for."""
-        return point.ttft_s / (self.ttft_s or math.inf), point.tpot_s / (self.tpot_s or math.inf) if self.streams else 0.0
+        """Predicted TTFT and TPOT over what was promised less the margin; 0 for what was not asked for."""
+        return point.ttft_s / self.ttft_limit_s, point.tpot_s / self.tpot_limit_s if self.streams else 0.0
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The search: every layout of the space, its memory, the most requests it may run at once within the promises, and the order.
 
 What wins: with a rate, the fewest devices that carry it within the promises, and among those the one that could carry most;
-without a rate, the one that carries most on the whole cluster. Layers are priced once for each (tp, cp, ep) and work, pipelines
-are sums of them, and the largest load is found by bisection (latencies grow with it): so 10,000 devices take seconds.
+without a rate, the one that carries most on the whole cluster, at the smallest load that does so to 2 %. Layers are priced once
+for each (tp, cp, ep) and work, pipelines are sums of them, and the largest load is found by bisection (latencies grow with it):
+so 10,000 devices take seconds.
 
 A few sizes of batch are tried for every layout, which bounds what it can carry at any size. In the order of these bounds loads are
 then found to one request, until nothing that is left could be better.
@@ -29,6 +30,7 @@ from lockstep.planner.step import Pricer
 CHUNKS = (512, 2048, 8192)
 MOST_SEQS = 1024  # of one replica
 EXACT = 8  # layouts at the head of an order whose loads are found to one request
+ENOUGH = 0.98  # of the most requests per second: what a larger batch adds then is latency
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -106,15 +108,14 @@ class Search:
         return min(found, key=lambda each: each[0] / each[1].kv_per_token)
 
     def room(self, layout: Layout, chunk: int) -> tuple[int, int]:
-        """(requests of full length that fit in a replica, bytes that are missing for one)."""
-        per_request = request_blocks(self.work.tokens, layout) * BLOCK_TOKENS
+        """(requests of the asked lengths that fit in a replica, bytes that are missing for the longest one that is let in)."""
+        each, longest = (request_blocks(tokens, layout) * BLOCK_TOKENS for tokens in (self.work.tokens, self.work.longest))
         rows, fits = 1, 0
         for _ in range(2):  # the more requests, the larger the buffers for their logits
             free, rank = self.fullest(layout, chunk, rows)
-            need = per_request * rank.kv_per_token
-            if free < need:
-                return (fits, 0) if fits else (0, need - free)
-            fits = min(MOST_SEQS, free // need)
+            if free < longest * rank.kv_per_token:
+                return (fits, 0) if fits else (0, longest * rank.kv_per_token - free)
+            fits = min(MOST_SEQS, free // (each * rank.kv_per_token))
             rows = -(-fits // layout.pp)
         return fits, 0
 
@@ -246,11 +247,15 @@ class Search:
         return max(self.work.excess(self.replica(c.layout, c.chunk).at(1)))
 
     def loaded(self, c: Candidate, count: int) -> Point:
-        """One replica's load when `count` deployments share the rate. Where that breaks the promises, or none is asked for, the
-        largest load that keeps them; a single request where none does."""
+        """One replica's load when `count` deployments share the rate. Without a rate, the smallest load that makes nearly the most
+        within the promises; where they cannot carry the rate, the largest that keeps them; a single request where none does."""
         replica, rate = self.replica(c.layout, c.chunk), self.work.rate
-        if c.best is None or rate is None or c.best.rate < rate / (count * c.layout.dp):
-            return c.best or replica.at(1)
+        if c.best is None:
+            return replica.at(1)
+        if rate is None:
+            return self.at_rate(replica, c.best.concurrency, ENOUGH * c.best.rate)
+        if c.best.rate < rate / (count * c.layout.dp):
+            return c.best
         return self.at_rate(replica, c.best.concurrency, rate / (count * c.layout.dp))
 
 

@@ -1,10 +1,18 @@
-"""A plan under its load on a virtual clock: the engine's own scheduler decides, and the planner's prices say how long steps take."""
+"""A plan under its load on a virtual clock: the engine's own scheduler decides, and the planner's prices say how long steps take.
+
+Replicas are equal and take requests in turn, so one of them is simulated, under every n-th request of the whole plan's: exactly
+what it would get. What is reported is the steady middle: the time in which the first requests fill the replica is left out, and
+the run ends before it empties.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from lockstep.config.errors import ConfigError
 from lockstep.engine.admission import Limits
 from lockstep.engine.scheduler import Scheduler
 from lockstep.planner.answer import Plan
@@ -14,14 +22,21 @@ from lockstep.planner.layout import Layout
 from lockstep.planner.memory import BLOCK_TOKENS
 from lockstep.planner.search import request_blocks
 from lockstep.planner.step import Pricer
+from lockstep.planner.words import ms, rate_of
 from lockstep.simulation.arrivals import Arrival, at_once, poisson
 from lockstep.simulation.cost import StepWork
 from lockstep.simulation.engine_cost import CalibratedCost
-from lockstep.simulation.report import Report
+from lockstep.simulation.report import Report, Window
 from lockstep.simulation.simulate import simulate
 
-REQUESTS = 300  # simulated of an open load; of a closed one three for each that runs at once
+REQUESTS = 300  # that the steady middle has at least, and how long it is at least
+SECONDS = 60.0
+STEADY = 0.93  # of the requests that come, those that are answered in the same time: with less, a queue grows
+WARM_UP = 1.25  # residence times that are left out: one to fill the replica, and a part of one for what that leaves uneven
+LEAST = 0.25  # residence times that the steady middle has at least
+MOST_TOKENS, TOO_MANY = 600_000, 1_500_000  # generated in a run: beyond the first the middle is shorter, beyond the second it is refused
 CONTEXT_GRAIN = 64  # contexts are priced to so many tokens, so that steps that cost alike are priced once
+SERVER_ONLY = ("arrival", "queue", "prefill beyond its own steps")  # terms of the TTFT of a real server
 
 
 @dataclass(frozen=True)
@@ -57,13 +72,116 @@ def _rounded(context: float) -> float:
     return float(round(context / CONTEXT_GRAIN) * CONTEXT_GRAIN)
 
 
-def simulate_plan(plan: Plan, pricer: Pricer) -> Report:
-    """The plan's replicas under its rate, requests as they come (Poisson); without a rate, as many at once as it runs."""
-    work, layout, running = plan.work, plan.layout, plan.point.concurrency * plan.layout.dp
+@dataclass(frozen=True)
+class Simulated:
+    """One replica's run, and its steady middle."""
+
+    plan: Plan
+    report: Report
+    window: Window
+    short: bool  # the middle is shorter than it should be, since the run would have taken too long
+
+    @property
+    def analytic_ttft_s(self) -> float:
+        """The plan's TTFT without what a real server adds, which a simulated one does not."""
+        return math.fsum(t.seconds for t in self.plan.ttft_terms if t.name not in SERVER_ONLY)
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether requests come faster than the scheduler gets them done."""
+        return self.plan.work.rate is not None and self.window.rate * self.plan.layout.dp < STEADY * self.plan.rate
+
+    def to_json(self) -> dict[str, Any]:
+        """Seconds, and requests and tokens per second of the whole plan."""
+        w, replicas, shares = self.window, self.plan.layout.dp, {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+        return {
+            "rate_asked": self.plan.work.rate,
+            "rate_simulated": self.plan.rate if self.plan.work.rate is not None else None,
+            "clients": None if self.plan.work.rate is not None else self.plan.point.concurrency * replicas,
+            "replicas": replicas,
+            "seconds": w.until_s - w.since_s,
+            "requests_of_a_replica": len(w.ended),
+            "ttft_s": {name: w.ttft_s(share) for name, share in shares.items()},
+            "tpot_s": {name: w.tpot_s(share) for name, share in shares.items()},
+            "analytic_ttft_without_server_s": self.analytic_ttft_s,
+            "rate": w.rate * replicas,
+            "output_tokens_per_s": w.throughput * replicas,
+            "preemptions": sum(r.preemptions for r in self.report.requests),
+            "overloaded": self.overloaded,
+            "misses": self.misses(),
+            "short": self.short,
+        }
+
+    def misses(self) -> list[str]:
+        """Promises that a percentile breaks, in words."""
+        w, work, found = self.window, self.plan.work, []
+        for name, asked, of in (("TTFT", work.ttft_s, w.ttft_s), ("TPOT", work.tpot_s, w.tpot_s)):
+            broken = [(label, of(share)) for label, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)) if asked and of(share) > asked]
+            if asked and broken:
+                found.append(f"{broken[0][0]} {name} {ms(broken[0][1])} misses {ms(asked)}")
+        return found
+
+    def describe(self) -> str:
+        """The figures as text."""
+        w, replicas, work = self.window, self.plan.layout.dp, self.plan.work
+        one = f"one of {replicas} equal replicas, " if replicas > 1 else ""
+        busy = [f"stages busy   {', '.join(f'{share:.0%}' for share in self.report.stage_usage())}"] if work.rate is None else []
+        return "\n".join(
+            [
+                f"load          {self._load()}",
+                f"simulated     {one}{w.until_s - w.since_s:,.0f} s after a warm-up of {w.since_s:,.0f} s, {len(w.ended)} requests"
+                + (" (fewer than would be steady: more would take too long here)" if self.short else ""),
+                f"TTFT          {_shares(w.ttft_s)}",
+                f"  analytic    {ms(self.analytic_ttft_s)} without a server's arrival and queue, which nothing here has; "
+                f"hold {ms(self.plan.ttft_s)}, with both, against a promise",
+                f"TPOT          {_shares(w.tpot_s)}",
+                f"  analytic    {ms(self.plan.tpot_s)}",
+                f"throughput    {rate_of(w.rate * replicas)} requests/s, {w.throughput * replicas:,.1f} output tokens/s in all",
+                *(["overloaded    requests come faster than they are answered: a queue grows, and TTFT with it"] * self.overloaded),
+                f"preemptions   {sum(r.preemptions for r in self.report.requests)}",
+                *busy,
+                *([f"promises      {'; '.join(self.misses()) or 'p50, p90 and p99 keep them'}"] if work.ttft_s or work.tpot_s else []),
+            ]
+        )
+
+    def _load(self) -> str:
+        work, carried = self.plan.work, self.plan.rate
+        if work.rate is None:
+            clients = self.plan.point.concurrency * self.plan.layout.dp
+            return f"{clients:,} clients that each ask again when they are answered"
+        if carried < work.rate * (1 - 1e-9):
+            return f"{rate_of(carried)} requests/s, what this plan carries; not the {work.rate:g} asked for"
+        return f"{work.rate:g} requests/s, at random (Poisson)"
+
+
+def _shares(of: Any) -> str:
+    return f"{ms(of(0.5))} median, {ms(of(0.9))} p90, {ms(of(0.99))} p99"
+
+
+def simulate_plan(plan: Plan, pricer: Pricer) -> Simulated:
+    """The plan under its rate, requests as they come (Poisson); without a rate, as many clients as it runs requests at once.
+
+    Raises ConfigError for a load whose steady state is so many tokens away that a simulation would take minutes.
+    """
+    work, layout, replicas, running = plan.work, plan.layout, plan.layout.dp, plan.point.concurrency
+    residence_s = plan.ttft_s + (work.output_len - 1) * plan.tpot_s
+    rate = plan.rate / replicas
+    warm_s = WARM_UP * residence_s
+    wanted_s = max(SECONDS, REQUESTS / rate)
+    least = rate * work.output_len * (warm_s + LEAST * residence_s)
+    if least > TOO_MANY:
+        raise ConfigError(
+            f"--simulate: {running} requests at once of {work.output_len} tokens are steady after {least / 1e6:.1f} million simulated "
+            f"tokens, more than {TOO_MANY / 1e6:g} million: give a lower --rate, or a shorter --output-len."
+        )
+    length_s = min(wanted_s, max(LEAST * residence_s, MOST_TOKENS / (rate * work.output_len) - warm_s))
+    until_s = warm_s + length_s
+    count = math.ceil(rate * until_s * 2) + 2 * running + 10  # more than can come until then
+    arrivals: Sequence[Arrival]
     if work.rate is not None:
-        arrivals: Sequence[Arrival] = poisson(plan.rate, REQUESTS, work.input_len, work.output_len)
+        arrivals = poisson(plan.rate, count * replicas, work.input_len, work.output_len)[::replicas]
     else:
-        arrivals = at_once(3 * running, work.input_len, work.output_len)
+        arrivals = at_once(count, work.input_len, work.output_len)
     limits = Limits(
         num_blocks=plan.limits.max_num_seqs * request_blocks(work.tokens, layout) + 1,
         block_size=BLOCK_TOKENS * layout.cp * layout.dcp,
@@ -72,11 +190,13 @@ def simulate_plan(plan: Plan, pricer: Pricer) -> Report:
         max_model_len=plan.limits.max_model_len,
         vocab_size=pricer.setting.shape.vocab_size,
     )
-    return simulate(
+    report = simulate(
         lambda clock: Scheduler(limits, prefix_caching=False, stages=layout.pp, clock=clock),
         CalibratedCost(pricer.model(layout)) if isinstance(pricer, HostPricer) else PlannedCost(pricer, layout),
         arrivals,
-        replicas=layout.dp,
         depth=layout.pp,
         concurrency=None if work.rate is not None else running,
+        ramp_s=residence_s,
+        until_s=until_s,
     )
+    return Simulated(plan, report, report.between(warm_s, until_s), short=length_s < wanted_s)

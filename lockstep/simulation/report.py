@@ -15,6 +15,7 @@ class Served:
     replica: int
     token_s: list[float] = field(default_factory=list)  # when each output token came
     preemptions: int = 0
+    ended: bool = False
     refused: str = ""  # why it never ran
 
     @property
@@ -76,6 +77,10 @@ class Report:
         """Those that ran."""
         return [r for r in self.requests if not r.refused]
 
+    def between(self, since_s: float, until_s: float) -> Window:
+        """What happened after `since_s`, up to `until_s`."""
+        return Window(self.requests, since_s, until_s)
+
     @property
     def output_tokens(self) -> int:
         return sum(len(r.token_s) for r in self.requests)
@@ -124,6 +129,44 @@ class Report:
                 f"stages busy  {', '.join(f'{share:.1%}' for share in self.stage_usage())}",
             ]
         )
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steady middle of a run: what came after `since_s`, up to `until_s`; each event counts when it happened.
+
+    So requests that began before it, or end after it, are not a kind of their own that is left out.
+    """
+
+    requests: Sequence[Served]
+    since_s: float
+    until_s: float
+
+    def _inside(self, at_s: float) -> bool:
+        return self.since_s < at_s <= self.until_s
+
+    @property
+    def ended(self) -> list[Served]:
+        """Requests whose last token came."""
+        return [r for r in self.requests if r.ended and self._inside(r.token_s[-1])]
+
+    @property
+    def rate(self) -> float:
+        """Requests per second that ended."""
+        return len(self.ended) / (self.until_s - self.since_s)
+
+    @property
+    def throughput(self) -> float:
+        """Output tokens per second."""
+        return sum(self._inside(at_s) for r in self.requests for at_s in r.token_s) / (self.until_s - self.since_s)
+
+    def ttft_s(self, share: float = 0.5) -> float:
+        """The time to the first token that `share` of those that came stay within."""
+        return quantile((r.ttft_s for r in self.requests if r.token_s and self._inside(r.token_s[0])), share)
+
+    def tpot_s(self, share: float = 0.5) -> float:
+        """The time per output token that `share` of the requests that ended stay within; 0 where all have one token."""
+        return quantile((r.tpot_s for r in self.ended if r.tpot_s is not None), share)
 
 
 def quantile(values: Iterable[float], share: float) -> float:

@@ -4,11 +4,13 @@
    replicas in order.
 2. An arrival is given to the replica that the router names, from what the replicas carry at that moment.
 3. A replica that wakes takes its oldest step's result and issues new steps (see `engine.py`).
-With `concurrency`, an arrival waits until fewer than so many requests are unfinished, as clients that ask again do.
+With `concurrency`, an arrival waits until fewer than so many requests are unfinished, as clients that ask again do; with `ramp_s`
+these clients do not begin together, but one after the other, evenly over that time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -52,8 +54,10 @@ def simulate(
     depth: int = 1,
     router: Router = in_turn,
     concurrency: int | None = None,
+    ramp_s: float = 0.0,
+    until_s: float = math.inf,
 ) -> Report:
-    """Run every arrival (in order of time) to its end.
+    """Run every arrival (in order of time) to its end, or until `until_s`: what is unfinished then stays so.
 
     make_scheduler: called once for each replica with the clock. depth: steps in flight of a replica. The report has a
     request that can never run as `refused`, with the scheduler's words.
@@ -61,16 +65,18 @@ def simulate(
     assert replicas >= 1 and (concurrency is None or concurrency >= 1)
     clock = VirtualClock()
     engines = [SimulatedEngine(make_scheduler(clock), cost, depth=depth) for _ in range(replicas)]
-    return _Run(clock, engines, list(arrivals), router, concurrency).run()
+    return _Run(clock, engines, list(arrivals), router, concurrency, ramp_s, until_s).run()
 
 
 class _Run:
     """One run's state."""
 
     def __init__(
-        self, clock: VirtualClock, engines: list[SimulatedEngine], arrivals: list[Arrival], router: Router, concurrency: int | None
-    ) -> None:
+        self, clock: VirtualClock, engines: list[SimulatedEngine], arrivals: list[Arrival], router: Router,
+        concurrency: int | None, ramp_s: float, until_s: float,
+    ) -> None:  # fmt: skip
         self._clock, self._engines, self._arrivals, self._router = clock, engines, arrivals, router
+        self._ramp_s, self._until_s = ramp_s, until_s
         self._most = len(arrivals) + 1 if concurrency is None else concurrency
         self._requests: list[Served] = []  # that have arrived
         self._unfinished = 0
@@ -79,6 +85,8 @@ class _Run:
     def run(self) -> Report:
         while (event := self._next()) is not None:
             at_s, engine = event
+            if at_s > self._until_s:
+                return Report(self._requests, [engine.report for engine in self._engines], self._until_s)
             self._clock.advance(at_s)
             if engine is None:
                 self._arrive(self._arrivals[len(self._requests)])
@@ -91,7 +99,8 @@ class _Run:
         """The earliest event: its time, and the replica that wakes (None: a request arrives)."""
         found: tuple[float, SimulatedEngine | None] | None = None
         if len(self._requests) < len(self._arrivals) and self._unfinished < self._most:
-            found = max(self._arrivals[len(self._requests)].at_s, self._clock.now_s), None
+            client_s = self._ramp_s * self._unfinished / self._most  # when so many clients and one more have begun
+            found = max(self._arrivals[len(self._requests)].at_s, self._clock.now_s, client_s), None
         for engine in self._engines:
             if engine.wake_s is not None and (found is None or engine.wake_s < found[0]):
                 found = engine.wake_s, engine
@@ -116,7 +125,7 @@ class _Run:
             served = self._requests[int(output.request_id)]
             served.token_s += [now_s] * len(output.new_token_ids)
             if output.finish_reason is not None:
-                served.preemptions = output.preemptions
+                served.preemptions, served.ended = output.preemptions, True
                 self._unfinished -= 1
                 self._end_s = now_s
 

@@ -55,6 +55,11 @@ def network_interface() -> str:
     return _text("LOCKSTEP_INTERFACE")
 
 
+def columns() -> str:
+    """COLUMNS: how wide the terminal is, where somebody says so; empty means ask the terminal."""
+    return _text("COLUMNS")
+
+
 def cuda_visible_devices() -> str | None:
     """CUDA_VISIBLE_DEVICES as set, None when unset."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -101,8 +101,8 @@ def test_its_command_is_parsed_and_simulated(layout: Layout, tmp_path: Path):
     parallel = config.parallel
     assert (parallel.tensor_parallel_size, parallel.pipeline_parallel_size) == (layout.tp, layout.pp)
     assert parallel.data_parallel_size == layout.dp
-    tokens = simulate_plan(found, pricer_of(SHAPE, where)).served
-    assert all(len(request.token_s) == 32 for request in tokens) and tokens
+    ended = simulate_plan(found, pricer_of(SHAPE, where)).window.ended
+    assert all(len(request.token_s) == 32 for request in ended) and ended
 
 
 def test_more_replicas_than_there_is_room_for_are_refused(tmp_path: Path):

@@ -93,6 +93,12 @@ def test_json_keeps_fractions_exact(capsys):
         (["pipelin"], "Did you mean 'pipeline'?"),
         (["pipeline", "--stage-times", "1,2"], "--stage-times"),
         (["experts", "--experts", "10"], "--experts=10"),
+        (["experts", "--experts", "7"], "--experts=7 are fewer than the 8"),
+        (["experts", "--experts", "3"], "--experts=3 are fewer than the 4"),
+        (["experts", "--redundant", "3"], "--redundant=3 cannot be shared evenly by 8 ranks (ranks): take 0 or 8"),
+        (["tp", "--sizes", "128"], "--sizes=128 counts the layer for 128 ranks, more than --heads=64"),
+        (["tp", "--heads", "10", "--kv-heads", "3"], "--heads=10 must be a multiple of --kv-heads=3"),
+        (["tp", "--svg", "x.png"], "--svg=x.png is written as SVG"),
         (["tp", "--svg", "/nowhere/at/all.svg"], "--svg=/nowhere/at/all.svg"),
     ],
 )
@@ -107,6 +113,23 @@ def test_help_names_all_of_them(capsys):
     out = capsys.readouterr().out
     assert all(f"\n  {name} " in out for name in simulate.SIMULATORS)
     assert main(["simulate"]) == 2
+
+
+@pytest.mark.parametrize("name", simulate.SIMULATORS)
+def test_help_tells_the_lesson_within_the_terminal(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        main(["simulate", name, "--help"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60 and len(out.partition("usage:")[0]) > 300
+
+
+def test_the_crossover_says_who_wins_on_which_side(capsys):
+    assert main(["simulate", "collectives", "--between-step-us", "0.84", "--tokens", "1,2048"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["1"], ["2048"])][-2:]
+    assert rows[0][-1] == "TP16" and rows[1][-3:] == ["TP8", "x", "PP2"]
+    assert "crossover: TP16 is faster below 88 tokens, TP8 x PP2 from there on" in out
 
 
 def test_no_torch_is_loaded():

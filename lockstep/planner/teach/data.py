@@ -1,10 +1,10 @@
 """Data parallelism: replicas behind a router, and what the router's rule is worth under load.
 
-A replica computes prompts one after the other, at `TOKENS_PER_S`, and then gives every request a token each `TOKEN_S`. A prompt
-waits until its tokens and its answer's have room among `KV_TOKENS`. A replica keeps the system prompts that it used last, and a
-prompt that begins with one of them has so much less to compute. Requests arrive at
-random (Poisson), lengths are skewed, and so is which system prompt they begin with. The rule is handed in as a function of what
-the router knows, which may be old: with several routers, or reports now and then, it always is.
+A replica computes prompts one after the other, 20,000 tokens a second, and then gives every request a token each 10 ms. A prompt
+waits until its tokens and its answer's have room among the 16,000 that a replica holds. A replica keeps the system prompts that
+it used last, and a prompt that begins with one of them has so much less to compute. Requests arrive at random (Poisson), lengths
+are skewed, and so is which system prompt they begin with. The rule is handed in as a function of what the router knows,
+which may be old: with several routers, or reports now and then, it always is.
 """
 
 from __future__ import annotations

@@ -39,14 +39,19 @@ class Options:
     def check(self) -> None:
         """Raises ConfigError for a layer that cannot be."""
         within("experts", self.experts, 2, 512)
-        within("topk", self.topk, 1, self.experts)
-        within("ranks", self.ranks, 2, self.experts)
+        within("topk", self.topk, 1, 512)
+        within("ranks", self.ranks, 2, 512)
         within("redundant", self.redundant, 0, 512)
         within("tokens", self.tokens, 1, 8192)
         within("zipf", self.zipf, 0, 3)
-        for what, slots in (("experts", self.experts), ("experts + redundant", self.experts + self.redundant)):
+        for needed, why in ((self.topk, "each token is sent to (topk)"), (self.ranks, "ranks need, one each (ranks)")):
+            if needed > self.experts:
+                raise ConfigError(f"experts={self.experts} are fewer than the {needed} that {why}: take more experts, or fewer of those.")
+        for name, slots in (("experts", self.experts), ("redundant", self.redundant)):
             if slots % self.ranks:
-                raise ConfigError(f"{what}={slots} is not a multiple of ranks={self.ranks}: every rank has as many slots as the others.")
+                low = slots // self.ranks * self.ranks
+                near = f"{low} or {low + self.ranks}" if low or name == "redundant" else str(self.ranks)
+                raise ConfigError(f"{name}={slots} cannot be shared evenly by {self.ranks} ranks (ranks): take {near}, or other ranks.")
 
 
 @dataclass(frozen=True)

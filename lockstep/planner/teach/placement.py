@@ -50,6 +50,7 @@ class Placement:
     tokens: tuple[int, ...]
     over_all: tuple[Split, ...]  # TP = nodes x per_node
     inside: tuple[Split, ...]  # TP = per_node, PP = nodes
+    staged_first: bool  # whether the staged split is the faster one at 1 token
     crossover_tokens: int | None  # the fewest tokens at which the faster one is another than at 1 token
     flip_step_s: float | None  # a step between nodes must be below this for TP over all to be as fast at 1 token
 
@@ -89,6 +90,7 @@ def place(model: Model, nodes: int, per_node: int, inside: Wire, between: Wire, 
         tokens,
         a,
         b,
+        ahead_s(model, nodes, per_node, inside, between, 1) > 0,
         crossover(model, nodes, per_node, inside, between),
         flip_step_s(model, nodes, per_node, inside, between),
     )
@@ -146,7 +148,8 @@ def report(placed: Placement) -> str:
     if placed.crossover_tokens is None:
         said.append(f"no crossover up to {MOST_TOKENS} tokens: the same split wins for every one")
     else:
-        said.append(f"crossover: from {placed.crossover_tokens} tokens on it is the other one")
+        first, later = (f"TP{n}", f"TP{r} x PP{g}") if not placed.staged_first else (f"TP{r} x PP{g}", f"TP{n}")
+        said.append(f"crossover: {first} is faster below {placed.crossover_tokens} tokens, {later} from there on")
     if placed.flip_step_s is not None:
         said.append(f"at 1 token both are equal when a step between nodes takes {time_text(placed.flip_step_s)}")
     said.append(f"With {g} micro-batches in flight the pipeline finishes {g} such steps in that time, TP{n} one.")

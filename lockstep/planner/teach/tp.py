@@ -59,6 +59,8 @@ class Options:
             within(name, getattr(self, name), 1, most)
         for name in ("hidden", "intermediate", "heads", "kv_heads", "head_dim"):
             within(name, getattr(self, name), 1, 10**6)
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}: each KV head serves as many of them.")
         if self.ranks > self.inner:
             raise ConfigError(f"ranks={self.ranks} is more than inner={self.inner} columns to cut: raise inner, or take fewer ranks.")
 
@@ -119,8 +121,9 @@ def all_reduce(partials: Sequence[Matrix]) -> list[Matrix]:
 def layer_share(options: Options, ranks: int) -> LayerShare:
     """Attention (Q, K, V and output matrices) and MLP (gate, up, down) on the rank that has the most. Raises ConfigError."""
     o = options
-    if ranks > o.intermediate:
-        raise ConfigError(f"sizes: {ranks} ranks are more than intermediate={o.intermediate} columns to cut: take fewer.")
+    for name, most in (("heads", o.heads), ("intermediate", o.intermediate)):
+        if ranks > most:
+            raise ConfigError(f"sizes={o.sizes} counts the layer for {ranks} ranks, more than {name}={most}: take at most {most}.")
 
     def attention(rank: int) -> tuple[int, int]:
         own = head_shard(o.heads, o.kv_heads, ranks, rank)
