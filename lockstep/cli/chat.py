@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from lockstep.cli import flags
+from lockstep.cli.dialogue import is_person, read_lines, write_pieces
 from lockstep.cli.session import HEADLESS, note, running, serve_node
 from lockstep.config.tree import opt
 from lockstep.engine.errors import RequestError
@@ -62,13 +62,12 @@ def run(argv: list[str]) -> int:
     parsed = flags.parse("chat", argv, ChatOptions, max_tokens=MAX_TOKENS, description="Talk with the model in the terminal.")
     if parsed.options.headless:
         return serve_node(parsed.config, quiet=parsed.options.quiet)
-    talk, person = Conversation(parsed.options.system), sys.stdin.isatty() and sys.stdout.isatty()
+    talk = Conversation(parsed.options.system)
     sampling = msgspec.structs.replace(parsed.sampling, n=1, output_kind=RequestOutputKind.DELTA)
     with running(parsed.config, quiet=parsed.options.quiet, table=False) as (llm, _):
-        if person:
+        if is_person():
             note(COMMANDS, parsed.options.quiet)
-            import readline  # noqa: F401 - gives input() its line editing and history
-        while (line := _read(person)) is not None:
+        for line in read_lines():
             if line.startswith("/"):
                 reply = talk.command(line)
                 if reply is None:
@@ -82,31 +81,11 @@ def run(argv: list[str]) -> int:
 def answer(llm: LLM, talk: Conversation, line: str, sampling: SamplingParams) -> None:
     """Add the person's message, stream the answer to standard output, and keep both."""
     talk.turns.append({"role": "user", "content": line})
-    text = ""
     try:
-        for output in llm.stream([render(llm.get_tokenizer(), talk.messages)], sampling):
-            for completion in output.outputs:
-                text += completion.text
-                sys.stdout.write(completion.text)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        note("\n(stopped)")
+        outputs = llm.stream([render(llm.get_tokenizer(), talk.messages)], sampling)
+        text = write_pieces(completion.text for output in outputs for completion in output.outputs)
     except RequestError as e:
         talk.turns.pop()
         note(f"{e} (/clear starts a new conversation)")
         return
-    sys.stdout.write("\n")
-    sys.stdout.flush()
     talk.turns.append({"role": "assistant", "content": text})
-
-
-def _read(person: bool) -> str | None:
-    """The next line, without its end; None when there are no more."""
-    if not person:
-        line = sys.stdin.readline()
-        return line.rstrip("\r\n") if line else None
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return None

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from lockstep.config.build import group_of
 from lockstep.config.errors import ConfigError
-from lockstep.config.serve import ServeOptions
+from lockstep.config.serve import BatchOptions, ServeOptions
 from lockstep.protocol import SamplingParams
 from lockstep.utils import env
 
@@ -25,7 +25,7 @@ def show_error(message: str) -> None:
 
 def as_flags(message: str) -> str:
     """`block_size=3 ...` as `--block-size=3 ...`: what the user typed is what the message names."""
-    served = (f.name for f in fields(ServeOptions))
+    served = (f.name for cls in (ServeOptions, BatchOptions) for f in fields(cls))
     names = sorted({*group_of(), *SamplingParams.__struct_fields__, *served}, key=len, reverse=True)
     words = "|".join(name for name in names if "_" in name)
     plain = "|".join(name for name in names if "_" not in name)

@@ -21,6 +21,8 @@ VERBS = {
     "generate": ("lockstep.cli.generate", "complete prompts, as text or as JSON lines"),
     "serve": ("lockstep.cli.serve", "an OpenAI-compatible server"),
     "chat": ("lockstep.cli.chat", "talk with the model in the terminal"),
+    "complete": ("lockstep.cli.complete", "complete prompts in the terminal, by a running server"),
+    "run-batch": ("lockstep.cli.run_batch", "answer a file of requests, in the form of OpenAI's Batch API"),
     "demo": ("lockstep.cli.demo", "the embedded model on two ranks, and proof that the split changes nothing"),
     "verify": ("lockstep.cli.verify", "run a model under several splits and compare every bit"),
     "bench": ("lockstep.cli.bench.main", "measure: latency, throughput, a server under load, collectives"),
@@ -31,7 +33,7 @@ VERBS = {
     "collect-env": ("lockstep.cli.collect_env", "versions, processor and variables, for a bug report"),
     "doctor": ("lockstep.cli.doctor", "what this machine has, and whether ranks can talk"),
 }
-LATER = ("complete", "trace", "run-batch", "worker")
+LATER = ("trace", "worker")
 
 USER_ERRORS = ("ConfigError", "WeightError")  # that ranks raise
 

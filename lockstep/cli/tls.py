@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import ssl
 
 from lockstep.cli.errors import UsageError
 
 ADVICE = "if it is the server's own certificate, give it (or who signed it) with --ca-cert FILE; --insecure does without the check"
+
+
+def add_tls_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags whose values `client_context` takes."""
+    parser.add_argument("--ca-cert", metavar="FILE", help="certificates (PEM) to trust for https, instead of the system's")
+    parser.add_argument("--insecure", action="store_true", help="take any certificate")
 
 
 def client_context(ca_cert: str | None, insecure: bool) -> ssl.SSLContext:

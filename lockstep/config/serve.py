@@ -1,8 +1,9 @@
-"""The settings of `lockstep serve` beyond the engine's: its flags are generated from these fields."""
+"""The settings of `lockstep serve` and `lockstep run-batch` beyond the engine's: their flags are generated from these fields."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,10 @@ def several(help: str, *alias: str) -> Any:
     return field(default_factory=list, metadata={"help": help, "alias": alias})
 
 
+ToolParser = Literal["hermes", "llama3_json", "mistral", "pythonic"]
+ReasoningParser = Literal["deepseek_r1", "qwen3"]
+
+
 @dataclass
 class ServeOptions:
     """Where the server listens, whom it lets in, and how much it takes."""
@@ -33,11 +38,9 @@ class ServeOptions:
     served_model_name: list[str] = several("Name(s) of the model in the API; default: its folder's or hub id.")
     api_server_count: int = opt(1, "Processes that speak HTTP.", "-asc")
     chat_template: str | None = opt(None, "File with the Jinja chat template to use instead of the model's own.")
-    tool_call_parser: Literal["hermes", "llama3_json", "mistral", "pythonic"] | None = opt(
-        None, "How the model writes tool calls; default: as its family does."
-    )
+    tool_call_parser: ToolParser | None = opt(None, "How the model writes tool calls; default: as its family does.")
     enable_auto_tool_choice: bool = opt(True, "Whether the model may decide to call a tool; if not, only tool_choice can make it.")
-    reasoning_parser: Literal["deepseek_r1", "qwen3"] | None = opt(
+    reasoning_parser: ReasoningParser | None = opt(
         None, "How the model writes what it thinks before it answers; default: thoughts are not told apart."
     )
     root_path: str = opt("", "Path under which a proxy serves this, like /llm.")
@@ -72,6 +75,37 @@ class ServeOptions:
     max_queued_tokens: int | None = opt(None, "Most tokens (prompt and output, times n) of all accepted requests together; then 429.")
     max_concurrency_per_key: int | None = opt(None, "Most requests of one API key at once (without keys: of one client address); then 429.")
     request_timeout: float = opt(3600.0, "Seconds after which a request is given up; a field `timeout` or X-Request-Timeout lowers it.")
+
+
+def as_served(name: str) -> Any:
+    """A field that is one of `ServeOptions` too, with its default, help and short flags."""
+    known = ServeOptions.__dataclass_fields__[name]
+    if known.default_factory is not MISSING:
+        return field(default_factory=known.default_factory, metadata=known.metadata)
+    return field(default=known.default, metadata=known.metadata)
+
+
+@dataclass
+class BatchOptions:
+    """Which file of requests to answer, and how: the settings of `lockstep run-batch` beyond the engine's."""
+
+    input_file: str | None = opt(None, "File of requests, one a line, in OpenAI's batch format; - is standard input.", "-i")
+    output_file: str | None = opt(None, "File for the answers, one a line, as they get done; - is standard output.", "-o")
+    max_concurrency: int | None = opt(None, "Most requests under way at once; default: twice what the engine runs at once.")
+    served_model_name: list[str] = as_served("served_model_name")
+    chat_template: str | None = as_served("chat_template")
+    tool_call_parser: ToolParser | None = as_served("tool_call_parser")
+    enable_auto_tool_choice: bool = as_served("enable_auto_tool_choice")
+    reasoning_parser: ReasoningParser | None = as_served("reasoning_parser")
+    max_body_bytes: int = as_served("max_body_bytes")
+    request_timeout: float = as_served("request_timeout")
+    quiet: bool = opt(False, "Say nothing on standard error but errors.")
+    headless: bool = opt(False, "Answer nothing: run this host's ranks (--node-rank 1 and up) or replicas (-dpr) for a leader.")
+
+    def served(self) -> ServeOptions:
+        """The same as a server's settings. Nobody else asks, so its queue needs no bound."""
+        shared = {name: value for name, value in vars(self).items() if name in ServeOptions.__dataclass_fields__}
+        return ServeOptions(**shared, max_num_queued_reqs=sys.maxsize)
 
 
 def read_chat_template(options: ServeOptions) -> str | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lockstep.config.endpoint import check_options, for_endpoint, is_open
 from lockstep.config.errors import ConfigError
+from lockstep.config.model_spec import ModelSpec
 from lockstep.config.serve import ServeOptions, read_chat_template
 from lockstep.config.source import DEMO_NAME, tokenizer_folder
 from lockstep.config.tree import EngineConfig
@@ -47,7 +48,7 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
     raise_descriptor_limit()
     listener = listen(options)
     words = tokenizer_folder(config.model, folder)
-    names = options.served_model_name or [config.model.model or DEMO_NAME]
+    names = model_names(config, options)
     with contextlib.closing(listener):
         handle = EngineKeeper(config, spec, folder, client=client)
         try:
@@ -55,15 +56,24 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
                 handle.wait()
                 launch = ApiLaunch(options=options, config=config, spec=spec, folder=str(folder), words=str(words), names=names)
                 return serve_by_processes(launch, handle, listener, lambda: announce(options, names[0], listener))
-            tokenizer = load_in_background(lambda: load_tokenizer(words))
-            handle.wait()
-            engine = AsyncEngine(handle.endpoint, handle.secret, spec, folder, tokenizer.result())
-            state = ServerState(options, engine, names)
+            state = state_over(handle, options, spec, folder, words, names)
             return run_serving(state, handle.failure, listener, lambda: announce(options, names[0], listener), connect_limit_s(config))
         finally:
             handle.close()
             if options.uds:
                 Path(options.uds).unlink(missing_ok=True)
+
+
+def state_over(handle: EngineKeeper, options: ServeOptions, spec: ModelSpec, folder: Path, words: Path, names: list[str]) -> ServerState:
+    """What the routes of this process need, once the engine runs; not connected. Raises as `EngineKeeper.wait`. words: the tokenizer's."""
+    tokenizer = load_in_background(lambda: load_tokenizer(words))
+    handle.wait()
+    return ServerState(options, AsyncEngine(handle.endpoint, handle.secret, spec, folder, tokenizer.result()), names)
+
+
+def model_names(config: EngineConfig, options: ServeOptions) -> list[str]:
+    """The names of the model in the API."""
+    return options.served_model_name or [config.model.model or DEMO_NAME]
 
 
 def announce(options: ServeOptions, model: str, listener: socket.socket) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import uvloop
 
 from lockstep.executor.contract import ExecutorError
+from lockstep.frontend.async_engine import AsyncEngine
 from lockstep.observability.logging import get_logger
 from lockstep.server.app import create_app
 from lockstep.server.errors import ApiError
@@ -26,13 +27,14 @@ from lockstep.server.state import ServerState
 from lockstep.utils.words import counted
 
 POLL_S = 0.05
+Failure = Callable[[], Exception | None]  # why the engine's process runs no more; None while it does
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _log = get_logger(__name__)
 
 
 def run_serving(
     state: ServerState,
-    failure: Callable[[], Exception | None],
+    failure: Failure,
     listener: socket.socket,
     ready: Callable[[], None],
     connect_s: float = 30.0,
@@ -46,10 +48,47 @@ def run_serving(
         return runner.run(Serving(state, failure, listener).run(ready, connect_s))
 
 
+async def connect(engine: AsyncEngine, limit_s: float, failure: Failure, stopped: Callable[[], bool]) -> bool:
+    """Until the engine answers; False when it was stopped first. Raises ExecutorError when there is none, or none in time.
+
+    Unless this returns True, the engine is closed.
+    """
+    connecting = asyncio.create_task(engine.connect(limit_s), name="connect")
+    try:
+        while not connecting.done():
+            await asyncio.wait([connecting], timeout=POLL_S)
+            found = None if connecting.done() else failure()
+            if found is not None:
+                raise ExecutorError(str(found))
+            if stopped() and not connecting.done():
+                await _leave(engine, connecting)
+                return False
+        connecting.result()
+    except BaseException:
+        await _leave(engine, connecting)
+        raise
+    return True
+
+
+async def _leave(engine: AsyncEngine, connecting: asyncio.Task[None]) -> None:
+    connecting.cancel()
+    await asyncio.wait([connecting])
+    await engine.close()
+
+
+async def until_dead(engine: AsyncEngine, failure: Failure) -> None:
+    """Returns when the engine is gone for good: `engine.failure` says why, and every job has ended with it."""
+    while engine.failure is None:
+        await asyncio.sleep(POLL_S)
+        found = failure()
+        if found is not None:
+            engine.fail(str(found))
+
+
 class Serving:
     """One process's HTTP and its end."""
 
-    def __init__(self, state: ServerState, failure: Callable[[], Exception | None], listener: socket.socket) -> None:
+    def __init__(self, state: ServerState, failure: Failure, listener: socket.socket) -> None:
         self._state, self._failure, self._listener = state, failure, listener
         self._server: Server = make_server(create_app(state), state.options)
         self._signals: list[int] = []
@@ -59,7 +98,7 @@ class Serving:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._signal, number)
-        if not await self._connect(connect_s):
+        if not await connect(self._state.engine, connect_s, self._failure, lambda: bool(self._signals)):
             return 128 + self._signals[1] if len(self._signals) > 1 else 0
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http")
         ready()
@@ -77,29 +116,6 @@ class Serving:
             raise ExecutorError(str(failure))
         return 128 + self._signals[1] if len(self._signals) > 1 else 0
 
-    async def _connect(self, limit_s: float) -> bool:
-        """Until the engine answers; False when a signal came first. Raises ExecutorError when there is none, or none in time."""
-        connecting = asyncio.create_task(self._state.engine.connect(limit_s), name="connect")
-        try:
-            while not connecting.done():
-                await asyncio.wait([connecting], timeout=POLL_S)
-                failure = None if connecting.done() else self._failure()
-                if failure is not None:
-                    raise ExecutorError(str(failure))
-                if self._signals and not connecting.done():
-                    await self._leave(connecting)
-                    return False
-            connecting.result()
-        except BaseException:
-            await self._leave(connecting)
-            raise
-        return True
-
-    async def _leave(self, connecting: asyncio.Task[None]) -> None:
-        connecting.cancel()
-        await asyncio.wait([connecting])
-        await self._state.engine.close()
-
     def _signal(self, number: int) -> None:
         self._signals.append(number)
         (self._first if len(self._signals) == 1 else self._second).set()
@@ -107,11 +123,7 @@ class Serving:
     async def _watch(self) -> None:
         """The engine's end is the server's, once every request has been answered."""
         engine = self._state.engine
-        while engine.failure is None:
-            await asyncio.sleep(POLL_S)
-            failure = self._failure()
-            if failure is not None:
-                engine.fail(str(failure))
+        await until_dead(engine, self._failure)
         _log.error("the engine is gone, and so is this server: %s", engine.failure)
         self._state.draining = True
         await self._empty(GRACE_S)

@@ -71,7 +71,7 @@ def hub_offline() -> bool:
 
 
 def openai_api_key() -> str:
-    """OPENAI_API_KEY: the key that `lockstep bench serve` sends when none is given; empty means none."""
+    """OPENAI_API_KEY: the key that `lockstep bench serve` and `lockstep complete` send when none is given; empty means none."""
     return _text("OPENAI_API_KEY")
 
 

@@ -12,11 +12,12 @@ from lockstep.cli.chat import ChatOptions
 from lockstep.cli.generate import GenerateOptions
 from lockstep.cli.refused import UNAVAILABLE
 from lockstep.config.build import GROUPS, group_of
-from lockstep.config.serve import ServeOptions
+from lockstep.config.serve import BatchOptions, ServeOptions
 from lockstep.protocol import SamplingParams
 
 FROZEN = Path(__file__).with_name("flags.txt")
-VERBS = {"generate": GenerateOptions, "chat": ChatOptions, "serve": ServeOptions}
+VERBS = {"generate": GenerateOptions, "chat": ChatOptions, "serve": ServeOptions, "run-batch": BatchOptions}
+NO_SAMPLING = {"serve", "run-batch"}  # each request brings its own
 NOT_FLAGS = {"bad_words_token_ids", "output_kind", "structured_outputs"}  # written by the frontend, or a form of its own
 
 
@@ -32,7 +33,9 @@ def listed() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_flags_are_those_of_the_committed_list(verb: str) -> None:
-    assert flags.flag_names(VERBS[verb], sampling=verb != "serve") == listed()[verb], f"changed on purpose? then change {FROZEN.name} too"
+    assert flags.flag_names(VERBS[verb], sampling=verb not in NO_SAMPLING) == listed()[verb], (
+        f"changed on purpose? then change {FROZEN.name} too"
+    )
 
 
 def test_the_ecosystems_names_and_short_forms_are_there() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from lockstep.cli import flags, top
+from lockstep.cli import client, flags
 from lockstep.cli.errors import UsageError, as_flags
 from lockstep.cli.tls import client_context
 from lockstep.config.build import build_config
@@ -58,9 +58,9 @@ def test_a_certificate_that_is_not_trusted_is_called_that(monkeypatch: pytest.Mo
             error.verify_message = "self-signed certificate"
             raise urllib.error.URLError(error)
 
-    monkeypatch.setattr(top, "build_opener", lambda *handlers: Opener())
-    with pytest.raises(top.Unreadable, match=r"not trusted \(self-signed certificate\).*--ca-cert FILE; --insecure"):
-        top.read("https://127.0.0.1:1", "")
+    monkeypatch.setattr(client, "build_opener", lambda *handlers: Opener())
+    with pytest.raises(client.Unreadable, match=r"not trusted \(self-signed certificate\).*--ca-cert FILE; --insecure"):
+        client.Server("https://127.0.0.1:1", "").read("/v1/cluster")
 
 
 def test_what_is_trusted() -> None:

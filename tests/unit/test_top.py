@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lockstep.cli import collect_env, top
+from lockstep.cli import client, collect_env, top
 from lockstep.cli.errors import UsageError
 from lockstep.cli.top_table import picture
 from lockstep.frontend.request_metrics import RequestMetrics
@@ -95,10 +95,10 @@ def test_what_is_no_such_server_is_said_in_a_line(body: bytes, status: int, word
 
 
 def test_addresses() -> None:
-    assert top.address("host:1") == "http://host:1" and top.address("https://h/x/v1/") == "https://h/x"
+    assert client.address("host:1") == "http://host:1" and client.address("https://h/x/v1/") == "https://h/x"
     for wrong in ("", "ftp://h", "http://"):
         with pytest.raises(UsageError):
-            top.address(wrong)
+            client.address(wrong)
 
 
 def test_collect_env_tells_versions_and_hides_secrets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,10 +114,10 @@ def test_collect_env_tells_versions_and_hides_secrets(monkeypatch: pytest.Monkey
     assert "[processor]" in capsys.readouterr().out
 
 
-def test_neither_loads_torch_or_the_server() -> None:
+def test_none_of_them_loads_torch_or_the_server() -> None:
     code = (
         "import sys\n"
-        "from lockstep.cli import collect_env, top, top_table\n"
+        "from lockstep.cli import collect_env, complete, top, top_table\n"
         "collect_env.collect()\n"
         "print([m for m in ('torch', 'fastapi', 'zmq', 'transformers') if m in sys.modules])"
     )

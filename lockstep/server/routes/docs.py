@@ -1,4 +1,4 @@
-"""`/docs`: the routes as a page, made of the same description as `/openapi.json`. No script, and nothing of any other host."""
+"""`/docs` and `/redoc`: the routes as a page, made of the same description as `/openapi.json`. No script, and nothing of any other host."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/docs")
+@router.get("/redoc")
 async def docs(request: Request) -> HTMLResponse:
     return HTMLResponse(page(request.app.openapi()), headers=HEADERS)
 

@@ -1,0 +1,101 @@
+"""A running server, as commands ask it: by the standard library alone, so that they start at once."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import Iterator, Mapping
+from http.client import HTTPException
+from typing import IO, Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
+
+from lockstep.cli.errors import UsageError
+from lockstep.cli.tls import certificate_problem
+
+URL = "http://127.0.0.1:8000"
+MOST_BYTES = 16 << 20
+STREAM_S = 600.0  # that a stream may be silent
+
+
+class Unreadable(Exception):
+    """The server did not give what it was asked for; the message says why, and what to do."""
+
+
+class Server:
+    """Where it is, and what it wants to see before it answers."""
+
+    def __init__(self, url: str, api_key: str, tls: ssl.SSLContext | None = None) -> None:
+        """tls: for https. Raises UsageError for an address that is none."""
+        self.base = address(url)
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._opener = build_opener(ProxyHandler({}), HTTPSHandler(context=tls))
+
+    def read(self, path: str, timeout_s: float = 10.0) -> Any:
+        """The JSON of a GET. Raises Unreadable."""
+        try:
+            with self._open(Request(f"{self.base}{path}", headers=self._headers), path, timeout_s) as answer:
+                return json.loads(answer.read(MOST_BYTES))
+        except (OSError, HTTPException) as e:
+            raise self._unreachable(e) from None
+        except ValueError:
+            raise Unreadable(f"{self.base} answered something else than JSON for {path}: is it a lockstep server?") from None
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of a POST, up to [DONE]. Left early, it hangs up, which ends the request. Raises Unreadable."""
+        headers = {**self._headers, "Content-Type": "application/json"}
+        request = Request(f"{self.base}{path}", json.dumps({**body, "stream": True}).encode(), headers)
+        try:
+            with self._open(request, path, STREAM_S) as answer:
+                for line in answer:
+                    if line.startswith(b"data:"):
+                        if line[5:].strip() == b"[DONE]":
+                            return
+                        yield self._event(path, line[5:])
+        except (OSError, HTTPException) as e:
+            raise self._unreachable(e) from None
+        raise Unreadable(f"{self.base} hung up before the end of its answer.")
+
+    def _event(self, path: str, data: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(data)
+        except ValueError:
+            raise Unreadable(f"{self.base} streamed something else than JSON for {path}: is it an OpenAI-compatible server?") from None
+        if not isinstance(found, dict) or "error" in found:
+            raise Unreadable(f"{self.base}: {_told(data) or 'its stream is none of events'}")
+        return found
+
+    def _open(self, request: Request, path: str, timeout_s: float) -> IO[bytes]:
+        try:
+            found: IO[bytes] = self._opener.open(request, timeout=timeout_s)
+            return found
+        except HTTPError as e:
+            if e.code in (401, 403):
+                raise Unreadable(f"{self.base} wants a key (HTTP {e.code}): give it with --api-key.") from None
+            if told := _told(e.read(MOST_BYTES)) if request.data is not None else "":
+                raise Unreadable(f"{self.base} answered HTTP {e.code}: {told}") from None
+            raise Unreadable(f"{self.base} answered HTTP {e.code} for {path}: is it a lockstep server of this version?") from None
+
+    def _unreachable(self, error: Exception) -> Unreadable:
+        reason = getattr(error, "reason", None) or error
+        if problem := certificate_problem(reason):
+            return Unreadable(f"{self.base}: {problem}")
+        return Unreadable(f"{self.base} cannot be reached ({reason}): is `lockstep serve` running there?")
+
+
+def address(url: str) -> str:
+    """The server's address, without a path that belongs to its API. Raises UsageError for what is none."""
+    url = url if "://" in url else f"http://{url}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise UsageError(f"URL={url!r} is no address of a server: give one like {URL}.")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _told(body: bytes) -> str:
+    """The message of an error in OpenAI's form; "" where it is none."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return ""
