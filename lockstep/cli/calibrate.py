@@ -8,21 +8,29 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from lockstep.cli.bench import collectives, machine
 from lockstep.cli.errors import UsageError
 from lockstep.planner import calibration
 from lockstep.planner.calibration import Calibration, Mode
 from lockstep.planner.cpu import per_weight_s
+from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.utils.cores import usable_cores
 from lockstep.utils.host_memory import host_available_bytes
 
+if TYPE_CHECKING:
+    from lockstep.llm import LLM
+    from lockstep.simulation.calibrate import Steps
+
 SIZES = (256, 2048, 16384, 131072, 1048576, 8388608)
 COLLECTIVES_S = 4.0
+ROWS, PROMPT, TOKENS, ROUNDS = (1, 4, 16, 32), 64, 40, 5  # of the embedded model through the engine
 LEAST_S = 4.0  # for the operations, however busy the machine
-STARTS_S = 16.0  # processes started, models made: not spent on measuring
+STARTS_S = 36.0  # processes started, models made: not spent on measuring
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 USUAL_CACHE = 32 << 20
 
@@ -48,7 +56,7 @@ def run(argv: list[str]) -> int:
 def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
     """This machine, measured in about so many seconds."""
     from lockstep.kernels.library import library
-    from lockstep.simulation.calibrate import hops, machine_modes
+    from lockstep.simulation.calibrate import machine_modes, with_messages
 
     if (kernels := library()) is None:  # compiled on first use, which is not part of the budget
         raise UsageError("`lockstep calibrate` measures the CPU kernels, and there are none here: `lockstep doctor` says why.")
@@ -56,7 +64,8 @@ def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
     cores = len(usable_cores())
     sums, exchanges = _exchanges()
     left = max(LEAST_S, seconds - (time.monotonic() - begun) - STARTS_S)
-    modes = [hops(mode, exchanges) for mode in machine_modes(left, _bandwidth, _say, dtype)]
+    found = machine_modes(left, _bandwidth, lambda ranks: whole_steps(ranks, dtype), _say, last_cache_bytes(), dtype)
+    modes = [with_messages(mode, sums, exchanges, int(DTYPE_BYTES[dtype])) for mode in found]
     about = machine.describe()
     return Calibration(
         name="this",
@@ -65,7 +74,7 @@ def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
         kernels=str(kernels.variant()),
         dtype=dtype,
         capacity_bytes=host_available_bytes(),
-        memory_bandwidth=_bandwidth(cores),
+        memory_bandwidth=median([_bandwidth(cores), *(mode.bandwidth * mode.ranks for mode in modes if mode.busy == mode.ranks)]),
         cache_bytes=last_cache_bytes(),
         flops={dtype: peak_flops(modes)},
         all_reduce=sums,
@@ -73,6 +82,33 @@ def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
         modes=modes,
         seconds=round(time.monotonic() - begun, 1),
     )
+
+
+def whole_steps(ranks: int, dtype: str) -> Steps:
+    """The embedded model through everything that a user's request meets; of two rounds the faster one counts."""
+    from lockstep.llm import LLM
+    from lockstep.simulation.calibrate import Run, Steps
+
+    room = {"max_model_len": PROMPT + TOKENS, "max_num_seqs": max(ROWS), "num_gpu_blocks_override": max(ROWS) * (PROMPT + TOKENS) // 8}
+    batch = {"max_num_batched_tokens": max(ROWS) * PROMPT, "enable_prefix_caching": False}
+    with LLM("", tensor_parallel_size=ranks, dtype=dtype, device="cpu", **room, **batch) as llm:
+        rounds = [[_generate(llm, rows) for rows in ROWS] for _ in range(1 + ROUNDS)][1:]
+        runs = [Run(rows, min(f for f, _ in each), min(s for _, s in each)) for rows, *each in zip(ROWS, *rounds, strict=True)]
+        return Steps(llm.spec, PROMPT, TOKENS, runs)
+
+
+def _generate(llm: LLM, rows: int) -> tuple[float, float]:
+    """(seconds to the first tokens of `rows` prompts at once, median seconds of a step after them)."""
+    from lockstep.protocol import SamplingParams
+
+    params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=0.0, detokenize=False)
+    prompts = [{"prompt_token_ids": [(7 * i + j) % llm.spec.vocab_size for j in range(PROMPT)]} for i in range(rows)]
+    stamps: list[float] = []
+    began = time.perf_counter()
+    for number, _ in enumerate(llm.stream(prompts, params), 1):
+        if number % rows == 0:  # every request has a token more
+            stamps.append(time.perf_counter())
+    return stamps[0] - began, median(b - a for a, b in pairwise(stamps))
 
 
 def peak_flops(modes: list[Mode]) -> float:

@@ -15,7 +15,7 @@ from lockstep.planner.entry import to_entry
 from lockstep.planner.hardware import DecodeFit, Device, ErrorBand, Link, PrefillFit, Roofline
 from lockstep.utils import env
 
-FORMAT = 1
+FORMAT = 2
 MEASURED = ErrorBand(operation=0.10, tpot=0.15, ttft=0.15)  # on the machine that was measured, see docs/planner_cpu.md
 
 
@@ -44,12 +44,14 @@ class ProductRates(msgspec.Struct, frozen=True):
 
 
 class AttentionRates(msgspec.Struct, frozen=True):
-    """base_s + byte_s * bytes of keys and values + pair_s * (query, key) pairs x head width x query heads + row_s * such rows."""
+    """base_s + byte_s * bytes of keys and values + pair_s * (query, key) pairs x head width x query heads + row_s * such rows,
+    and far_s for each of those bytes that comes from memory: all that a step reads, over itself and the last cache."""
 
     base_s: float
     byte_s: float
     pair_s: float
     row_s: float
+    far_s: float = 0.0
 
 
 class Mode(msgspec.Struct, frozen=True):

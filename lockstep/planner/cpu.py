@@ -90,7 +90,8 @@ class CpuModel:
         ):
             yield self._product(name, tokens, n, k, stage, count=layers.size, gated=gated, row=row)
         yield OpTime("rope", layers.size * mode.rope.at(tokens * (q + 2 * kv)))
-        yield self._attention(layers.start, layers.stop, queries, contexts, q, kv)
+        weights = weight_bytes(shape, self.layout, stage, 0, self.how, self.weight_dtype)
+        yield self._attention(layers.start, layers.stop, queries, contexts, q, kv, weights)
         if tp > 1:
             yield OpTime("sums over the ranks", 2 * layers.size * combine)
         if last and sampled:
@@ -106,19 +107,21 @@ class CpuModel:
         memory = min(1.0, read / seconds) if work * self.layout.devices > self.calibration.cache_bytes else 0.0
         return OpTime(name, count * seconds, memory)
 
-    def _attention(self, start: int, stop: int, queries: Sequence[int], contexts: Sequence[int], q: int, kv: int) -> OpTime:
-        """Rows of one token are priced as decode, others as prefill."""
+    def _attention(self, start: int, stop: int, queries: Sequence[int], contexts: Sequence[int], q: int, kv: int, weights: int) -> OpTime:
+        """Rows of one token are priced as decode, others as prefill. weights: bytes of them that the step reads too."""
         seconds = read_s = 0.0
+        size = 2 * kv * self.shape.itemsize
+        seen = sum(min(c, w) if w else c for w in map(self.shape.window, range(start, stop)) for c in contexts)
+        far = far_share(self.layout.devices * (weights + seen * size), self.calibration.cache_bytes)
         for window in (self.shape.window(i) for i in range(start, stop)):
             ones = [min(c, window) if window else c for n, c in zip(queries, contexts, strict=True) if n == 1]
             more = [(n, c) for n, c in zip(queries, contexts, strict=True) if n > 1]
-            size = 2 * kv * self.shape.itemsize
             if ones:
-                seconds += attention_s(self.mode.decode, sum(ones) * size, sum(ones) * q, len(ones) * q)
+                seconds += attention_s(self.mode.decode, sum(ones) * size, sum(ones) * q, len(ones) * q, far)
                 read_s += sum(ones) * size / self.mode.bandwidth
             if more:
                 pairs = sum(pairs_of(n, c, window) for n, c in more)
-                seconds += attention_s(self.mode.prefill, sum(c for _, c in more) * size, pairs * q, sum(n for n, _ in more) * q)
+                seconds += attention_s(self.mode.prefill, sum(c for _, c in more) * size, pairs * q, sum(n for n, _ in more) * q, far)
         return OpTime("attention", seconds, min(1.0, read_s / seconds) if seconds else 0.0)
 
 
@@ -128,9 +131,14 @@ def pairs_of(queries: int, context: int, window: int = 0) -> int:
     return sum(min(end, window) for end in ends) if window else (ends[0] + ends[-1]) * queries // 2
 
 
-def attention_s(rates: AttentionRates, read_bytes: float, pairs: float, rows: float) -> float:
-    """Seconds of one layer's attention. pairs, rows: times head width and query heads."""
-    return rates.base_s + rates.byte_s * read_bytes + rates.pair_s * pairs + rates.row_s * rows
+def attention_s(rates: AttentionRates, read_bytes: float, pairs: float, rows: float, far: float = 0.0) -> float:
+    """Seconds of one layer's attention. pairs, rows: times head width and query heads. far: share of the bytes from memory."""
+    return rates.base_s + (rates.byte_s + rates.far_s * far) * read_bytes + rates.pair_s * pairs + rates.row_s * rows
+
+
+def far_share(step_bytes: float, cache_bytes: float) -> float:
+    """Which share of what a step reads comes from memory: all of it where it is much more than the last cache holds."""
+    return step_bytes / (step_bytes + cache_bytes)
 
 
 def product_s(

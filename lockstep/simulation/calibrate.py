@@ -2,8 +2,10 @@
 
 1. One rank on all cores, then two ranks that share them: models of four sizes, whole on their rank, every kind of operation.
    Two ranks also alone (the other one waits) and with the models cut over them, which shows what summing costs.
-2. A tiny model through the whole engine, in both settings: what a step costs besides its operations.
-What two ranks exchange (all-reduce, send and receive) the caller measures, and hands in.
+2. A small model through the whole engine, in both settings: what a step costs besides its operations.
+What two ranks exchange (all-reduce, send and receive), and the steps of the whole engine, the caller measures and hands in.
+
+Every model is asked twice, some time apart, since neighbours slow a shared machine for some seconds at a time.
 """
 
 from __future__ import annotations
@@ -12,54 +14,80 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import msgspec
 
+from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
-from lockstep.engine.core import EngineCore
 from lockstep.executor.affinity import plan_here
 from lockstep.executor.contract import Executor
 from lockstep.executor.factory import make_executor
 from lockstep.kernels.threads import Seat
-from lockstep.planner.calibration import Calibration, Mode
-from lockstep.planner.cpu import CpuModel
-from lockstep.planner.layout import Layout
-from lockstep.planner.model import from_spec
-from lockstep.protocol import EngineRequest, SamplingParams
+from lockstep.planner.calibration import Line, Mode
 from lockstep.simulation import measure, rates_fit
 from lockstep.simulation.measure import DECODE, MODELS, PREFILL, Answer
 
 TINY = measure.model(128, 384, 2, 4, 2, 32, 1024)
-ROWS = (1, 4, 16, 32)  # requests in the steps of the tiny model
-PROMPT, STEPS = 256, 40
+MOST_ROWS, MOST_TOKENS = 32, 2048  # of a step that is asked for
+STEP_OPERATIONS_S = 1.0
+PASSES = 2
+SHARES = (0.1, 0.15, 0.25, 0.5)  # of the time, for each of the models
 Say = Callable[[str], None]
 Bandwidth = Callable[[int], float]  # threads -> bytes/s of all together
 
 
-def machine_modes(seconds: float, bandwidth: Bandwidth, say: Say, dtype: str = "bfloat16") -> list[Mode]:
-    """The modes of one rank and of two, in about so many seconds. bandwidth: measures reading with so many threads."""
+@dataclass(frozen=True)
+class Run:
+    """`rows` prompts at once through the whole engine: seconds to their first tokens, and of a step after them."""
+
+    rows: int
+    first_s: float
+    step_s: float
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Runs of a model: prompts of `prompt` tokens, answers of `tokens`."""
+
+    spec: ModelSpec
+    prompt: int
+    tokens: int
+    runs: list[Run]
+
+
+def machine_modes(
+    seconds: float, bandwidth: Bandwidth, steps: Callable[[int], Steps], say: Say, cache_bytes: int, dtype: str = "bfloat16"
+) -> list[Mode]:
+    """The modes of one rank and of two, in about so many seconds. bandwidth: measures reading with so many threads. steps: runs a
+    small model through the engine with so many ranks."""
     begun, found = time.monotonic(), []
-    per_answer = 0.8 * seconds / (4 * len(MODELS))
+    per_answer = 0.8 * seconds / 4
     for ranks in (1, 2):
         config = _config(ranks, dtype)
         threads = plan_here(ranks, config.parallel)[0].threads
         together = bandwidth(threads * ranks) / ranks
+        say(f"{ranks} rank{'s' if ranks > 1 else ''}: whole steps of a small model ...")
+        whole = steps(ranks)
         with _ranks(config) as executor:
             say(f"{ranks} rank{'s' if ranks > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}: operations ...")
             mode = measure.mode_of(
-                _answers(executor, per_answer, tp=1, alone=True), ranks=ranks, busy=ranks, threads=threads, bandwidth=together
+                _answers(executor, per_answer, tp=1, alone=True),
+                ranks=ranks,
+                busy=ranks,
+                threads=threads,
+                bandwidth=together,
+                cache_bytes=cache_bytes,
             )
             if ranks > 1:
                 mode = measure.with_collectives(mode, _answers(executor, per_answer, tp=ranks, alone=False))
                 lone = _answers(executor, per_answer, tp=1, alone=True, only=1)
-            say(f"{ranks} rank{'s' if ranks > 1 else ''}: whole steps of a small model ...")
-            mode = with_steps(mode, executor, config)
+            mode = with_steps(mode, executor, whole)
             found.append(mode)
         if ranks > 1:
-            single = measure.mode_of(lone, ranks=ranks, busy=1, threads=threads, bandwidth=bandwidth(threads))
+            single = measure.mode_of(lone, ranks=ranks, busy=1, threads=threads, bandwidth=bandwidth(threads), cache_bytes=cache_bytes)
             found.append(msgspec.structs.replace(single, combine=mode.combine, exchange=mode.exchange, step=mode.step,
                                                  prompt_token_s=mode.prompt_token_s))  # fmt: skip
     say(f"operations and steps took {time.monotonic() - begun:.0f} s")
@@ -67,16 +95,23 @@ def machine_modes(seconds: float, bandwidth: Bandwidth, say: Say, dtype: str = "
 
 
 def _answers(executor: Executor, seconds: float, *, tp: int, alone: bool, only: int | None = None) -> list[Answer]:
-    return [measure.ask(executor, spec, (*DECODE, *PREFILL), seconds, tp=tp, alone=alone, only=only) for spec in MODELS]
+    passes = [
+        [
+            measure.ask(executor, spec, (*DECODE, *PREFILL), share * seconds / PASSES, tp=tp, alone=alone, only=only)
+            for spec, share in zip(MODELS, SHARES, strict=True)
+        ]
+        for _ in range(PASSES)
+    ]
+    return [measure.joined(answers) for answers in zip(*passes, strict=True)]
 
 
 def _config(ranks: int, dtype: str) -> EngineConfig:
-    blocks = max(ROWS) * (PROMPT + 4 * STEPS) // 16
+    blocks = MOST_ROWS * 64
     return EngineConfig(
         model=ModelConfig(dtype=dtype, load_format="dummy", max_model_len=2048),  # type: ignore[arg-type]
         parallel=ParallelConfig(tensor_parallel_size=ranks),
         cache=CacheConfig(num_gpu_blocks_override=blocks, enable_prefix_caching=False),
-        scheduler=SchedulerConfig(max_num_seqs=max(ROWS), max_num_batched_tokens=2048),
+        scheduler=SchedulerConfig(max_num_seqs=MOST_ROWS, max_num_batched_tokens=MOST_TOKENS),
         runtime=RuntimeConfig(device="cpu"),
     )
 
@@ -98,51 +133,27 @@ def _nowhere() -> Iterator[None]:
     yield
 
 
-def with_steps(mode: Mode, executor: Executor, config: EngineConfig) -> Mode:
-    """The mode, and what a step of the engine costs beyond its operations: by requests, and by tokens of prompts."""
-    core = EngineCore(config, TINY, executor)
-    layout = Layout(tp=config.parallel.tensor_parallel_size)
-    plain = CpuModel(_only(mode), from_spec(TINY, "tiny"), layout)
-    prompts, decodes = [], []
-    for rows in ROWS:
-        prompt_s, step_s = _generate(core, rows)
-        used = sum(plain.stage_s([1] * rows, [PROMPT + STEPS // 2] * rows, rows))
-        decodes.append((float(rows), max(step_s - used, 1e-6)))
-        prompts.append((rows, prompt_s))
-    step = rates_fit.line(decodes)
-    plain = CpuModel(_only(msgspec.structs.replace(mode, step=step)), plain.shape, layout)
-    beyond = []
-    for rows, prompt_s in prompts:
-        if rows * PROMPT <= 2048:
-            used = sum(plain.stage_s([PROMPT] * rows, [PROMPT] * rows, rows))
-            beyond.append(max(prompt_s - used, 0.0) / (rows * (PROMPT - 1)))
-    return msgspec.structs.replace(mode, step=step, prompt_token_s=median(beyond))
+def with_steps(mode: Mode, executor: Executor, measured: Steps) -> Mode:
+    """The mode, and what a step of the whole engine costs beyond its operations: by requests, and by tokens of prompts."""
+    rows = [each.rows for each in measured.runs]
+    cases = [(n, 1, measured.prompt + measured.tokens // 2) for n in rows] + [(n, measured.prompt, measured.prompt) for n in rows]
+    answer = measure.joined(
+        [measure.ask(executor, measured.spec, cases, STEP_OPERATIONS_S, tp=mode.ranks, alone=False) for _ in range(PASSES)]
+    )
+    used = [measure.step_of(answer, times) for times in answer.times]
+    step = rates_fit.line((float(run.rows), max(run.step_s - s, 1e-6)) for run, s in zip(measured.runs, used, strict=False))
+    beyond = [
+        max(run.first_s - s - step.at(run.rows), 0.0) / (run.rows * (measured.prompt - 1))
+        for run, s in zip(measured.runs, used[len(rows) :], strict=True)
+        if s > 0
+    ]
+    return msgspec.structs.replace(mode, step=step, prompt_token_s=median(beyond) if beyond else 0.0)
 
 
-def _only(mode: Mode) -> Calibration:
-    """A machine of which no more than this mode is known."""
-    return Calibration(
-        name="this", machine="", cores=1, kernels="", dtype="bfloat16", capacity_bytes=0, memory_bandwidth=mode.bandwidth,
-        cache_bytes=1 << 62, flops={"bfloat16": 1.0}, all_reduce=[], send_recv=[], modes=[mode],
-    )  # fmt: skip
-
-
-def _generate(core: EngineCore, rows: int) -> tuple[float, float]:
-    """(seconds to the first tokens of `rows` prompts at once, median seconds of a step after them)."""
-    for i in range(rows):
-        params = SamplingParams(max_tokens=STEPS, ignore_eos=True, temperature=0.0)
-        prompt = [(7 * i + j) % TINY.vocab_size for j in range(PROMPT)]
-        core.add_request(EngineRequest(request_id=f"{rows}-{i}", prompt_token_ids=prompt, sampling=params, seed=i))
-    began, first, stamps = time.perf_counter(), 0.0, []
-    while core.has_unfinished():
-        came = core.step()
-        now = time.perf_counter()
-        if len(came) == rows:
-            first = first or now - began
-            stamps.append(now)
-    return first, median(b - a for a, b in pairwise(stamps))
-
-
-def hops(mode: Mode, send_recv: Sequence[tuple[int, float]]) -> Mode:
-    """The mode with the pipeline's hop: as long as an exchange, in which both ranks send and receive."""
-    return msgspec.structs.replace(mode, hop=rates_fit.line((float(size), seconds) for size, seconds in send_recv)) if send_recv else mode
+def with_messages(mode: Mode, all_reduce: Sequence[tuple[int, float]], send_recv: Sequence[tuple[int, float]], itemsize: int) -> Mode:
+    """The mode with what was measured of messages alone, (bytes, seconds): the pipeline's hop is as long as an exchange, in which
+    both ranks send and receive; and a sum in place, found as a difference of two times, takes no less than an all-reduce."""
+    hop = rates_fit.line((float(size), seconds) for size, seconds in send_recv)
+    least = rates_fit.line((size / itemsize, seconds) for size, seconds in all_reduce)
+    summed = Line(max(mode.combine.base_s, least.base_s), max(mode.combine.per_s, least.per_s)) if mode.ranks > 1 else mode.combine
+    return msgspec.structs.replace(mode, hop=hop, combine=summed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.distributed.partition import ShardMap
 from lockstep.executor.contract import Executor
 from lockstep.planner.calibration import Line, Mode
-from lockstep.planner.cpu import pairs_of, product_s
+from lockstep.planner.cpu import far_share, pairs_of, product_s
 from lockstep.planner.layout import Layout
 from lockstep.planner.memory import weight_bytes
 from lockstep.planner.model import ModelShape, from_spec
@@ -34,6 +35,7 @@ DECODE: tuple[Case, ...] = (
 )
 PREFILL: tuple[Case, ...] = ((1, 64, 64), (1, 128, 128), (4, 64, 64), (1, 512, 512), (1, 128, 640), (2, 512, 512))
 TIMEOUT_S = 120.0
+PER_LAYER = {"qkv", "rope", "attention", "out", "gate_up", "down"}
 
 
 def model(hidden: int, columns: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocab: int) -> ModelSpec:
@@ -83,6 +85,24 @@ def ask(
     return Answer(from_spec(spec, "calibration"), tp, cases, answers[0])
 
 
+def joined(answers: Sequence[Answer]) -> Answer:
+    """Answers to the same question as one. Of prompts the shortest time of every operation: computing is only ever slowed. Of single
+    tokens the mean: they wait for memory, which neighbours of a virtual machine leave now more of and now less."""
+    found = []
+    for (_, tokens, _), *each in zip(answers[0].cases, *(answer.times for answer in answers), strict=True):
+        seen: dict[str, list[float]] = {}
+        for kind, seconds in (pair for one in each for pair in one.items()):
+            seen.setdefault(kind, []).append(seconds)
+        found.append({kind: mean(values) if tokens == 1 else min(values) for kind, values in seen.items()})
+    return replace(answers[0], times=found)
+
+
+def step_of(answer: Answer, times: dict[str, float]) -> float:
+    """All operations of one step, from the seconds of one of each kind; 0 where nothing was measured."""
+    layers = answer.shape.num_layers
+    return sum(seconds * (layers if kind in PER_LAYER else 1) for kind, seconds in times.items())
+
+
 def product_samples(answer: Answer) -> list[Product]:
     """Every product of every case."""
     q, kv, columns = answer.sizes()
@@ -99,15 +119,16 @@ def product_samples(answer: Answer) -> list[Product]:
     return found
 
 
-def attention_samples(answers: Sequence[Answer], *, decode: bool) -> tuple[list[list[float]], list[float]]:
-    """Rows of (bytes, pairs, query rows) and their seconds."""
+def attention_samples(answers: Sequence[Answer], busy: int, cache_bytes: int, *, decode: bool) -> tuple[list[list[float]], list[float]]:
+    """Rows of (bytes, pairs, query rows, bytes from memory) and their seconds."""
     features, seconds = [], []
     for answer in answers:
         q, kv, _ = answer.sizes()
         for (rows, tokens, length), times in zip(answer.cases, answer.times, strict=True):
             if "attention" in times and (tokens == 1) == decode:
                 size = 2 * kv * answer.shape.itemsize * rows * length
-                features.append([float(size), float(rows * pairs_of(tokens, length) * q), float(rows * tokens * q)])
+                far = far_share(busy * (answer.work + answer.shape.num_layers * size), cache_bytes)
+                features.append([float(size), float(rows * pairs_of(tokens, length) * q), float(rows * tokens * q), size * far])
                 seconds.append(times["attention"])
     return features, seconds
 
@@ -122,7 +143,7 @@ def over_tokens(answers: Sequence[Answer], kind: str, width: Any) -> Line:
     )
 
 
-def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, bandwidth: float) -> Mode:
+def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, bandwidth: float, cache_bytes: int) -> Mode:
     """The constants of models that are whole on their rank."""
     products = rates_fit.products([p for answer in answers for p in product_samples(answer)])
     return Mode(
@@ -131,8 +152,8 @@ def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, b
         threads=threads,
         bandwidth=bandwidth,
         products=products,
-        decode=rates_fit.attention(*attention_samples(answers, decode=True)),
-        prefill=rates_fit.attention(*attention_samples(answers, decode=False)),
+        decode=rates_fit.attention(*attention_samples(answers, busy, cache_bytes, decode=True)),
+        prefill=rates_fit.attention(*attention_samples(answers, busy, cache_bytes, decode=False)),
         rope=over_tokens(answers, "rope", lambda a: a.sizes()[0] + 2 * a.sizes()[1]),
         angles=over_tokens(answers, "angles", lambda a: a.shape.head_dim),
         embed=over_tokens(answers, "embed", lambda a: a.shape.hidden_size),

@@ -19,6 +19,7 @@ import torch
 
 from lockstep.attention.batch import AttentionBatch
 from lockstep.config.model_spec import ModelSpec
+from lockstep.distributed.group import GroupCoordinator
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.models.decoder import DecoderModel
 from lockstep.models.registry import build_model
@@ -31,22 +32,25 @@ Case = tuple[int, int, int]  # rows, tokens that each computes, tokens that each
 
 def operation_seconds(
     spec: dict[str, Any], cases: Sequence[Case], seconds: float, *, groups: ParallelGroups, dtype: torch.dtype, block_size: int,
-    quantization: str | None = None,
+    quantization: str | None = None, meeting: GroupCoordinator | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """For each case the median seconds of one operation of each kind, and "head" (logits and the choice of a token).
 
     seconds: about how long all cases may take; one for which there is no time any more is empty. Small cases should come first.
+    meeting: the ranks that measure at the same time, case by case; by default those of the TP group.
     """
-    return Rehearsal(msgspec.convert(spec, ModelSpec), cases, groups, dtype, block_size, quantization).run(cases, seconds)
+    model = msgspec.convert(spec, ModelSpec)
+    return Rehearsal(model, cases, groups, dtype, block_size, quantization, meeting or groups.tp).run(cases, seconds)
 
 
 class Rehearsal:
     """A model of random weights with room for `cases`."""
 
     def __init__(
-        self, spec: ModelSpec, cases: Sequence[Case], groups: ParallelGroups, dtype: torch.dtype, block_size: int, quantization: str | None
-    ) -> None:
-        self.groups, self.block_size = groups, block_size
+        self, spec: ModelSpec, cases: Sequence[Case], groups: ParallelGroups, dtype: torch.dtype, block_size: int, quantization: str | None,
+        meeting: GroupCoordinator,
+    ) -> None:  # fmt: skip
+        self.meeting, self.block_size = meeting, block_size
         self.model: DecoderModel = build_model(spec, groups, dtype, "cpu")
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -83,12 +87,13 @@ class Rehearsal:
         took = [self._once(ids, batch, rows)]
         once = self._slowest(time.perf_counter() - began)
         if (runs := int(min(MOST_RUNS, seconds / once - 1))) > 0:
+            self.meeting.barrier()  # what others read from memory meanwhile is part of the answer
             took = [self._once(ids, batch, rows) for _ in range(runs)]
         return {kind: median(one[kind] for one in took) for kind in took[0]}, once * (1 + max(runs, 0))
 
     def _slowest(self, seconds: float) -> float:
         """The longest of the ranks' times: all must come to the same number of runs."""
-        return max(float(self.groups.tp.all_gather(torch.tensor([seconds], dtype=torch.float64), 0).max()), 1e-6)
+        return max(float(self.meeting.all_gather(torch.tensor([seconds], dtype=torch.float64), 0).max()), 1e-6)
 
     def _once(self, ids: torch.Tensor, batch: AttentionBatch, rows: int) -> dict[str, float]:
         """One step: by kind, the mean over its operations."""

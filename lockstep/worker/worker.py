@@ -274,6 +274,7 @@ class Worker(Recorded):
         return rates.operation_seconds(
             spec, [(a, b, c) for a, b, c in cases], seconds, groups=ParallelGroups.solo() if alone else self.groups, dtype=self.dtype,
             block_size=self.config.cache.block_size, quantization=self.config.model.quantization,
+            meeting=ParallelGroups.solo().tp if only is not None else self.groups.tp,
         )  # fmt: skip
 
     def shutdown(self) -> None:
