@@ -33,6 +33,7 @@ from lockstep.observability import logging
 from lockstep.observability.flight_recorder import FlightRecorder
 from lockstep.protocol import EngineOutput
 from lockstep.utils import procs
+from lockstep.utils.collection import rare_collections
 from lockstep.utils.frames import Channel
 
 LOST_ROUTER = 3  # exit code: the router is gone, or cannot be reached
@@ -168,7 +169,8 @@ def main() -> None:
         replica = Replica(core, channel, keeper)
         replica.say(wire.Ready(core.config, core.memory))
         Heart(core, replica.say, replica.give_up).start()
-        replica.run(orders)
+        with rare_collections():
+            replica.run(orders)
     except Ended:
         code = 0
     except ConnectionError:

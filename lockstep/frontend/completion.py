@@ -50,7 +50,7 @@ class Completion:
             return None
         logprobs = out.logprobs[self._given_tokens :] if out.logprobs is not None else None
         self._given_text, self._given_tokens, self._given_end = len(out.text), len(out.token_ids), out.finished
-        return replace(out, text=text, token_ids=tokens, logprobs=logprobs)
+        return CompletionOutput(out.index, text, tokens, out.cumulative_logprob, logprobs, out.finish_reason, out.stop_reason)
 
     def snapshot(self) -> CompletionOutput:
         """All there is so far, as its own object."""

@@ -79,6 +79,8 @@ class StopChecker:
 
     def feed(self, text: str, *, may_stop: bool = True) -> str:
         """Add text; what of it may be shown. After a match `matched` is set and nothing more is shown."""
+        if not self._stops:  # most requests, and every token of them
+            return text
         if self.matched is not None:
             return ""
         text, self._held = self._held + text, ""

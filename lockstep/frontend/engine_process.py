@@ -27,6 +27,7 @@ from lockstep.frontend import engine_wire as wire
 from lockstep.frontend.engine_server import EngineServer, bind
 from lockstep.observability import logging
 from lockstep.utils import procs
+from lockstep.utils.collection import rare_collections
 from lockstep.utils.frames import Channel
 
 
@@ -88,7 +89,8 @@ def main() -> None:
         )
         channel.send(wire.encode(Ready()))
         channel.drain()
-        server.run()
+        with rare_collections():
+            server.run()
     except ConnectionError:
         code = 3  # the parent is gone
     except Exception as e:

@@ -32,7 +32,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     pooling: Pooling | None = None  # no tokens are generated, but the prompt's vector is made; `sampling` does not matter then
 
 
-class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """What one step brought for one request. `finish_reason` is set on the last, and only there.
 
     A request whose grammar is complete ends with an output of its own, without tokens: its last token belongs to its text.

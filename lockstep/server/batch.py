@@ -193,7 +193,9 @@ async def last(stream: Stream) -> RequestOutput:
 
 def raise_error(output: RequestOutput) -> None:
     """Raises ApiError for an output that failed."""
-    if any(one.finish_reason == "error" for one in output.outputs):
+    for one in output.outputs:
+        if one.finish_reason != "error":
+            continue
         said = output.error or "the request failed in the engine."
         if said.startswith("structured_outputs"):  # found only beside the model: what was asked for cannot be written
             raise ApiError(400, said, param="structured_outputs")
@@ -211,7 +213,8 @@ class Meter:
     def add(self, prompt: int, output: RequestOutput) -> None:
         """An output, whole or what is new."""
         self._cached[prompt] = output.num_cached_tokens
-        self._output += sum(len(one.token_ids) for one in output.outputs)
+        for one in output.outputs:
+            self._output += len(one.token_ids)
 
     @property
     def usage(self) -> Usage:

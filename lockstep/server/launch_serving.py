@@ -24,6 +24,7 @@ from lockstep.server.errors import ApiError
 from lockstep.server.launch_http import Server, make_server
 from lockstep.server.middleware_gate import AGAIN_S, GRACE_S
 from lockstep.server.state import ServerState
+from lockstep.utils.collection import rare_collections
 from lockstep.utils.words import counted
 
 POLL_S = 0.05
@@ -44,7 +45,7 @@ def run_serving(
     failure: why the engine's process runs no more, None while it does. ready: called once the engine is connected.
     connect_s: how long that may take: the engine may just be starting anew.
     """
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with rare_collections(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Serving(state, failure, listener).run(ready, connect_s))
 
 
