@@ -73,7 +73,7 @@ def _messages(search: Search, placed: Layout) -> list[str]:
     """What its all-reduce costs because the group leaves the node."""
     cluster, shape = search.pricer.setting.cluster, search.pricer.setting.shape
     span = tp_span(placed, cluster.devices_per_node)
-    if span.nodes == 1:
+    if span.nodes == 1 or not search.grows:  # ranks of one machine are not devices of several
         return []
     wide = float(32 * shape.hidden_size * shape.itemsize)
     across, inside = (collectives.all_reduce_s(cluster, *group, wide) for group in (span, Span(span.ranks_per_node, 1)))

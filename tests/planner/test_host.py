@@ -68,6 +68,7 @@ def test_it_is_calibrated_and_its_terms_are_the_machine_s_steps(tmp_path: Path):
     assert found.calibrated and found.devices == 1
     assert found.considered == len(SPLITS)
     assert {found.layout, *(runner.layout for runner in found.runners)} <= SPLITS
+    assert found.runners and not any("nodes" in runner.reason for runner in found.runners)
 
 
 def test_ranks_that_pay_win_and_ranks_that_do_not_lose(tmp_path: Path):
