@@ -10,7 +10,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-THRESHOLDS = (50_000, 20, 50)  # new objects before the young are looked at; and how often that is before older ones are
+THRESHOLDS = (20_000, 10, 10)  # new objects before the young are looked at; and how often that is before older ones are
 
 
 @contextmanager
