@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.request_metrics import MetricsSnapshot
 from lockstep.frontend.tokenizer import load_tokenizer
 from lockstep.protocol import EngineOutput
-from lockstep.server.launch_serving import Serving
+from lockstep.server.launch_serving import connect
 from lockstep.testing.fakes import FakeExecutor
 from lockstep.testing.fragile import POISON
 from lockstep.testing.paced import PacedClient, make
@@ -394,18 +393,11 @@ class Absent:
         self.closed = True
 
 
-def waiting(failure: Callable[[], Exception | None]) -> tuple[Any, Absent]:
-    engine = Absent()
-    serving: Any = SimpleNamespace(_state=SimpleNamespace(engine=engine), _failure=failure, _signals=[])
-    serving._leave = lambda task: Serving._leave(serving, task)
-    return serving, engine
-
-
 def test_who_waits_for_the_engine_hears_that_there_is_none() -> None:
     async def tell() -> None:
-        serving, engine = waiting(lambda: ExecutorError("given up"))
+        engine: Any = Absent()
         with pytest.raises(ExecutorError, match="given up"):
-            await Serving._connect(serving, 60.0)
+            await connect(engine, 60.0, lambda: ExecutorError("given up"), lambda: False)
         assert engine.closed
 
     go(tell, 10)
@@ -413,8 +405,9 @@ def test_who_waits_for_the_engine_hears_that_there_is_none() -> None:
 
 def test_who_waits_for_the_engine_hears_a_signal() -> None:
     async def tell() -> None:
-        serving, engine = waiting(lambda: None)
-        asyncio.get_running_loop().call_later(0.1, serving._signals.append, signal.SIGTERM)
-        assert not await Serving._connect(serving, 60.0) and engine.closed
+        engine: Any = Absent()
+        signals: list[int] = []
+        asyncio.get_running_loop().call_later(0.1, signals.append, signal.SIGTERM)
+        assert not await connect(engine, 60.0, lambda: None, lambda: bool(signals)) and engine.closed
 
     go(tell, 10)
