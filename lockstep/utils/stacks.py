@@ -16,7 +16,7 @@ from typing import IO
 
 from lockstep.utils import procs
 
-PY_SPY_S = 3.0
+PY_SPY_S = 6.0
 _HEAD = re.compile(r"^(?:\[rank (\d+)\] )?((?:Current thread|Thread) 0x|Thread \d+ )")
 _FRAME = re.compile(r'^(?:\[rank (\d+)\] )?(  File "| {4}\S+ \()')
 
