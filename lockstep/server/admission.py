@@ -123,13 +123,18 @@ class Admission:
     def retry_after_s(self, sequences: int, tokens: int) -> int:
         """Seconds until so many sequences, or tokens, will have ended at the rate of the last WINDOW_S."""
         now_s = self._clock()
-        while self._ended and self._ended[0][0] < now_s - WINDOW_S:
-            self._ended.popleft()
+        self._forget(now_s)
         if not self._ended:
             return GUESS_S
         span_s = max(now_s - self._ended[0][0], 1.0)
         done = sum(cost.tokens if tokens else cost.sequences for _, cost in self._ended)
         return min(MOST_S, max(LEAST_S, math.ceil((tokens or sequences or 1) * span_s / max(done, 1))))
+
+    def _forget(self, now_s: float) -> None:
+        """Drop what ended before the window: here and not only where the rate is asked for, or a server that refuses nobody would
+        remember every request for as long as it runs."""
+        while self._ended and self._ended[0][0] < now_s - WINDOW_S:
+            self._ended.popleft()
 
     def _left(self, ticket: Ticket) -> None:
         cost, key = ticket.cost, ticket.key
@@ -137,5 +142,7 @@ class Admission:
         self._by_key[key] -= 1
         if not self._by_key[key]:
             del self._by_key[key]
-        self._ended.append((self._clock(), cost))
+        now_s = self._clock()
+        self._ended.append((now_s, cost))
+        self._forget(now_s)
         assert self.requests >= 0 and self.sequences >= 0 and self.tokens >= 0, "more requests left than came"
