@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.server.admission import GUESS_S, LEAST_S, MOST_S, Admission, Bounds, Busy, Cost, NeverFits
+from lockstep.server.admission import GUESS_S, LEAST_S, MOST_S, WINDOW_S, Admission, Bounds, Busy, Cost, NeverFits
 from lockstep.server.admission_cost import characters_of, cost_of
 from lockstep.testing.fakes import FakeClock
 
@@ -102,3 +102,12 @@ def test_characters_are_those_of_the_longest_prompt() -> None:
     assert characters_of({"prompt": ["ab", "abcd"]}) == 4
     assert characters_of({"messages": [{"content": "abc"}, {"content": [{"text": "de"}]}]}) == 5
     assert characters_of({"prompt": {"x": 1}, "messages": 3}) == 0
+
+
+def test_what_ended_long_ago_is_forgotten_though_nobody_is_refused() -> None:
+    clock = FakeClock()
+    books = Admission(Bounds(running=2, queued=2), clock)
+    for _ in range(1000):
+        books.admit(Cost()).leave()
+        clock.advance(1)
+    assert len(books._ended) <= WINDOW_S + 1
