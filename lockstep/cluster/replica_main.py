@@ -162,7 +162,7 @@ def main() -> None:
     replica: Replica | None = None
     try:
         executor = make_executor(launch.config, launch.spec, Path(launch.folder))
-        core = EngineCore(launch.config, launch.spec, executor)
+        core = EngineCore(launch.config, launch.spec, executor, just_in_time=True)
         core.flight.who = f"replica {launch.config.parallel.data_parallel_rank or 0}"
         core.flight.listen()
         core.flight.event("ready")

@@ -22,6 +22,8 @@ from lockstep.observability.flight_recorder import FlightRecorder
 from lockstep.protocol import EngineOutput, EngineRequest, StepResult
 
 RESULT_GRACE_S = 10.0  # the executor times a step itself and knows why it is late: let it speak first
+EARLY = 0.2  # so much of a step's expected time before its end the next one is issued: expectations are about so wrong
+EARLY_S = 0.003  # and so much more: planning takes time, and handing the plan to the ranks
 
 
 class EngineCore:
@@ -36,7 +38,19 @@ class EngineCore:
     `config` is the configuration with every None filled in; `memory` tells how the KV cache was sized.
     """
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, executor: Executor, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        executor: Executor,
+        *,
+        just_in_time: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """just_in_time: for a caller that hears of requests while steps run, between its calls of `step`. The next step is then
+        planned when the one that runs is about to end, not at once, so that a request need not wait for two. (In a pipeline,
+        where every stage has a step, there is no such moment.)
+        """
         self.memory, self.config = size_engine(config, spec, executor)
         self.executor = executor
         self.failure: ExecutorError | None = None
@@ -50,6 +64,7 @@ class EngineCore:
         )
         ahead = config.scheduler.async_scheduling or config.parallel.pipeline_parallel_size > 1
         self.depth = executor.max_concurrent_batches if ahead else 1
+        self._just_in_time = just_in_time and ahead and config.parallel.pipeline_parallel_size == 1
         self._timeout_s = config.parallel.execute_model_timeout_seconds + RESULT_GRACE_S
         self._meter = StepMeter(clock)
         self._in_flight: deque[tuple[ScheduledStep, StepFuture, float]] = deque()  # oldest first, with when it was issued
@@ -77,7 +92,10 @@ class EngineCore:
         self.scheduler.abort(request_ids)
 
     def step(self) -> list[EngineOutput]:
-        """Issue as many steps as may be in flight, then wait for the oldest one. Returns what came for requests."""
+        """Issue as many steps as may be in flight, then wait for the oldest one. Returns what came for requests.
+
+        With `just_in_time` it may return before either, with nothing: hear of new requests, and call again.
+        """
         if self.failure is not None and not self.scheduler.has_unfinished():
             raise self.failure
         self.busy_since_s = time.monotonic()
@@ -94,16 +112,42 @@ class EngineCore:
 
     def _advance(self) -> None:
         """Steps are issued before the oldest is waited for: the ranks run one while the next is planned."""
+        if not self._just_in_time:
+            self._issue(self.depth)
+        elif self._in_flight:
+            slack_s = self._slack_s()
+            if slack_s <= 0:
+                self._issue(self.depth)
+            elif not self._ends_within(slack_s):
+                return
+        if self._in_flight:
+            self._take_oldest()
+        if self._just_in_time:
+            self._issue(1)  # does nothing but where the ranks have nothing to do
+
+    def _issue(self, depth: int) -> None:
+        """Plan steps and hand them over, until `depth` are in flight."""
         timeline = self.executor.timeline
-        while len(self._in_flight) < self.depth and not self.paused:
+        while len(self._in_flight) < depth and not self.paused:
             with timeline.span("schedule", "engine"):
                 planned = self.scheduler.schedule()
             if not planned:
                 break
             issued_s = self._meter.now()
             self._in_flight.append((planned, self.executor.execute_model(planned.plan), issued_s))
-        if self._in_flight:
-            self._take_oldest()
+
+    def _slack_s(self) -> float:
+        """How long the next step need not be issued yet, while one runs; 0 or less when it must be, or that is not known."""
+        step, _, issued_s = self._in_flight[0]
+        return self._meter.left_s(step.plan, issued_s, EARLY) - EARLY_S
+
+    def _ends_within(self, seconds: float) -> bool:
+        """Wait for the oldest step for so long; whether it has ended."""
+        step, future, _ = self._in_flight[0]
+        with self.executor.timeline.span("wait for the ranks", "idle", step.plan.step), contextlib.suppress(TimeoutError):
+            future.result(seconds)
+            return True
+        return False
 
     def _take_oldest(self) -> None:
         """Wait for the oldest step in flight, and take its result."""

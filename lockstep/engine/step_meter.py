@@ -6,6 +6,7 @@ its result.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -26,6 +27,14 @@ class StepMeter:
     def now(self) -> float:
         """For `done`, when a step is issued."""
         return self._clock()
+
+    def left_s(self, plan: StepPlan, issued_s: float, early: float) -> float:
+        """Seconds until that share of a step's expected time is left, for the oldest in flight; -inf when none is expected yet."""
+        tokens = sum(plan.num_tokens)
+        expected = self._predictor.predict(tokens, len(plan.slots), sum(plan.num_computed) + tokens)
+        if expected is None:
+            return -math.inf
+        return max(issued_s, self._ended_s) + (1 - early) * expected - self._clock()
 
     def done(self, plan: StepPlan, issued_s: float) -> None:
         """A step's result is here."""

@@ -20,7 +20,8 @@ class StepFuture(Protocol):
     def done(self) -> bool: ...
 
     def result(self, timeout: float | None = None) -> StepResult:
-        """The step's result. Raises ExecutorError (a rank died, hung or raised), TimeoutError after `timeout` s."""
+        """The step's result, as often as it is asked for. Raises ExecutorError (a rank died, hung or raised), TimeoutError after
+        `timeout` s; the step goes on then, and may be waited for again."""
         ...
 
 

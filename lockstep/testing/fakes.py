@@ -140,12 +140,16 @@ class FakeFuture:
 
     def __init__(self, executor: FakeExecutor, plan: StepPlan, result: StepResult) -> None:
         self._executor, self._plan, self._result = executor, plan, result
+        self._delivered = False
 
     def done(self) -> bool:
         return self._executor.issued - self._plan.step > self._executor.lag
 
     def result(self, timeout: float | None = None) -> StepResult:
-        return self._executor.deliver(self, self._plan, self._result)
+        if not self._delivered:
+            self._result = self._executor.deliver(self, self._plan, self._result)
+            self._delivered = True
+        return self._result
 
 
 class FakeExecutor(Executor):

@@ -93,6 +93,91 @@ def test_the_next_step_is_issued_before_the_oldest_is_waited_for():
     assert events == ["issue 0", "issue 1", "wait 0", "issue 2", "wait 1", "issue 3", "wait 2", "wait 3"]
 
 
+class Timed(FakeExecutor):
+    """Each step takes `takes_s` on a clock of its own, which only waiting moves."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(max_concurrent_batches=2, **options)
+        self.now_s, self.takes_s, self.ends_s = 0.0, 0.1, 0.0
+        self.issued_s: list[tuple[float, float]] = []  # of each step: when it was issued, and when it was to end
+
+    def execute_model(self, plan: StepPlan) -> FakeFuture:
+        future = super().execute_model(plan)
+        self.ends_s = max(self.ends_s, self.now_s) + self.takes_s
+        self.issued_s.append((self.now_s, self.ends_s))
+        deliver, ends_s = future.result, self.ends_s
+
+        def result(timeout: float | None = None):
+            if timeout is not None and self.now_s + timeout < ends_s:
+                self.now_s += timeout + 1e-6
+                raise TimeoutError
+            self.now_s = max(self.now_s, ends_s)
+            return deliver()
+
+        future.result = result
+        return future
+
+
+def timed(**options) -> tuple[EngineCore, Timed]:
+    """An engine that plans just in time, and knows how long its steps take."""
+    executor = Timed(vocab_size=258)
+    config = EngineConfig(
+        model=ModelConfig(max_model_len=512),
+        cache=CacheConfig(num_gpu_blocks_override=256),
+        scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64),
+    )
+    core = EngineCore(config, SPEC, executor, just_in_time=True, clock=lambda: executor.now_s)
+    core.add_request(request("a", max_tokens=200, ignore_eos=True))
+    while len(executor.plans) < 40:
+        core.step()
+    return core, executor
+
+
+def test_just_in_time_a_request_joins_the_step_after_the_one_that_runs():
+    core, executor = timed()
+    while executor.ends_s - executor.now_s < 0.09:  # to the beginning of a step
+        core.step()
+    running = len(executor.plans)
+    assert core.stats().steps_in_flight == 1
+    core.add_request(request("b"))
+    while len(executor.plans) == running:
+        core.step()
+    assert [new.request_id for new in executor.plans[running].new] == ["b"]
+    issued_s, _ = executor.issued_s[running]
+    begins_s = executor.issued_s[running - 1][1]
+    assert begins_s - 0.03 < issued_s < begins_s, "it was handed over shortly before the ranks were free"
+
+
+def test_just_in_time_a_step_that_ends_early_is_followed_at_once():
+    core, executor = timed()
+    executor.takes_s = 0.01  # where 0.1 are expected
+    core.add_request(request("b", max_tokens=2))
+    for _ in range(30):
+        core.step()
+    assert len(executor.plans) > 55
+    for (_, ended_s), (issued_s, _) in zip(executor.issued_s[41:], executor.issued_s[42:], strict=False):
+        assert issued_s <= ended_s + 1e-9, "the ranks waited"
+
+
+def test_just_in_time_changes_no_token():
+    executor = Timed(vocab_size=258)
+    wanted = [request("a", "abc"), request("b", "abd", min_tokens=2), request("c", "a" * 40)]
+    config = EngineConfig(
+        model=ModelConfig(max_model_len=64),
+        cache=CacheConfig(num_gpu_blocks_override=64),
+        scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64),
+    )
+    core = EngineCore(config, SPEC, executor, just_in_time=True, clock=lambda: executor.now_s)
+    got: dict[str, list[int]] = {}
+    todo = list(wanted)
+    while todo or core.has_unfinished():
+        if todo:
+            core.add_request(todo.pop(0))
+        for out in core.step():
+            got.setdefault(out.request_id, []).extend(out.new_token_ids)
+    assert got == {r.request_id: generate(r, 258, 64)[0] for r in wanted}
+
+
 def test_step_without_work_does_nothing():
     executor = FakeExecutor()
     core = engine(executor)
