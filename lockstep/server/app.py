@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from lockstep.server import errors, middleware
 from lockstep.server.observe import count, observe
@@ -23,6 +24,7 @@ from lockstep.server.routes import (
     tokenize,
     web,
 )
+from lockstep.server.sse import DIRECT
 from lockstep.server.state import ServerState
 from lockstep.version import __version__
 
@@ -43,10 +45,18 @@ ROUTERS = (
 )
 
 
+class App(FastAPI):
+    """FastAPI that leaves the server's own `send` where streams find it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[DIRECT] = send
+        await super().__call__(scope, receive, send)
+
+
 def create_app(state: ServerState) -> FastAPI:
     """All routes over `state`, whose engine is connected."""
     about: dict[str, Any] = {"title": "lockstep", "version": __version__, "responses": errors.DOCUMENTED}
-    app = FastAPI(root_path=state.options.root_path, docs_url=None, redoc_url=None, **about)  # those pages would ask other hosts
+    app = App(root_path=state.options.root_path, docs_url=None, redoc_url=None, **about)  # those pages would ask other hosts
     app.state.server = state
     observe(app, state)
     errors.install(app)
