@@ -32,7 +32,7 @@ def serve_node(config: EngineConfig, *, quiet: bool) -> int:
     logging.configure(config.runtime.log_level)
     config, spec, folder = resolve(config, headless=True)
     parallel = config.parallel
-    if parallel.nnodes == 1:
+    if parallel.nodes_per_replica == 1:
         from lockstep.cluster.keeper import keep_replicas
 
         first, last = parallel.data_parallel_start_rank or 0, (parallel.data_parallel_start_rank or 0) + parallel.local_replicas - 1
@@ -43,7 +43,7 @@ def serve_node(config: EngineConfig, *, quiet: bool) -> int:
         note(f"{which}: the leader has ended", quiet)
         return code
     note(
-        f"node {parallel.node_rank} of {parallel.nnodes}: looking for the leader at {parallel.master_addr}:{parallel.master_port} ...",
+        f"node {parallel.node_rank} of {parallel.nnodes}: looking for the leader at {parallel.master_addr}:{parallel.report_port} ...",
         quiet,
     )
     from lockstep.executor import factory

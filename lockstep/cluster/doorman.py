@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from lockstep.cluster import greeting, wire
 from lockstep.cluster.greeting import Challenge, Identity, Refused, Welcome
 from lockstep.config.errors import ConfigError
-from lockstep.config.nodes import own_address
+from lockstep.config.nodes import meeting_point, own_address
 from lockstep.config.tree import ParallelConfig
 from lockstep.observability.logging import get_logger
 from lockstep.utils import env, net
@@ -112,13 +112,18 @@ class Doorman:
         """That nobody has come for these replicas: how to start them, and who was refused meanwhile."""
         p = self.parallel
         several = len(replicas) > 1
+        place = f"-dpl {len(replicas)} -dpr {replicas[0]} -dpa {p.data_parallel_address} -dpp {p.data_parallel_rpc_port}` on another host"
+        if p.nnodes > 1:
+            late = sorted({replica // p.local_replicas for replica in replicas})
+            place = f"--nnodes {p.nnodes} --node-rank N --master-addr {p.master_addr} --master-port {p.master_port}` on "
+            place += f"node{'s' if len(late) > 1 else ''} N = {', '.join(map(str, late))}"
         text = (
             f"replica{'s' if several else ''} {', '.join(map(str, replicas))} {'have' if several else 'has'} not reported at {self.at} in "
-            f"{waited_s:g} s: start `lockstep generate MODEL --headless -dp {p.data_parallel_size} -dpl {len(replicas)} -dpr {replicas[0]} "
-            f"-dpa {p.data_parallel_address} -dpp {p.data_parallel_rpc_port}` on another host, and see that no firewall is between."
+            f"{waited_s:g} s: start `lockstep generate MODEL --headless -dp {p.data_parallel_size} {place}, and see that no firewall is "
+            "between."
         )
         if net.is_loopback(self.host):
-            text += f" {self.host} is reached from this host only: for others, give its network address as data_parallel_address."
+            text += f" {self.host} is reached from this host only: for others, give its network address as {meeting_point(p)[0]}."
         with self._lock:
             return text + (f" Meanwhile, {'; '.join(self._refused)}." if self._refused else "")
 
@@ -200,18 +205,18 @@ class Doorman:
         if reason := greeting.misfit(who, self._versions, self._settings):
             return Refused(reason)
         if not p.local_replicas <= who.replica < p.data_parallel_size:
+            places = "node_rank" if p.nnodes > 1 else "data_parallel_start_rank and data_parallel_size_local"
             return Refused(
                 f"replica {who.replica} is not one that another host may keep: the leader runs replicas 0 to {p.local_replicas - 1} of "
-                f"{p.data_parallel_size}; choose data_parallel_start_rank and data_parallel_size_local so that they fit"
+                f"{p.data_parallel_size}; choose {places} so that they fit"
             )
         with self._lock:
             if who.replica in self._barred:
                 return Refused(self._barred[who.replica])
             holder = self._holders.get(who.replica)
             if holder is not None and holder.keeper != who.keeper and not holder.ended:
-                return Refused(
-                    f"replica {who.replica} is taken by host {holder.host}: give each host its own data_parallel_start_rank", again=True
-                )
+                own = "node_rank" if p.nnodes > 1 else "data_parallel_start_rank"
+                return Refused(f"replica {who.replica} is taken by host {holder.host}: give each host its own {own}", again=True)
             self._holders[who.replica] = arrival
         return None
 
@@ -228,8 +233,9 @@ class Doorman:
 
 def _listener(parallel: ParallelConfig) -> net.Listener:
     address, port = parallel.data_parallel_address, parallel.data_parallel_rpc_port
+    at, by = meeting_point(parallel)
     try:
-        return net.Listener(own_address(address, "data_parallel_address"), port)
+        return net.Listener(own_address(address, at), port)
     except OSError as e:
         if parallel.data_parallel_backend == "ray":  # neither address nor port is the user's
             raise ConfigError(
@@ -237,6 +243,6 @@ def _listener(parallel: ParallelConfig) -> net.Listener:
                 "of the Ray cluster reach: set LOCKSTEP_HOST_IP here to one that this host has, or unset it."
             ) from None
         raise ConfigError(
-            f"data_parallel_address={address!r}, data_parallel_rpc_port={port}: {e}. The leader must listen at an address of its own and a "
+            f"{at}={address!r}, {by}={port}: {e}. The leader must listen at an address of its own and a "
             "free port: choose another port on every host, or set LOCKSTEP_HOST_IP here to the address that this host has."
         ) from None

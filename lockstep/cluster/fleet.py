@@ -79,7 +79,7 @@ class Fleet:
         self.supervisor = Supervisor(count, policy, time.monotonic())
         self._doorman = None
         try:
-            if parallel.local_replicas < count:
+            if parallel.replicas_led < count:
                 self._doorman = Doorman(parallel, agreed_settings(config, spec, folder), None if actors is None else actors.key)
         except BaseException:
             if actors is not None:
@@ -96,7 +96,7 @@ class Fleet:
         if self._doorman is not None:
             self._selector.register(self._doorman, selectors.EVENT_READ, _DOOR)
         try:
-            for replica in range(min(parallel.local_replicas, count)):
+            for replica in range(min(parallel.replicas_led, count)):
                 self._start(replica)
             if actors is not None and self._doorman is not None:
                 actors.start(spec, folder, self._doorman.host, self._doorman.port)
@@ -141,7 +141,7 @@ class Fleet:
 
     def condemn(self, busy: Sequence[int]) -> Iterator[Event]:
         """End the replicas that have said nothing for longer than they may: while they start, or have work to do (`busy`)."""
-        now_s, runtime, parallel = time.monotonic(), self._config.runtime, self._config.parallel
+        now_s, parallel = time.monotonic(), self._config.parallel
         for replica, life in enumerate(self.supervisor.lives):
             handle = self._replicas[replica]
             if handle is None:
@@ -151,7 +151,7 @@ class Fleet:
                 yield from self._lose(replica)
                 continue
             if life.state is State.STARTING:
-                limit_s, what = runtime.startup_timeout_seconds, "did not get ready in {:g} s (startup_timeout_seconds)"
+                limit_s, what = self._config.start_limit_s, "did not get ready in {:g} s (startup_timeout_seconds)"
                 late = life.starts > 1 and now_s - life.since_s > limit_s
             else:
                 limit_s, what = parallel.execute_model_timeout_seconds + GRACE_S, "has requests and said nothing for {:g} s"
@@ -201,7 +201,7 @@ class Fleet:
     def _start(self, replica: int) -> None:
         """Start a process, or take the connection of one that has come; without one there is nothing to do until it comes."""
         handle: ReplicaHandle
-        if replica < self._config.parallel.local_replicas:
+        if replica < self._config.parallel.replicas_led:
             handle = ReplicaProcess(self._config, self._spec, self._folder, replica, self._death_pipe[0])
         elif replica in self._waiting:
             handle = RemoteReplica(self._waiting.pop(replica))

@@ -35,7 +35,7 @@ _OTHER_MODEL = "its model is another one (config.json and weights: {theirs}, the
 
 # Settings that all hosts must say alike: they decide what a request's answer is, or which requests are taken.
 AGREED = (
-    *("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size"),
+    *("nnodes", "data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size"),
     *("decode_context_parallel_size", "enable_expert_parallel", "dtype", "quantization", "seed", "max_model_len", "block_size"),
     *("enable_chunked_prefill", "scheduling_policy", "device"),
 )

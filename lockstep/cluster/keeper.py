@@ -32,7 +32,7 @@ from lockstep.cluster.replica_main import LOST_ROUTER
 from lockstep.cluster.supervisor import RestartPolicy
 from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
-from lockstep.config.nodes import chosen_address
+from lockstep.config.nodes import chosen_address, meeting_point
 from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
 from lockstep.observability.logging import get_logger
@@ -181,7 +181,7 @@ class Keeper:
                 if welcomed and closed_s is not None and now_s - closed_s > GONE_S:
                     raise ExecutorError(f"the leader at {self.at} is gone: nobody listens there any more.", kind="died") from None
             if time.monotonic() - began_s > limit_s:
-                hint = "" if welcomed else " Start the leader, with the same data_parallel_address and data_parallel_rpc_port."
+                hint = "" if welcomed else f" Start the leader, with the same {' and '.join(meeting_point(self._config.parallel))}."
                 raise ExecutorError(
                     f"the leader at {self.at} was not reached in startup_timeout_seconds={limit_s:g}: {why}.{hint}", kind="hung"
                 )

@@ -190,7 +190,7 @@ class DataParallelClient(Operated):
     def _await_all(self) -> None:
         """Until every replica is ready; the first that fails, or that is given up, ends it."""
         lives = self.supervisor.lives
-        deadline = time.monotonic() + self._config.runtime.startup_timeout_seconds
+        deadline = time.monotonic() + self._config.start_limit_s
         while any(life.state is not State.READY for life in lives):
             if time.monotonic() > deadline or any(life.state is State.GIVEN_UP for life in lives):
                 raise ExecutorError(self._fleet.late(), phase="start", kind="hung")
@@ -203,7 +203,7 @@ class DataParallelClient(Operated):
                 self._lost(event)
             else:
                 self._hear(event.replica, event.reply)
-        limit_s = self._config.runtime.startup_timeout_seconds
+        limit_s = self._config.start_limit_s
         for event in self._fleet.condemn([load.replica for load in self.book.loads if load.requests]):
             assert isinstance(event, Lost)
             self._lost(event)

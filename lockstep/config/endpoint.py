@@ -79,6 +79,11 @@ def for_endpoint(config: EngineConfig, options: ServeOptions) -> EngineConfig:
         raise ConfigError("data_parallel_external_lb needs data_parallel_rank: say which replica this server is for.")
     if not options.data_parallel_hybrid_lb:
         return config
+    if parallel.nnodes > 1:
+        raise ConfigError(
+            f"data_parallel_hybrid_lb with nnodes={parallel.nnodes}: that is a server for each host, with replicas of its own, and nnodes "
+            "is one server, over all hosts; leave one of them out."
+        )
     size = parallel.data_parallel_size
     if rank is not None:
         raise ConfigError(

@@ -24,7 +24,7 @@ def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
         )
     _check_rank(parallel, headless=headless)
     _check_start(parallel, headless=headless)
-    if headless or (parallel.local_replicas < size and parallel.data_parallel_rank is None):
+    if headless or (parallel.replicas_led < size and parallel.data_parallel_rank is None):
         _check_meeting_point(parallel)
 
 

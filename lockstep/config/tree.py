@@ -16,6 +16,8 @@ LoadFormat = Literal["auto", "safetensors", "dummy"]
 Policy = Literal["fcfs", "priority"]
 Routing = Literal["prefix", "shortest_queue", "round_robin"]
 
+NODES_GRACE_S = 10.0  # who waits for hosts times that itself, and names who is late: let it speak first
+
 
 def opt(default: Any, help: str, *alias: str) -> Any:
     """A config field with its help text (one sentence) and short flags."""
@@ -68,7 +70,9 @@ class ParallelConfig:
         None,
         "uni (in this process), mp (worker processes), ray (on a Ray cluster), external_launcher; default: uni for one rank, mp for more.",
     )
-    nnodes: int = opt(1, "Hosts that share the ranks; start the same command on each, with its node_rank (mp only).", "-n", "--node-size")
+    nnodes: int = opt(
+        1, "Hosts that share the ranks, or the replicas; start the same command on each, with its node_rank (mp only).", "-n", "--node-size"
+    )
     node_rank: int = opt(0, "Which of the nnodes hosts this is: 0 is the leader, the others run with --headless.", "-r")
     master_addr: str = opt("127.0.0.1", "Address of node 0, as the other hosts reach it.")
     master_port: int = opt(29501, "Port on node 0 at which the other hosts report.")
@@ -98,20 +102,48 @@ class ParallelConfig:
         return self.stage_size * self.pipeline_parallel_size
 
     @property
+    def nodes_per_replica(self) -> int:
+        """Of the nnodes hosts, those that the ranks of one replica are on. (Ray places each replica by itself.)"""
+        return self.nnodes if self.distributed_executor_backend == "ray" else max(1, self.nnodes // self.data_parallel_size)
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether the hosts are split into groups of several, one for each replica. All replicas are led from host 0."""
+        return 1 < self.nodes_per_replica < self.nnodes
+
+    @property
+    def group(self) -> range:
+        """The hosts (by node_rank) of the replica that data_parallel_rank names: groups are runs."""
+        first = (self.data_parallel_rank or 0) * self.nodes_per_replica if self.in_groups else 0
+        return range(first, first + self.nodes_per_replica)
+
+    @property
+    def report_port(self) -> int:
+        """Port on host 0 at which the hosts of this replica's group report: each group's is one more than the one before."""
+        return self.master_port + self.group.start // self.nodes_per_replica
+
+    @property
     def local_world_size(self) -> int:
         """Ranks of one replica on each host."""
-        return self.world_size // self.nnodes
+        return self.world_size // self.nodes_per_replica
 
     @property
     def local_ranks(self) -> range:
-        """The ranks of a replica on this host: ranks are dealt out to hosts in runs."""
-        first = self.node_rank * self.local_world_size
+        """The ranks of a replica on this host: ranks are dealt out to the replica's hosts in runs."""
+        first = self.node_rank % self.nodes_per_replica * self.local_world_size
         return range(first, first + self.local_world_size)
 
     @property
     def local_replicas(self) -> int:
-        """Replicas on this host: they share its cores and its memory."""
+        """Replicas with ranks on this host: they share its cores and its memory."""
+        if self.in_groups:
+            return 1
         return self.data_parallel_size if self.data_parallel_size_local is None else self.data_parallel_size_local
+
+    @property
+    def replicas_led(self) -> int:
+        """Replicas whose engine runs on the leader's host; other hosts run that of the others."""
+        return self.data_parallel_size if self.in_groups else self.local_replicas
 
     @property
     def local_replica(self) -> int | None:
@@ -184,3 +216,9 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @property
+    def start_limit_s(self) -> float:
+        """Longest start of a replica, in seconds. Where it is on several hosts they are waited for first, and then, anew, its ranks."""
+        limit_s = self.runtime.startup_timeout_seconds
+        return limit_s if self.parallel.nodes_per_replica == 1 else 2 * limit_s + NODES_GRACE_S

@@ -20,7 +20,7 @@ from lockstep.config.defaults import MEMORY_SHARE, Choice, choose_backend, defau
 from lockstep.config.errors import ConfigError
 from lockstep.config.hf import load_spec
 from lockstep.config.model_spec import ModelSpec, read_config_json
-from lockstep.config.nodes import check_nodes
+from lockstep.config.nodes import check_nodes, placed
 from lockstep.config.replicas import check_replicas
 from lockstep.config.source import find_folder
 from lockstep.config.stages import check_stages
@@ -71,6 +71,7 @@ def resolve(config: EngineConfig, *, headless: bool = False) -> tuple[EngineConf
     choice = automatic_backend(config)
     config = with_backend(config)
     device, spec, folder = check(config, headless=headless)
+    config = replace(config, parallel=placed(config.parallel, headless=headless))
     warn_of_crowding(config.parallel, device)
     warn_of_launcher(config.parallel)
     log.info("distributed_executor_backend is %s: %s", *choice)
@@ -83,7 +84,8 @@ def check(config: EngineConfig, *, headless: bool = False) -> tuple[Literal["cpu
     config = with_backend(config)
     check_available(config.parallel)
     check_nodes(config.parallel, headless=headless)
-    check_replicas(config.parallel, headless=headless and config.parallel.nnodes == 1)
+    config = replace(config, parallel=placed(config.parallel, headless=headless))
+    check_replicas(config.parallel, headless=headless and config.parallel.nodes_per_replica == 1)
     if launcher.is_external(config.parallel):
         launcher.place(config.parallel)
     device = pick_device(config.runtime, config.parallel)
@@ -201,8 +203,10 @@ def check_available(parallel: ParallelConfig) -> None:
 
 def sizes(parallel: ParallelConfig) -> str:
     """The sizes that multiply to more than one rank, in words."""
-    elsewhere = parallel.local_replicas < parallel.data_parallel_size
-    named = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size_local" if elsewhere else "data_parallel_size")
+    named = ["tensor_parallel_size", "pipeline_parallel_size"]
+    if not parallel.in_groups:
+        elsewhere = parallel.local_replicas < parallel.data_parallel_size
+        named.append("data_parallel_size_local" if elsewhere else "data_parallel_size")
     return " and ".join(f"{n}={getattr(parallel, n)}" for n in named if getattr(parallel, n) > 1) or f"{named[0]}=1"
 
 
@@ -253,7 +257,7 @@ def warn_of_launcher(parallel: ParallelConfig) -> None:
     defaults = ParallelConfig()
     if parallel.nnodes == 1 and (parallel.master_addr, parallel.master_port) != (defaults.master_addr, defaults.master_port):
         log.warning("master_addr and master_port have no effect: nnodes=1 is this host alone. Set nnodes to use several.")
-    elsewhere = parallel.local_replicas < parallel.data_parallel_size and parallel.data_parallel_rank is None
+    elsewhere = parallel.replicas_led < parallel.data_parallel_size and parallel.data_parallel_rank is None
     if not elsewhere and parallel.data_parallel_address != defaults.data_parallel_address:
         log.warning(
             "data_parallel_address=%s has no effect: all %d replica(s) run here. Set data_parallel_size_local to keep some elsewhere.",

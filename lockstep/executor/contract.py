@@ -30,9 +30,10 @@ class ExecutorError(RuntimeError):
 
     rank: the culprit, or None where no single rank is to blame. phase: what it was doing (init, load, step 12, ...).
     exitcode: as `subprocess` gives it (negative: killed by that signal), None when the process lives.
-    kind: "died", "stopped" (SIGSTOP), "hung", "raised", "lost" (a whole host), "refused" (a host that does not fit) or
-    "shutdown". error_type: the exception's type, for "raised". log_tail: the rank's last lines, and Python stacks.
-    out_of_memory: the kernel's killer did it. ranks: where all of them were. incident: the file that tells the whole story.
+    kind: "died", "stopped" (SIGSTOP), "hung", "raised", "lost" (a whole host), "absent" (a host that did not come in time),
+    "refused" (a host that does not fit) or "shutdown". error_type: the exception's type, for "raised". log_tail: the rank's last
+    lines, and Python stacks. out_of_memory: the kernel's killer did it. ranks: where all of them were. incident: the file that
+    tells the whole story.
     """
 
     def __init__(

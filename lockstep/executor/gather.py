@@ -81,7 +81,7 @@ class _Guest:
 
 
 class Door:
-    """The socket at master_addr:master_port, bound before anything is started."""
+    """The socket at master_addr and the port of this replica's nodes, bound before anything is started."""
 
     first = 1  # number of the first node that comes; 0 would be the leader's own
 
@@ -90,20 +90,22 @@ class Door:
         self.parallel, self.key = parallel, env.cluster_key() if key is None else key
         self.address = own_address(parallel.master_addr, "master_addr")
         try:
-            self.listener = Listener(self.address, parallel.master_port)
+            self.listener = Listener(self.address, parallel.report_port)
         except OSError as e:
+            more = f" to {parallel.master_port + parallel.data_parallel_size - 1} (one for each replica)" if parallel.in_groups else ""
             raise ConfigError(
-                f"master_addr={parallel.master_addr!r}, master_port={parallel.master_port}: {e}. Node 0 must listen at an address of its "
-                "own and a free port: choose another port on every node, or set LOCKSTEP_HOST_IP on node 0 to the address that it has."
+                f"master_addr={parallel.master_addr!r}, master_port={parallel.master_port}{more}: {e}. Node 0 must listen at an address of "
+                "its own and a free port: choose another port on every node, or set LOCKSTEP_HOST_IP on node 0 to the address that it has."
             ) from None
-        self.at = f"{parallel.master_addr}:{parallel.master_port}"
+        self.at = f"{parallel.master_addr}:{parallel.report_port}"
         if not self.key and not net.is_loopback(self.address):
             warn_of_no_key()
 
     @property
     def expected(self) -> range:
         """The numbers of the nodes that come."""
-        return range(self.first, self.parallel.nnodes)
+        group = self.parallel.group
+        return range(max(self.first, group.start), group.stop)
 
     def watch(self) -> None:
         """Called over and over while nodes are awaited. Raises ExecutorError when one of them cannot come any more."""
@@ -125,19 +127,24 @@ class Door:
         each = numbers[0] if len(numbers) == 1 else f"N (N from {numbers[0]} to {numbers[-1]})"
         _log.warning(
             "waiting for %s of %d at %s, for up to %g s (startup_timeout_seconds). Run on %s, with the other settings of this command:\n"
-            "  lockstep serve%s -tp %d -pp %d --nnodes %d --node-rank %s --master-addr %s --master-port %d --headless",
+            "  lockstep serve%s -tp %d -pp %d%s --nnodes %d --node-rank %s --master-addr %s --master-port %d --headless",
             *(f"{who} {', '.join(map(str, numbers))}", parallel.nnodes, self.at, limit_s, there),
             *(f" {shlex.quote(model)}" if model else "", parallel.tensor_parallel_size, parallel.pipeline_parallel_size),
-            *(parallel.nnodes, each, parallel.master_addr, parallel.master_port),
+            *(_replicas(parallel), parallel.nnodes, each, parallel.master_addr, parallel.master_port),
         )
 
     def advice(self, late: Sequence[int]) -> str:
         """What to do about nodes that did not come."""
         parallel, each = self.parallel, late[0] if len(late) == 1 else "N"
         return (
-            f"start {'it' if len(late) == 1 else 'each'} with --nnodes {parallel.nnodes} --node-rank {each} "
+            f"start {'it' if len(late) == 1 else 'each'} with{_replicas(parallel)} --nnodes {parallel.nnodes} --node-rank {each} "
             f"--master-addr {parallel.master_addr} --master-port {parallel.master_port} --headless, and see that no firewall is between"
         )
+
+
+def _replicas(parallel: ParallelConfig) -> str:
+    """The flag for the number of replicas, where nodes have to know it."""
+    return f" -dp {parallel.data_parallel_size}" if parallel.in_groups else ""
 
 
 def warn_of_no_key() -> None:
@@ -249,7 +256,10 @@ class Gathering:
         if who.number in nodes or who.number not in self._door.expected:
             there = nodes.get(who.number)
             reason = f"node_rank={who.number} is taken" + (f" by the one on {there.host}" if there else " by the leader")
-            advice = f"{reason}: give each node its own, from 1 to {self._door.parallel.nnodes - 1}"
+            if who.number not in self._door.parallel.group:
+                reason = f"node_rank={who.number} is of another replica, whose nodes report at another port"
+            expected = self._door.expected
+            advice = f"{reason}: give each node its own, from {expected.start} to {expected.stop - 1}"
             self._refuse(guest, advice, f"another {name} was refused: {reason}")
             return
         guest.link.frames.limit = node_wire.MESSAGE_BYTES
@@ -289,4 +299,4 @@ class Gathering:
             message += f" {self._door.address} can be reached from this host only: for others, give its network address as master_addr."
         if self._refused:
             message += " Meanwhile, " + "; ".join(self._refused) + "."
-        return ExecutorError(message, phase="node", kind="hung")
+        return ExecutorError(message, phase="node", kind="absent")

@@ -30,7 +30,7 @@ def connect(config: EngineConfig, spec: ModelSpec, key: str) -> Link:
     """The connection to the leader, both ends proven to have the key. Raises ExecutorError when the leader is not found in
     startup_timeout_seconds, or will not have this node."""
     parallel, limit_s = config.parallel, config.runtime.startup_timeout_seconds
-    host, port = parallel.master_addr, parallel.master_port
+    host, port = parallel.master_addr, parallel.report_port
     if not key and not net.is_loopback(host):
         gather.warn_of_no_key()
     until, pause, why = time.monotonic() + limit_s, FIRST_PAUSE_S, ""
@@ -50,12 +50,13 @@ def connect(config: EngineConfig, spec: ModelSpec, key: str) -> Link:
                 raise
         time.sleep(min(pause, max(0.0, until - time.monotonic())))
         pause = min(pause * 1.6, LONGEST_PAUSE_S)
+    rule = f" (master_port={parallel.master_port}, and one more for each replica before this node's)" if parallel.in_groups else ""
     hint = ""
     if net.is_loopback(host):
         hint = f" {host} is this very host: give node 0's network address as master_addr if it is another one."
     raise ExecutorError(
         f"node {parallel.node_rank} of {parallel.nnodes} did not reach the leader at {host}:{port} in {limit_s:g} s ({why}): start "
-        f"node 0 with the same master_addr and master_port, and see that no firewall is between "
+        f"node 0 with the same master_addr and master_port{rule}, and see that no firewall is between "
         f"(startup_timeout_seconds={limit_s:g}).{hint}",
         phase="node",
         kind="hung",

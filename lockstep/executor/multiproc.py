@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,13 +32,16 @@ from lockstep.protocol.health import RankHealth
 class MultiprocExecutor(Executor):
     """See `Executor`. The output rank is the first tensor-parallel rank of the last pipeline stage."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str) -> None:
-        """Starts all ranks; returns when their models are loaded. Raises ExecutorError when one does not get there."""
+    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str, again: bool = False) -> None:
+        """Starts all ranks; returns when their models are loaded. Raises ExecutorError when one does not get there.
+
+        again: when they fail, this process is followed by another that starts them anew: other hosts are told to wait for it.
+        """
         self.timeline = Timeline()
         parallel = config.parallel
         self.max_concurrent_batches = max(parallel.pipeline_parallel_size, 2 if config.scheduler.async_scheduling else 1)
         self._step_limit_s = parallel.execute_model_timeout_seconds
-        self._fleet = self._make_fleet(Plan(config, spec, Path(folder), worker_cls))
+        self._fleet = self._make_fleet(Plan(config, spec, Path(folder), worker_cls, again=again))
         self._finalizer = weakref.finalize(self, self._fleet.stop)  # also at exit
         try:
             self._fleet.start()
@@ -48,7 +52,11 @@ class MultiprocExecutor(Executor):
     def _make_fleet(self, plan: Plan) -> Fleet:
         """The ranks to be started."""
         parallel = plan.config.parallel
-        return Fleet(plan, affinity.plan_here(len(plan.ranks), parallel), Door(parallel) if parallel.nnodes > 1 else None)
+        if parallel.nodes_per_replica == 1:
+            return Fleet(plan, affinity.plan_here(len(plan.ranks), parallel))
+        if parallel.node_rank not in parallel.group:
+            return Fleet(replace(plan, leads_only=True), [], Door(parallel))
+        return Fleet(plan, affinity.plan_here(len(plan.ranks), parallel), Door(parallel))
 
     def memory(self) -> list[RankMemory]:
         return msgspec.convert(self.collective_rpc("memory"), list[RankMemory])

@@ -26,24 +26,29 @@ from lockstep.distributed.greeting import MESSAGE_BYTES as GREETING_BYTES
 from lockstep.distributed.greeting import Challenge, Hello, Refused, Sides, Welcome, texts
 from lockstep.utils.frames import NO_MESSAGE
 
-PROTOCOL = 3
+PROTOCOL = 4
 SIDES = Sides("leader", "agent")
 MESSAGE_BYTES = 1 << 28  # no message after the greeting is longer
 BEAT_S = 0.5
 # Settings that all nodes must say alike; everything else is the leader's to say.
 AGREED = (
-    *("nnodes", "tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"),
-    *("enable_expert_parallel", "pipeline_layer_partition", "model", "revision", "dtype", "quantization", "load_format", "device"),
+    *("nnodes", "data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size"),
+    *("decode_context_parallel_size", "enable_expert_parallel", "pipeline_layer_partition", "model", "revision", "dtype"),
+    *("quantization", "load_format", "device"),
 )
 
 
 class Start(msgspec.Struct, tag="start", array_like=True):
-    """Start the ranks of this node. host, port: of the rendezvous that rank 0 serves; port 0: that is to be here."""
+    """Start the ranks of this node. host, port: of the rendezvous that rank 0 serves; port 0: that is to be here.
+
+    again: the leader comes again should this go wrong, and waits for this node then.
+    """
 
     config: EngineConfig
     spec: ModelSpec
     host: str
     port: int
+    again: bool = False
 
 
 class Meeting(msgspec.Struct, tag="meeting", array_like=True):

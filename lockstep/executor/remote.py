@@ -51,20 +51,20 @@ class Nodes:
     def start(self, rendezvous: tuple[str, int] | None, attend: Callable[[Link, Callable[[Node], None], Node], None], to: Listener) -> None:
         """Have every node start its ranks. attend: watches a link. to: is told what comes from now on.
 
-        rendezvous: that rank 0 serves here; None: it is on node 0, which says where; the others are started then.
+        rendezvous: that rank 0 serves here; None: it is on the first of them, which says where; the others are started then.
         """
         self._attend, self._to = attend, to
-        count = self._plan.config.parallel.local_world_size
+        count, first = self._plan.config.parallel.local_world_size, self._plan.config.parallel.group.start
         for number, node in sorted(self._nodes.items()):
-            ranks = range(number * count, (number + 1) * count)
+            ranks = range((number - first) * count, (number - first + 1) * count)
             node.ranks = {rank: RemoteRank(rank, f" on {node.name}") for rank in ranks}
             self.ranks += node.ranks.values()
-            if rendezvous is not None or number == 0:
+            if rendezvous is not None or number == first:
                 self._start(node, *(rendezvous or ("", 0)))
         self.watch()
 
     def _start(self, node: Node, host: str, port: int) -> None:
-        node.link.send(Start(self._plan.config, self._plan.spec, host, port))
+        node.link.send(Start(self._plan.config, self._plan.spec, host, port, self._plan.again))
         self._started = (*self._started, node)
 
     def watch(self) -> None:

@@ -74,11 +74,11 @@ def _limits(limits: Limits, share: float) -> list[str]:
 
 
 def _spanning(common: list[str], layout: Layout, hosts: list[str], nodes: int) -> list[Command]:
-    """Replicas of several nodes each: a server for each of them, or one for those that share experts."""
-    together = layout.group_replicas
+    """Replicas of several nodes each: one server for all of them, or one for those that share experts."""
+    together = layout.dp if layout.ep == 1 else layout.group_replicas
     data = ["-dp", str(together)] if together > 1 else []
     found = []
-    for first in range(0, layout.deployments * together * nodes, together * nodes):
+    for first in range(0, layout.dp * nodes, together * nodes):
         group = hosts[first : first + together * nodes]
         for rank, host in enumerate(group):
             place = ["--nnodes", str(len(group)), "--node-rank", str(rank), "--master-addr", group[0]]

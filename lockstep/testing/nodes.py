@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lockstep.executor.contract import Executor
@@ -58,6 +58,24 @@ def held_port(host: str = "127.0.0.1") -> Iterator[int]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind((host, 0))
         yield int(holder.getsockname()[1])
+
+
+@contextmanager
+def held_ports(count: int, host: str = "127.0.0.1") -> Iterator[int]:
+    """As `held_port`: the first of so many in a row."""
+    for _ in range(100):
+        with ExitStack() as held:
+            first = held.enter_context(held_port(host))
+            try:
+                for port in range(first + 1, first + count):
+                    holder = held.enter_context(socket.socket())
+                    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    holder.bind((host, port))
+            except (OSError, OverflowError):
+                continue
+            yield first
+            return
+    raise AssertionError(f"there are no {count} free ports in a row")
 
 
 @contextmanager

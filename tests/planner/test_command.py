@@ -47,7 +47,7 @@ RUNS = [
     (Layout(tp=4, dp=3), 2, 1),  # replicas on two nodes, one server
     (Layout(tp=8, pp=2), 2, 1),  # a replica over two nodes
     (Layout(tp=16), 2, 1),
-    (Layout(tp=8, pp=2, dp=2), 4, 2),  # two of those, each with a server
+    (Layout(tp=8, pp=2, dp=2), 4, 1),  # two of those, one server
 ]
 
 
