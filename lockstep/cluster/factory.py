@@ -16,10 +16,9 @@ from lockstep.executor.factory import make_executor
 def make_supervised(config: EngineConfig, spec: ModelSpec, folder: Path) -> EngineClient:
     """As `make_client`, and even a single replica is a process of its own, which is started again when it dies.
 
-    But for replicas that are more than this host can start again: over several hosts, or placed on a Ray cluster.
+    But for a replica whose ranks others placed: Ray, or a launcher.
     """
-    parallel = config.parallel
-    if parallel.nnodes == 1 and default_backend(parallel) in ("uni", "mp"):
+    if default_backend(config.parallel) in ("uni", "mp"):
         from lockstep.cluster.router import DataParallelClient
 
         return DataParallelClient(config, spec, folder)

@@ -289,9 +289,11 @@ class Fleet:
     def _after(self, replica: int, state: State, error: ExecutorError) -> str:
         """What is done about a replica that is gone, in words. One that is given up is let in no more."""
         life = self.supervisor.lives[replica]
+        absent = error.kind == "absent"
         if state is State.WAITING:
-            return f"it is started again in {life.due_s - life.since_s:.2f} s"
-        cause = f"replica {replica} was given up after {life.failures} failures in a row, the last one: {error}"
+            return "its hosts are waited for anew" if absent else f"it is started again in {life.due_s - life.since_s:.2f} s"
+        why = ": " if absent else f" after {life.failures} failures in a row, the last one: "
+        cause = f"replica {replica} was given up{why}{error}"
         self._causes[replica] = cause
         if self._doorman is not None:
             self._doorman.bar(replica, cause)
@@ -308,7 +310,8 @@ class Fleet:
         self._replicas[replica] = None
         tells = handle.failed is not None or not isinstance(handle, RemoteReplica)  # a host that goes may come again
         never_ran = life.state is State.STARTING and life.starts == 1 and tells
-        state = self.supervisor.failed(replica, now_s)
+        absent = error.kind == "absent" and life.state is State.STARTING
+        state = (self.supervisor.absent if absent else self.supervisor.failed)(replica, now_s)
         if never_ran:
             handle.end(ask=False, until_s=0.0)
             raise ConfigError(str(error)) if error.error_type == "ConfigError" else error

@@ -161,7 +161,7 @@ def main() -> None:
     core: EngineCore | None = None
     replica: Replica | None = None
     try:
-        executor = make_executor(launch.config, launch.spec, Path(launch.folder))
+        executor = make_executor(launch.config, launch.spec, Path(launch.folder), again=True)
         core = EngineCore(launch.config, launch.spec, executor, just_in_time=True)
         core.flight.who = f"replica {launch.config.parallel.data_parallel_rank or 0}"
         core.flight.listen()

@@ -4,6 +4,7 @@
     STARTING     ready       READY        takes requests
     STARTING     failed      WAITING      or GIVEN_UP after `most_failures` in a row
     READY        failed      WAITING      its requests are replayed elsewhere
+    STARTING     absent      WAITING      hosts of it did not come in time; GIVEN_UP if no replica took requests meanwhile
     WAITING      due         STARTING     the router starts it anew
     any          stop        STOPPED      for good
 
@@ -88,6 +89,17 @@ class Supervisor:
         life.due_s = now_s + self.policy.pause_s(life.failures)
         if self._none_ready_s is None and not any(other.state is State.READY for other in self.lives):
             self._none_ready_s = now_s
+        return life.state
+
+    def absent(self, replica: int, now_s: float) -> State:
+        """Hosts of it did not come for as long as they may take. Its state now: WAITING or GIVEN_UP.
+
+        That is no failure of its own: while others take requests it waits for them anew, as long as it takes.
+        """
+        life = self.lives[replica]
+        assert life.state is State.STARTING, f"hosts of replica {replica} are awaited while it is {life.state.value}"
+        life.state = State.GIVEN_UP if self.stranded_s(now_s) >= now_s - life.since_s else State.WAITING
+        life.since_s = life.due_s = now_s
         return life.state
 
     def due(self, now_s: float) -> list[int]:

@@ -27,7 +27,8 @@ def serve_node(
     key: str | None = None,
     place: tuple[int, int] | None = None,
 ) -> None:
-    """Run this host's ranks for the leader at master_addr, until that one ends in good order.
+    """Run this host's ranks for the leader at master_addr, until that one ends in good order. Where they fail, or the leader does, and
+    it had said that it comes again, it is looked for anew, as at the start.
 
     key, place: see NodeAgent. Raises ExecutorError when it ends otherwise, when it does not let this node in, and when it cannot
     be reached.
@@ -36,7 +37,9 @@ def serve_node(
         library()
     from lockstep.executor.node_agent import NodeAgent
 
-    NodeAgent(config, spec, folder, worker_cls, key=key, place=place).run()
+    again = False
+    while NodeAgent(config, spec, folder, worker_cls, key=key, place=place, again=again).run():
+        again = True
 
 
 def join_ray(parallel: ParallelConfig, kind: str) -> tuple[str, Troupe]:
@@ -50,11 +53,11 @@ def join_ray(parallel: ParallelConfig, kind: str) -> tuple[str, Troupe]:
     return troupe.join(parallel, kind), troupe
 
 
-def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str = WORKER) -> Executor:
+def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str = WORKER, again: bool = False) -> Executor:
     """The executor for `config`, its ranks started and their models loaded.
 
-    `worker_cls` ("module:Class") is what each rank runs. Raises ConfigError for an unknown or unfitting backend,
-    ExecutorError when a rank does not get ready.
+    `worker_cls` ("module:Class") is what each rank runs. again: see MultiprocExecutor. Raises ConfigError for an unknown or
+    unfitting backend, ExecutorError when a rank does not get ready.
     """
     if config.runtime.device == "cpu":
         library()  # compiled here if it must be, and missed here, rather than by every rank
@@ -70,7 +73,7 @@ def make_executor(config: EngineConfig, spec: ModelSpec, folder: Path, *, worker
     if backend == "mp":
         from lockstep.executor.multiproc import MultiprocExecutor
 
-        return MultiprocExecutor(config, spec, folder, worker_cls=worker_cls)
+        return MultiprocExecutor(config, spec, folder, worker_cls=worker_cls, again=again)
     if backend == "external_launcher":
         from lockstep.executor.external import ExternalLauncherExecutor
 

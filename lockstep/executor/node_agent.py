@@ -2,7 +2,8 @@
 
 Orders come from the leader and go to the ranks through this host's message queue; what the ranks answer and write, how they
 end and what they are doing goes back as it is. The leader judges it as it judges its own ranks. Without a leader, or a
-reason to go on, the ranks are ended, and so is the agent. No torch.
+reason to go on, the ranks are ended, and so is the agent; another one looks for the leader again where that one said that it
+comes again (`factory.serve_node`). No torch.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lockstep.executor.spawn import Plan, WorkerProcess
 from lockstep.observability.logging import get_logger
 from lockstep.utils import env, net
 from lockstep.utils.net import Listener
+from lockstep.utils.words import joined
 
 TICK_S = 0.1
 FULL_S = 0.002  # how soon to try again when the ranks have no room for an order
@@ -57,9 +59,11 @@ class NodeAgent(Crew):
         *,
         key: str | None = None,
         place: tuple[int, int] | None = None,
+        again: bool = False,
     ) -> None:
         """config: as this host has it; where nodes need not agree, the leader's holds. key: what both sides prove to have; default:
-        LOCKSTEP_CLUSTER_KEY. place: (ranks of the same leader before these, all of them) on this host, where other agents have some."""
+        LOCKSTEP_CLUSTER_KEY. place: (ranks of the same leader before these, all of them) on this host, where other agents have some.
+        again: the leader told an agent before this one that it comes again."""
         parallel = config.parallel
         plan = Plan(config, spec, Path(folder), worker_cls)
         before, total = place or (0, len(plan.ranks))
@@ -68,13 +72,17 @@ class NodeAgent(Crew):
         self._key = env.cluster_key() if key is None else key
         self._crowd = total / len(plan.ranks)
         self.name = f"node {parallel.node_rank} of {parallel.nnodes}"
-        self._leader = f"the leader at {parallel.master_addr}:{parallel.master_port}"
+        self._leader = f"the leader at {parallel.master_addr}:{parallel.report_port}"
+        self._again = again
         self._orders: deque[bytes] = deque()  # that the ranks had no room for
         self._reported: set[int] = set()  # ranks whose end has been told
         self._end: End | None = None
 
-    def run(self) -> None:
-        """Serve until it is over. Raises ExecutorError unless that was in good order, KeyboardInterrupt after Ctrl-C."""
+    def run(self) -> bool:
+        """Serve until it is over: whether the leader is to be looked for again, by a new agent.
+
+        Raises ExecutorError where it is not, unless that was in good order; KeyboardInterrupt after Ctrl-C.
+        """
         last: Leaving | None = None
         link = None
         try:
@@ -84,8 +92,9 @@ class NodeAgent(Crew):
                 while self._end is None:
                     self._watch()
                 if self._end.reason:
-                    raise ExecutorError(f"{self.name} ended with its leader: {self._end.reason}", phase="node", kind="lost")
+                    return self._parted(f"{self.name} ended with its leader: {self._end.reason}")
                 self._let_leave()
+                return False
         except Interrupted as e:
             last = Leaving(f"it was interrupted ({e})")
             if e.number == signal.SIGINT:
@@ -93,7 +102,7 @@ class NodeAgent(Crew):
             raise ExecutorError(f"{self.name} was ended by {e}", phase="node", kind="shutdown") from None
         except LinkLost as e:
             what = f" and ended its {rank_list(self.plan.ranks)}" if self.local else ""
-            raise ExecutorError(f"{self.name} lost {self._leader}: {e}. It gave up{what}.", phase="node", kind="lost") from None
+            return self._parted(f"{self.name} lost {self._leader}: {e}. It gave up{what}.")
         except ExecutorError:
             raise
         except Exception as e:
@@ -104,6 +113,14 @@ class NodeAgent(Crew):
             self._end_here()
             if link is not None:
                 link.close(last)
+
+    def _parted(self, why: str) -> bool:
+        """It is over, and not in good order: True when the leader comes again. Raises ExecutorError when it does not."""
+        if not self._again:
+            raise ExecutorError(why, phase="node", kind="lost")
+        limit_s = self.plan.config.runtime.startup_timeout_seconds
+        _log.warning("%s", joined(why, f"It looks for {self._leader} again, for up to {limit_s:g} s (startup_timeout_seconds)."))
+        return True
 
     def _watch(self) -> None:
         self._link.keep(self._beat)
@@ -135,7 +152,7 @@ class NodeAgent(Crew):
                 self._end = message
 
     def _start(self, start: Start) -> None:
-        own = self.plan.config
+        own, self._again = self.plan.config, start.again
         parallel = replace(
             start.config.parallel,
             node_rank=own.parallel.node_rank,

@@ -63,7 +63,7 @@ class EngineHandle:
         self.mode, self.again = mode, False  # again: it said that another one may do better
         self._started_s = self.heard_s
         self.stack_file = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115 - closed by `close`
-        self._limit_s = config.runtime.startup_timeout_seconds + GRACE_S
+        self._limit_s = config.start_limit_s + GRACE_S
         self._death_pipe = os.pipe()
         ours, theirs = socket.socketpair()
         fds = [theirs.fileno(), self._death_pipe[0], self.stack_file.fileno()]
@@ -100,7 +100,9 @@ class EngineHandle:
         with contextlib.suppress(OSError):  # dead already: the connection's end says so
             send_one(ours, wire.encode(launch), time.monotonic() + LAUNCH_S)
         self._channel: Channel[Ready | Failed | Alive] = Channel(ours, decode_word)
-        self._finalizer = weakref.finalize(self, _end, self.process, self._channel, self.stack_file, self._death_pipe, self._folder)
+        elsewhere = config.parallel.nnodes > 1 or config.parallel.replicas_led < config.parallel.replicas_served
+        everything = (self.process, self._channel, self.stack_file, self._death_pipe, self._folder)
+        self._finalizer = weakref.finalize(self, _end, *everything, STOP_S if elsewhere else 0.0)
 
     def fileno(self) -> int:
         """Readable when the process says how it goes, and when it is gone."""
@@ -167,10 +169,17 @@ def _end(
     stack_file: IO[bytes],
     death_pipe: tuple[int, int],
     folder: RunFolder | None,
+    patience_s: float,
 ) -> None:
-    """Its end of the death pipe goes first: it, its replicas and their ranks end by that, whatever they are at."""
+    """Its end of the death pipe goes first: it, its replicas and their ranks end by that, whatever they are at.
+
+    patience_s: before that, it may take so long to end by itself: other hosts are to hear that the end is meant.
+    """
     channel.close()
     stack_file.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if patience_s:
+            process.wait(patience_s)
     for fd in death_pipe:
         os.close(fd)
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -133,7 +133,7 @@ def replaceable(client: EngineClient) -> bool:
     single engine on Ray has lost a rank, and Ray may place another. Ranks that others started do not come again.
     """
     parallel = client.config.parallel
-    return isinstance(client, LocalClient) and parallel.nnodes == 1 and default_backend(parallel) == "ray"
+    return isinstance(client, LocalClient) and default_backend(parallel) == "ray"
 
 
 def _failed(error: Exception, again: bool) -> Failed:

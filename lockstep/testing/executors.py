@@ -38,9 +38,9 @@ def fake_config(
 
 
 @contextmanager
-def fake_executor(tp: int = 2, **settings: Any) -> Iterator[Executor]:
-    """An executor around fake workers, shut down at the end."""
-    executor = make_executor(fake_config(tp, **settings), SPEC, Path("."), worker_cls=FAKE_WORKER)
+def fake_executor(tp: int = 2, *, again: bool = False, **settings: Any) -> Iterator[Executor]:
+    """An executor around fake workers, shut down at the end. again: nodes are told that another one follows should it fail."""
+    executor = make_executor(fake_config(tp, **settings), SPEC, Path("."), worker_cls=FAKE_WORKER, again=again)
     try:
         yield executor
     finally:

@@ -56,6 +56,45 @@ def test_a_second_report_of_the_same_death_changes_nothing() -> None:
     assert (s.lives[0].failures, s.lives[0].due_s) == (1, before)
 
 
+def test_hosts_that_do_not_come_are_waited_for_once_where_nobody_else_takes_requests() -> None:
+    s = Supervisor(1, POLICY)
+    s.ready(0, 5.0)
+    assert s.failed(0, 10.0) is State.WAITING
+    assert s.due(11.0) == [0]
+    assert s.absent(0, 41.0) is State.GIVEN_UP
+    assert s.hopeless and s.due(1e9) == []
+
+
+def test_hosts_that_do_not_come_are_waited_for_as_long_as_others_take_requests() -> None:
+    s = Supervisor(2, POLICY)
+    s.ready(0, 1.0)
+    s.ready(1, 1.0)
+    s.failed(0, 10.0)
+    now = 11.0
+    for _ in range(3 * POLICY.most_failures):
+        assert s.due(now) == [0]
+        now += 30.0
+        assert s.absent(0, now) is State.WAITING
+    assert s.lives[0].failures == 1, "that its hosts are away is no failure of its own"
+    s.failed(1, now)
+    assert s.due(now) == [0]
+    now += 30.0
+    assert s.due(now) == [1]
+    assert s.absent(0, now) is State.GIVEN_UP, "nobody took a request in all of that time"
+    assert not s.hopeless, "the other one may yet come"
+    assert s.absent(1, now + 30.0) is State.GIVEN_UP and s.hopeless
+
+
+def test_a_pause_of_the_others_is_not_held_against_who_waits_for_hosts() -> None:
+    s = Supervisor(2, POLICY)
+    s.ready(0, 1.0)
+    s.ready(1, 1.0)
+    s.failed(0, 10.0)
+    assert s.due(11.0) == [0]
+    s.failed(1, 30.0)
+    assert s.absent(0, 41.0) is State.WAITING, "the other one took requests for most of that time"
+
+
 def test_nothing_is_started_after_stop() -> None:
     s = Supervisor(2, POLICY)
     s.ready(0, 0.0)
