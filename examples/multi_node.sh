@@ -14,7 +14,8 @@ Set in the environment, the same on all hosts unless it says otherwise:
   MASTER_PORT=29501   a free port of the leader
   NNODES=2            how many hosts
   NODE_RANK=1         this host's number, worker only: 1, 2, ...
-  TP=2 PP=2           tensor and pipeline parallel sizes; TP x PP is a multiple of NNODES
+  TP=2 PP=2           tensor and pipeline parallel sizes; TP x PP is a multiple of the hosts of a replica
+  DP=1                replicas; each has NNODES / DP of the hosts, or each host has DP / NNODES of the replicas
   PROMPT=...          what to complete, leader only
   LOCKSTEP_CLUSTER_KEY=...  a secret that hosts prove to each other (make one with: openssl rand -hex 32);
                       without it whoever reaches the leader's port can take part
@@ -43,14 +44,16 @@ model=${3:-}
 [[ $model != -* ]] || fail "MODEL comes before '$model': write \"\" for the embedded demo model"
 shift $(($# < 3 ? $# : 3))
 
-master_port=${MASTER_PORT:-29501} nnodes=${NNODES:-2} node_rank=${NODE_RANK:-1} tp=${TP:-2} pp=${PP:-2}
+master_port=${MASTER_PORT:-29501} nnodes=${NNODES:-2} node_rank=${NODE_RANK:-1} tp=${TP:-2} pp=${PP:-2} dp=${DP:-1}
 number MASTER_PORT "$master_port" 1 65535
 number NNODES "$nnodes" 2 9999
 number NODE_RANK "$node_rank" 1 9999
 number TP "$tp" 1 9999
 number PP "$pp" 1 9999
+number DP "$dp" 1 9999
 ((node_rank < nnodes)) || fail "NODE_RANK=$node_rank is not below NNODES=$nnodes: the leader is 0, workers are 1 to $((nnodes - 1))"
-(((tp * pp) % nnodes == 0)) || fail "TP x PP = $((tp * pp)) ranks do not divide among NNODES=$nnodes hosts"
+((nnodes % dp == 0 || dp % nnodes == 0)) || fail "DP=$dp replicas do not divide among NNODES=$nnodes hosts, nor the hosts among them"
+(((tp * pp * dp) % nnodes == 0)) || fail "TP x PP = $((tp * pp)) ranks${DP:+ of each of DP=$dp replicas} do not divide among NNODES=$nnodes hosts"
 command -v lockstep >/dev/null || {
   echo "error: there is no 'lockstep' command: activate the environment that it is installed in" >&2
   exit 1
@@ -58,7 +61,7 @@ command -v lockstep >/dev/null || {
 
 if [[ $role == leader ]]; then
   exec lockstep generate ${model:+"$model"} --nnodes "$nnodes" --node-rank 0 --master-addr "$master_addr" --master-port "$master_port" \
-    --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" --temperature 0 --prompt "${PROMPT:-def fibonacci(n):}" "$@"
+    --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" ${DP:+--data-parallel-size "$dp"} --temperature 0 --prompt "${PROMPT:-def fibonacci(n):}" "$@"
 fi
 exec lockstep generate ${model:+"$model"} --headless --nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" \
-  --master-port "$master_port" --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" "$@"
+  --master-port "$master_port" --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" ${DP:+--data-parallel-size "$dp"} "$@"

@@ -151,7 +151,7 @@ class Fleet:
                 yield from self._lose(replica)
                 continue
             if life.state is State.STARTING:
-                limit_s, what = self._config.start_limit_s, "did not get ready in {:g} s (startup_timeout_seconds)"
+                limit_s, what = self._config.start_limit_s, "did not get ready in {:g} s (see startup_timeout_seconds)"
                 late = life.starts > 1 and now_s - life.since_s > limit_s
             else:
                 limit_s, what = parallel.execute_model_timeout_seconds + GRACE_S, "has requests and said nothing for {:g} s"

@@ -209,7 +209,9 @@ class DataParallelClient(Operated):
             self._lost(event)
         self.tick()
         if self._live and self.supervisor.stranded_s(time.monotonic()) > limit_s:
-            self._fail(ExecutorError(f"no replica has taken requests for {limit_s:g} s (startup_timeout_seconds). {self._fleet.late()}"))
+            self._fail(
+                ExecutorError(f"no replica has taken requests for {limit_s:g} s (see startup_timeout_seconds). {self._fleet.late()}")
+            )
 
     def _hear(self, replica: int, reply: wire.Reply) -> None:
         if isinstance(reply, wire.News):

@@ -100,9 +100,8 @@ class EngineHandle:
         with contextlib.suppress(OSError):  # dead already: the connection's end says so
             send_one(ours, wire.encode(launch), time.monotonic() + LAUNCH_S)
         self._channel: Channel[Ready | Failed | Alive] = Channel(ours, decode_word)
-        elsewhere = config.parallel.nnodes > 1 or config.parallel.replicas_led < config.parallel.replicas_served
-        everything = (self.process, self._channel, self.stack_file, self._death_pipe, self._folder)
-        self._finalizer = weakref.finalize(self, _end, *everything, STOP_S if elsewhere else 0.0)
+        self._helped = config.parallel.nnodes > 1 or config.parallel.replicas_led < config.parallel.replicas_served  # by other hosts
+        self._finalizer = weakref.finalize(self, _end, self.process, self._channel, self.stack_file, self._death_pipe, self._folder)
 
     def fileno(self) -> int:
         """Readable when the process says how it goes, and when it is gone."""
@@ -153,6 +152,10 @@ class EngineHandle:
 
     def close(self) -> None:
         """End it and all below it. May be called twice."""
+        if self._helped and self.ready and self._finalizer.alive:
+            self._channel.close()  # it ends by itself, so that other hosts hear that the end is meant
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_S)
         self._finalizer()
 
     def _free(self) -> None:
@@ -169,17 +172,10 @@ def _end(
     stack_file: IO[bytes],
     death_pipe: tuple[int, int],
     folder: RunFolder | None,
-    patience_s: float,
 ) -> None:
-    """Its end of the death pipe goes first: it, its replicas and their ranks end by that, whatever they are at.
-
-    patience_s: before that, it may take so long to end by itself: other hosts are to hear that the end is meant.
-    """
+    """Its end of the death pipe goes first: it, its replicas and their ranks end by that, whatever they are at."""
     channel.close()
     stack_file.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        if patience_s:
-            process.wait(patience_s)
     for fd in death_pipe:
         os.close(fd)
     with contextlib.suppress(subprocess.TimeoutExpired):

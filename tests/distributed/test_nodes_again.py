@@ -226,6 +226,21 @@ def test_a_servers_streams_outlive_a_rank_and_an_agent_of_another_node(tmp_path:
         assert re.search(r"(?s)replica 0: rank 1 on node 1 \(.*\) died in .*4 requests wait for a replica", there.server.said())
 
 
+def test_a_server_that_waits_for_its_nodes_can_be_told_to_stop(tmp_path: Path) -> None:
+    with held_port() as port:
+        place = ("--nnodes", "2", "-tp", "2", "--master-port", str(port), "--incident-dir", str(tmp_path))
+        command = [sys.executable, "-m", "lockstep", "serve", "--port", "0", "--no-cpu-binding", *SMALL, *place]
+        server = RunningServer(command, {})
+        try:
+            assert wait_for(lambda: "waiting for node 1 of 2" in server.said(), 60), server.said()
+            below = children_of(server.pid)
+            server.process.send_signal(signal.SIGINT)
+            assert server.wait() == 130, server.said()
+            assert procs.wait_gone(below, 5) == []
+        finally:
+            server.close()
+
+
 @pytest.mark.timeout(400)
 def test_a_node_that_stays_away_ends_every_request_and_the_server_by_name(tmp_path: Path) -> None:
     with site(tmp_path, "--startup-timeout-seconds", "25") as there:

@@ -74,6 +74,8 @@ def test_bash_can_read_it(script: Path) -> None:
         (["leader", "10.0.0.1"], {"TP": "0"}, "TP='0' is not"),
         (["leader", "10.0.0.1"], {"NNODES": "08"}, "NNODES='08' is not"),
         (["leader", "10.0.0.1"], {"NNODES": "3"}, "TP x PP = 4 ranks do not divide among NNODES=3"),
+        (["leader", "10.0.0.1"], {"DP": "3"}, "DP=3 replicas do not divide among NNODES=2"),
+        (["leader", "10.0.0.1"], {"DP": "2", "NNODES": "4", "TP": "1", "PP": "1"}, "of each of DP=2 replicas do not divide among NNODES=4"),
         (["worker", "10.0.0.1"], {"NODE_RANK": "2"}, "NODE_RANK=2 is not below NNODES=2"),
     ],
 )
@@ -98,6 +100,11 @@ def test_multi_node_starts_a_worker(model: list[str], tools: Path) -> None:
     assert run(MULTI_NODE, "worker", "head", *model, tools=tools, TP="4", PP="1", NNODES="4", NODE_RANK="3").returncode == 0
     words = "generate --headless --nnodes 4 --node-rank 3 --master-addr head --master-port 29501 --tensor-parallel-size 4"
     assert said(tools) == [*words.split(), "--pipeline-parallel-size", "1"]
+
+
+def test_multi_node_starts_replicas(tools: Path) -> None:
+    assert run(MULTI_NODE, "worker", "head", tools=tools, TP="1", PP="1", NNODES="2", DP="4").returncode == 0
+    assert said(tools)[-4:] == ["--pipeline-parallel-size", "1", "--data-parallel-size", "4"]
 
 
 @pytest.mark.parametrize(
