@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from lockstep.testing.executors import children_of, wait_for
@@ -173,6 +174,42 @@ def test_two_hosts_lose_each_other_and_start_again(network: Callable[[int], Net]
     net.plug(1)
     assert complete(net, tiny, ["-tp", "2"]) == alone(tiny)
     assert not set(os.listdir("/dev/shm")) - before
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_a_server_over_two_hosts_outlives_a_cable_that_is_pulled_and_plugged(network: Callable[[int], Net], tmp_path: Path) -> None:
+    """Its Unix socket is the same in all namespaces."""
+    net, uds = network(2), str(tmp_path / "socket")
+    common = ["serve", "--nnodes", "2", "--master-addr", net.address(0), "-tp", "2", "--no-cpu-binding", "--node-timeout-seconds", "2"]
+    common += ["--max-model-len", "1024", "--kv-cache-memory-bytes", "32M", "--startup-timeout-seconds", "60"]
+    agent = net.run(1, *common, "--node-rank", "1", "--headless")
+    leader = net.run(0, *common, "--uds", uds, "--incident-dir", str(tmp_path))
+    assert wait_for(lambda: "lockstep serves" in leader.said() or leader.process.poll() is not None, 60)
+
+    def stream(cut: Callable[[], None]) -> str:
+        body = {"prompt": "def f(a):", "max_tokens": 500, "temperature": 0, "ignore_eos": True, "stream": True}
+        text, parts, reasons = "", 0, []
+        transport = httpx.HTTPTransport(uds=uds)
+        with httpx.Client(transport=transport, timeout=90) as client, client.stream("POST", "http://a/v1/completions", json=body) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    (choice,) = json.loads(line[6:])["choices"]
+                    text, parts, reasons = text + choice["text"], parts + 1, [*reasons, choice["finish_reason"]]
+                    if parts == 20:
+                        cut()
+        assert reasons[-1] == "length" and set(reasons[:-1]) <= {None}, leader.said()
+        return text
+
+    def cut() -> None:
+        net.pull(1)
+        assert wait_for(lambda: "is lost" in leader.said() and "looks for the leader" in agent.said(), 20), leader.said() + agent.said()
+        net.plug(1)
+
+    undisturbed = stream(lambda: None)
+    assert stream(cut) == undisturbed
+    leader.process.terminate()
+    assert (leader.wait(40), agent.wait(20)) == (0, 0), leader.said() + agent.said()
 
 
 @pytest.mark.full

@@ -241,6 +241,7 @@ def test_a_server_that_waits_for_its_nodes_can_be_told_to_stop(tmp_path: Path) -
             server.close()
 
 
+@pytest.mark.full
 @pytest.mark.timeout(400)
 def test_a_node_that_stays_away_ends_every_request_and_the_server_by_name(tmp_path: Path) -> None:
     with site(tmp_path, "--startup-timeout-seconds", "25") as there:
