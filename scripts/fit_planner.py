@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Write lockstep/planner/data/devices.json: data sheets plus constants fitted to the tables in tests/planner/data.
+"""Write lockstep/planner/data/devices.json: data sheets plus constants fitted to the tables in tests/planner/data, and beside it
+`samples/`, the tables themselves.
 
     python scripts/fit_planner.py [--check]
 
-Constants are fitted to every other size of each table; tests/planner/test_accuracy.py tries them on the others.
+Constants are fitted to every other size of each table; tests/planner/test_accuracy.py tries them on the others. All samples of a table
+are shipped where interpolating one half of them predicts the other better than the formula does, both ways round together.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lockstep.planner import families  # noqa: E402
+from lockstep.planner import families, samples  # noqa: E402
 from lockstep.planner.catalogue import SHIPPED  # noqa: E402
 from lockstep.planner.entry import from_entry  # noqa: E402
 from lockstep.planner.fit import errors, halves, minimise  # noqa: E402
@@ -55,22 +57,33 @@ def fitted(device: Device, measured: tables.Measured) -> Device:
     return families.fit_family(family, device, halves(samples, lambda s: s.size)[0], ROUNDS)
 
 
-def h100(bare: Device) -> Device:
-    """Everything that was measured on H100."""
-    device = fitted(fitted(bare, tables.gemm()), tables.gemm(dtype="fp8"))
-    device = fitted(fitted(device, tables.attention("prefill")), tables.attention("decode"))
+def kernels() -> Iterator[tables.Measured]:
+    """What was measured of kernels and between nodes on H100; a model's own experts after those of all models, which they would hide."""
+    yield from (tables.gemm(), tables.gemm(dtype="fp8"), tables.attention("prefill"), tables.attention("decode"))
     for routing in ("balanced", "skewed"):
-        shapes = tables.moe(routing).values()
-        device = fitted(device, (families.moe(routing), [s for _, samples in shapes for s in samples]))
-    for routing in ("balanced", "skewed"):  # after those of all shapes, which these would hide
-        for measured in tables.moe(routing).values():
-            device = fitted(device, measured)
-    device = fitted(fitted(device, tables.messages()), tables.messages(between=True))
+        yield from tables.moe(routing).values()
+    yield from (tables.messages(), tables.messages(between=True))
     for mode in ("low_latency", "normal"):
         for op in ("dispatch", "combine"):
-            for measured in tables.deepep(op, mode).values():
-                device = fitted(device, measured)
-    return small_kernels(device)
+            yield from tables.deepep(op, mode).values()
+
+
+def h100(device: Device) -> Device:
+    """All constants that H100s were measured for, but those of small kernels."""
+    for routing in ("balanced", "skewed"):
+        shapes = tables.moe(routing).values()
+        device = fitted(device, (families.moe(routing), [s for _, found in shapes for s in found]))
+    for measured in kernels():
+        device = fitted(device, measured)
+    return device
+
+
+def sampled(device: Device, measured: Iterable[tables.Measured]) -> Device:
+    """The device with the samples of what was measured, and how far off both methods are on samples they have not seen."""
+    every = {family.name: (family, found) for family, found in measured}
+    tried = {name: families.both_ways(family, device, found) for name, (family, found) in every.items()}
+    rows = {name: samples.rows_of(found) for name, (_, found) in every.items() if tried[name].table is not None}
+    return samples.attached(replace(device, samples=rows, tried=tried))
 
 
 def small_kernels(device: Device) -> Device:
@@ -141,12 +154,19 @@ def catalogue() -> dict[str, Any]:
     for name, entry in entries.items():
         device = from_entry(entry, known.__getitem__)
         before = device
+        measured: list[tables.Measured] = []
         if name in MEASURED:
             device = links(device, MEASURED[name])
+            measured = [found for _, _, found in tables.collectives(MEASURED[name])]
         if name == "H100":
             device = h100(device)
+            measured += kernels()
         elif name == "A100":
-            device = fitted(device, tables.gemm("a100_sxm"))
+            measured.append(tables.gemm("a100_sxm"))
+            device = fitted(device, measured[-1])
+        device = sampled(device, measured)
+        if name == "H100":
+            device = small_kernels(device)
         known[name] = device
         write_fits(entry, before, device)
         if name != "H100":
@@ -171,6 +191,10 @@ def write_fits(entry: dict[str, Any], before: Device, device: Device) -> None:
     for key in ("scale_up", "scale_out"):
         if getattr(device, key) is not getattr(before, key):
             entry[key] = rounded(asdict(getattr(device, key)))
+    if device.tried:
+        entry["tried"] = {family: {"formula": found.formula, "table": found.table} for family, found in device.tried.items()}
+    if device.samples:
+        entry["samples"] = device.samples  # `main` packs them
     if fits:
         entry["fits"] = rounded(fits)
         entry["calibrated"] = entry["name"] in ("H100", "A100")
@@ -218,16 +242,28 @@ def cpu() -> dict[str, Any]:
     before = device
     for measured in tables.cpu():
         device = fitted(device, measured)
+    device = sampled(device, tables.cpu())
     write_fits(entry, before, device)
     return entry
 
 
+def files() -> dict[Path, bytes]:
+    """What is shipped, by path: the catalogue, and a packed file for each device with samples of its own."""
+    found, names = catalogue(), dict[bytes, str]()
+    for entry in found["devices"]:
+        if isinstance(rows := entry.get("samples"), dict):
+            entry["samples"] = names.setdefault(samples.packed(rows), f"{entry['name'].lower()}.json.gz")
+    return {SHIPPED: (json.dumps(found, indent=1) + "\n").encode(), **{samples.FOLDER / name: data for data, name in names.items()}}
+
+
 def main() -> int:
-    """Write the file; with --check, only say whether it is what the tables give (exit 1 when not)."""
-    text = json.dumps(catalogue(), indent=1) + "\n"
+    """Write the files; with --check, only say whether they are what the tables give (exit 1 when not)."""
+    made = files()
     if "--check" in sys.argv:
-        return 0 if SHIPPED.exists() and SHIPPED.read_text(encoding="utf-8") == text else 1
-    SHIPPED.write_text(text, encoding="utf-8")
+        return 0 if all(path.exists() and path.read_bytes() == data for path, data in made.items()) else 1
+    samples.FOLDER.mkdir(exist_ok=True)
+    for path, data in made.items():
+        path.write_bytes(data)
     return 0
 
 

@@ -14,10 +14,14 @@ from lockstep.planner.hardware import DTYPE_BYTES, Cluster, Device, Link
 # How often a collective passes (n-1)/n of its data on, in n-1 steps each time: once to scatter sums, once to gather them.
 ROUNDS = {"all_reduce": 2, "all_reduce_nccl": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 
+BETWEEN = "p2p between nodes"  # the family of one message over the device's own outer link
+
 
 def measured_s(device: Device, op: str, ranks: int, size_bytes: float) -> float:
     """Seconds by the device's own constants for `op` among `ranks`; KeyError where there are none."""
     link = device.collectives[op][ranks]
+    if size_bytes <= 0:
+        return 0.0
     if op in ROUNDS:
         seconds = ring_s(link, ranks, size_bytes, ROUNDS[op])
     else:  # a message, or an exchange whose size is what one rank sends
@@ -94,7 +98,13 @@ def p2p_s(cluster: Cluster, size_bytes: float, where: Literal["inside", "between
     """One message from a device to another of the same node (`inside`) or of another node (`between`)."""
     if where == "inside" and "p2p" in cluster.device.collectives:
         return measured_s(cluster.device, "p2p", 2, size_bytes)
-    return (cluster.intra if where == "inside" else cluster.inter).seconds(size_bytes, size_bytes)
+    return cluster.intra.seconds(size_bytes, size_bytes) if where == "inside" else between_s(cluster.device, cluster.inter, size_bytes)
+
+
+def between_s(device: Device, link: Link, size_bytes: float) -> float:
+    """One message over `link` to another node; samples are those of the device's own link."""
+    seconds = link.seconds(size_bytes, size_bytes)
+    return device.corrected(BETWEEN, seconds, size_bytes) if link is device.scale_out and size_bytes > 0 else seconds
 
 
 DEEPEP = {"low_latency": "deepep_", "normal": "deepep_normal_"}

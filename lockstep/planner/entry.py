@@ -19,9 +19,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lockstep.config.errors import ConfigError
-from lockstep.planner import quantity
+from lockstep.planner import quantity, samples
 from lockstep.planner.hardware import (
     DTYPE_BYTES,
+    STEP_SHARE,
     ZERO_CALIBRATION,
     DecodeFit,
     Device,
@@ -30,6 +31,7 @@ from lockstep.planner.hardware import (
     MoeFit,
     PrefillFit,
     Roofline,
+    Tried,
 )
 
 LIKE = "H100"
@@ -39,7 +41,7 @@ KERNELS = {
 }  # fmt: skip
 _OPTIONAL = (
     *("scale_out", "per_node", "cores", "price_per_hour", "source", "like", "calibrated", "band", "fits", "aliases", "engine"),
-    "platform",
+    *("platform", "samples", "tried"),
 )
 LINK = "bandwidth: 25e9, latency_s: 20e-6"
 
@@ -79,9 +81,11 @@ def from_entry(entry: Mapping[str, Any], lookup: Callable[[str], Device]) -> Dev
     like = entry.get("like", LIKE)
     try:
         band = ErrorBand(**entry["band"]) if "band" in entry else ZERO_CALIBRATION
-        return _with_fits(replace(_borrow(bare, lookup(like)) if like and like != name else bare, band=band), entry.get("fits", {}))
+        tried = {str(family): Tried(**errors) for family, errors in entry.get("tried", {}).items()}
+        whole = _with_fits(replace(_borrow(bare, lookup(like)) if like and like != name else bare, band=band), entry.get("fits", {}))
     except (TypeError, AttributeError, KeyError) as error:
-        raise ConfigError(f"{where}: band or fits are not what `lockstep calibrate` writes ({error}): leave them out.") from None
+        raise ConfigError(f"{where}: band, fits or tried are not what `lockstep calibrate` writes ({error}): leave them out.") from None
+    return samples.attached(replace(whole, samples=entry.get("samples"), tried=tried))
 
 
 def _changed(base: Device, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +94,9 @@ def _changed(base: Device, entry: Mapping[str, Any]) -> dict[str, Any]:
     if "scale_up" in entry:
         found["fits"] = {**found["fits"], "collectives": {}}
     if {"flops", "memory_bandwidth", "scale_up", "cores"} & set(entry):
-        found |= {"calibrated": False, "band": asdict(ZERO_CALIBRATION)}
+        found |= {"calibrated": False, "band": asdict(ZERO_CALIBRATION), "tried": {}, "samples": None} | {
+            key: entry[key] for key in ("calibrated", "band", "tried", "samples") if key in entry
+        }
     for key, own in (("scale_up", base.scale_up), ("scale_out", base.scale_out)):
         if key in entry:
             found[key] = asdict(link_of(str(found["name"]), key, entry[key], own))
@@ -132,11 +138,6 @@ def _constant(where: str, key: str, raw: Mapping[str, Any], name: str) -> float:
     return 0.0 if value == 0 else quantity.read(where, f"{key} {name}", value, rule)
 
 
-# Of a message's latency, what every further step of a ring pays again: an all-reduce of two ranks on two nodes (two steps)
-# starts 1.7 times as late as one message does (vidur, A100).
-STEP_SHARE = 0.7
-
-
 def _borrow(device: Device, like: Device) -> Device:
     """The device with another's constants: efficiencies and launches as they are, since rooflines scale by the data sheet."""
     lent = {key: getattr(like, key) for key in KERNELS}
@@ -164,6 +165,6 @@ def to_entry(device: Device) -> dict[str, Any]:
     raw = asdict(replace(device, tables={}))
     fits = {key: raw.pop(key) for key in ("gemm", "prefill", "decode", "moe", "elementwise", "collectives")}
     raw.pop("borrowed")
-    raw.pop("tables")  # samples are not constants: whoever measured keeps them
+    raw.pop("tables")  # made of the samples
     fits["collectives"] = {op: {str(n): link for n, link in by_ranks.items()} for op, by_ranks in fits["collectives"].items()}
     return {key: value for key, value in raw.items() if value is not None} | {"like": "", "fits": fits}

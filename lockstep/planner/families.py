@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lockstep.planner import collectives, ops
-from lockstep.planner.entry import STEP_SHARE
-from lockstep.planner.fit import Errors, errors, mape, minimise
-from lockstep.planner.hardware import DecodeFit, Device, Link, MoeFit, PrefillFit, Roofline
+from lockstep.planner.fit import Errors, errors, halves, mape, minimise
+from lockstep.planner.hardware import DTYPE_BYTES, STEP_SHARE, DecodeFit, Device, Link, MoeFit, PrefillFit, Roofline, Tried
 from lockstep.planner.tables import Table
 
 
@@ -29,12 +28,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Family:
-    """`predict` gives the seconds of a sample's args; `put` a device with other constants; `starts` where the search begins."""
+    """`predict` gives the seconds of a sample's args; `put` a device with other constants; `starts` where the search begins.
+
+    order: of the arguments in a table, the outermost first. What a sample has to share to say anything (head sizes, groups) comes
+    first, what steps are sized by comes last.
+    """
 
     name: str
     starts: tuple[tuple[float, ...], ...]
     put: Callable[[Device, Sequence[float]], Device]
     predict: Callable[[Device, Sample], float]
+    order: tuple[int, ...] = (0,)
+    arguments: int = 1
 
 
 def fit_family(family: Family, device: Device, samples: Sequence[Sample], rounds: int = 400) -> Device:
@@ -50,17 +55,48 @@ def fit_family(family: Family, device: Device, samples: Sequence[Sample], rounds
     return family.put(device, min(found, key=loss))
 
 
+def table_of(family: Family, device: Device, rows: Iterable[Sequence[float]]) -> Table:
+    """How far the formula of `device`, which has no tables, is off at each row of arguments and seconds."""
+    return Table(rows, lambda args: family.predict(device, Sample(0.0, tuple(args), 0.0)), family.order)
+
+
 def with_table(family: Family, device: Device, samples: Iterable[Sample]) -> Device:
-    """The device that also remembers how far its formula was off at each sample, and is right there."""
-    bare = replace(device, tables={name: table for name, table in device.tables.items() if name != family.name})
-    table = Table((s.args, s.seconds, family.predict(bare, s)) for s in samples)
-    return replace(bare, tables={**bare.tables, family.name: table})
+    """The device that is also right at each sample, and between them."""
+    table = table_of(family, replace(device, tables={}), [(*sample.args, sample.seconds) for sample in samples])
+    return replace(device, tables={**device.tables, family.name: table})
 
 
 def family_errors(family: Family, device: Device, samples: Iterable[Sample]) -> Errors:
-    """How well the device's present constants predict `samples`."""
+    """How well the device's present prices predict `samples`."""
     samples = list(samples)
     return errors([family.predict(device, s) for s in samples], [s.seconds for s in samples])
+
+
+class HeldOut(NamedTuple):
+    """Errors on one half of the samples: `formula` fitted to the other half, and `table`, which also interpolates it."""
+
+    formula: Errors
+    table: Errors
+
+
+def held_out(family: Family, device: Device, samples: Sequence[Sample], *, swap: bool = False, fit: bool = True) -> HeldOut:
+    """Both methods on every second size, by constants and samples of the others; `swap`: on the others, by those.
+
+    fit: False where the device's constants are already those of the first half.
+    """
+    fitted, held = halves(samples, lambda sample: sample.size)
+    fitted, held = (held, fitted) if swap else (fitted, held)
+    bare = replace(device, tables={}, tried={})
+    if fit or swap:
+        bare = fit_family(family, bare, fitted)
+    return HeldOut(family_errors(family, bare, held), family_errors(family, with_table(family, bare, fitted), held))
+
+
+def both_ways(family: Family, device: Device, samples: Sequence[Sample]) -> Tried:
+    """The mean errors of both methods over both halves. Samples that are no better than the formula are not to be kept."""
+    found = [held_out(family, device, samples, swap=swap, fit=swap) for swap in (False, True)]
+    formula, table = (sum(e.n * e.mape for e in half) / len(samples) for half in zip(*found, strict=True))
+    return Tried(round(formula, 4), round(table, 4) if table < formula else None)
 
 
 def gemm(dtype: str) -> Family:
@@ -73,7 +109,7 @@ def gemm(dtype: str) -> Family:
         m, n, k = sample.args
         return ops.gemm_s(device, m, n, k, dtype)
 
-    return Family(f"gemm {dtype}", ((4e-6, 0.8, 0.86, 0.1),), put, predict)
+    return Family(f"gemm {dtype}", ((4e-6, 0.8, 0.86, 0.1),), put, predict, (1, 2, 0), 3)
 
 
 def prefill() -> Family:
@@ -82,7 +118,10 @@ def prefill() -> Family:
     def put(device: Device, c: Sequence[float]) -> Device:
         return replace(device, prefill=PrefillFit(c[0], c[1], c[2], c[3], c[4]))
 
-    return Family("prefill attention", ((12e-6, 0.7, 0.5, 0.5, 0.5),), put, lambda d, s: ops.prefill_attention_s(d, *s.args))
+    def predict(device: Device, sample: Sample) -> float:
+        return ops.prefill_attention_s(device, *sample.args)
+
+    return Family("prefill attention", ((12e-6, 0.7, 0.5, 0.5, 0.5),), put, predict, (4, 2, 3, 0, 1), 5)
 
 
 def decode() -> Family:
@@ -91,7 +130,10 @@ def decode() -> Family:
     def put(device: Device, c: Sequence[float]) -> Device:
         return replace(device, decode=DecodeFit(*c))
 
-    return Family("decode attention", ((12e-6, 0.9, 2e-8),), put, lambda d, s: ops.decode_attention_s(d, *s.args))
+    def predict(device: Device, sample: Sample) -> float:
+        return ops.decode_attention_s(device, *sample.args)
+
+    return Family("decode attention", ((12e-6, 0.9, 2e-8),), put, predict, (4, 2, 3, 1, 0), 5)
 
 
 def moe(routing: str, shape: str = "") -> Family:
@@ -107,7 +149,7 @@ def moe(routing: str, shape: str = "") -> Family:
         tokens, hidden, inter, experts, topk, tp, ep = sample.args
         return ops.moe_s(device, tokens, hidden, inter, experts, topk, tp, ep, routing=routing)
 
-    return Family(f"MoE {routing}", (start,), put, predict)
+    return Family(f"MoE {routing} {shape}".strip(), (start,), put, predict, (4, 6, 5, 0), 7)
 
 
 def collective(op: str, ranks: int, launch_s: float = 8e-6, bandwidth: float = 2e11) -> Family:
@@ -131,9 +173,9 @@ def between() -> Family:
         return replace(device, scale_out=Link(c[0] * (1 - STEP_SHARE), c[0] * STEP_SHARE, c[1]))
 
     def predict(device: Device, sample: Sample) -> float:
-        return device.scale_out.seconds(*sample.args, *sample.args)
+        return collectives.between_s(device, device.scale_out, *sample.args)
 
-    return Family("p2p between nodes", ((2e-5, 4e10),), put, predict)
+    return Family(collectives.BETWEEN, ((2e-5, 4e10),), put, predict)
 
 
 def ring() -> Family:
@@ -146,4 +188,19 @@ def ring() -> Family:
         ranks, size = sample.args
         return collectives.ring_s(device.scale_up, ranks, size, rounds=2)
 
-    return Family("ring", ((5e-6, 1e-7, 3e11),), put, predict)
+    return Family("ring", ((5e-6, 1e-7, 3e11),), put, predict, (0, 1), 2)
+
+
+def named(name: str) -> Family:
+    """The family that a table is kept under. Raises ValueError for a name that is none."""
+    kind, _, rest = name.partition(" ")
+    if kind == "gemm" and rest in DTYPE_BYTES:
+        return gemm(rest)
+    if kind == "MoE" and " " in rest:
+        return moe(*rest.split(" ", 1))
+    fixed = {found.name: found for found in (prefill(), decode(), between())}
+    if name in fixed:
+        return fixed[name]
+    if rest.startswith("n=") and rest[2:].isdigit():
+        return collective(kind, int(rest[2:]))
+    raise ValueError(f"{name!r} is no family: write gemm DTYPE, MoE ROUTING SHAPE, OPERATION n=RANKS, or one of {', '.join(fixed)}.")

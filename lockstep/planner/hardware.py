@@ -7,17 +7,22 @@ GPUs with a known error; `Device.calibrated` and `Device.band` say which it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from lockstep.config.errors import ConfigError
+from lockstep.planner.price import Price
 from lockstep.planner.tables import Table
 
 DTYPE_BYTES: Mapping[str, float] = MappingProxyType(
     {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "mxfp4": 17 / 32, "fp4": 0.5, "int4": 0.5}
 )  # mxfp4: 4 bits, and 8 more for each block of 32
+# Of a message's latency, what every further step of a ring pays again: an all-reduce of two ranks on two nodes (two steps)
+# starts 1.7 times as late as one message does (vidur, A100).
+STEP_SHARE = 0.7
 # A device without units for a dtype computes in the next wider one that it has.
 _WIDER = {
     "mxfp4": "bfloat16",
@@ -114,6 +119,15 @@ class ErrorBand:
     ttft: float
 
 
+@dataclass(frozen=True)
+class Tried:
+    """Mean errors, as fractions, of a family's prices on measurements that they had not seen: by its formula, and by interpolating
+    other measurements; None where no samples are kept, since that was no better."""
+
+    formula: float
+    table: float | None = None
+
+
 # planner.md section 2: GEMM with H100 constants on five other devices, and the model against real serving runs
 ZERO_CALIBRATION = ErrorBand(operation=0.20, tpot=0.30, ttft=0.50)
 
@@ -137,7 +151,9 @@ class Device:
     moe: Mapping[str, MoeFit] = field(default_factory=dict)  # by routing, and by routing and shape
     elementwise: Roofline = Roofline(3e-6, 1.0, 0.75)
     collectives: Mapping[str, Mapping[int, Link]] = field(default_factory=dict)
-    tables: Mapping[str, Table] = field(default_factory=dict)
+    samples: str | Mapping[str, Any] | None = None  # measured, as the entry has them: see `samples.py`
+    tables: Mapping[str, Table] = field(default_factory=dict)  # of the samples
+    tried: Mapping[str, Tried] = field(default_factory=dict)  # by family
     calibrated: bool = False
     band: ErrorBand = ZERO_CALIBRATION
     price_per_hour: float | None = None
@@ -157,10 +173,19 @@ class Device:
             return self.flops[dtype]
         return max(self.flops.values()) / 2  # float32 where the table starts at 16 bits: tensor units run TF32 at half the rate
 
-    def corrected(self, family: str, seconds: float, *args: float) -> float:
-        """A formula's seconds at `args`, moved to the measured samples of `family` where the device carries them."""
-        table = self.tables.get(family)
-        return seconds * table.correction(*args) if table else seconds
+    def corrected(self, family: str, seconds: float, *args: float, near: float = 1.0) -> Price:
+        """A formula's seconds at `args`, moved to the measured samples of `family` where the device carries them.
+
+        near: 1 for the very operation that was measured, less for one that resembles it, 0 for another.
+        """
+        table, tried, share = self.tables.get(family), self.tried.get(family), 0.0
+        if table and near > 0:
+            log, share = table.correction(args)
+            seconds, share = seconds * math.exp(near * log), near * share
+        if tried is None:
+            return Price(seconds, share * seconds)
+        error = tried.formula if tried.table is None else (1 - share) * tried.formula + share * tried.table
+        return Price(seconds, share * seconds, seconds, error * seconds)
 
     def roofline(self, dtype: str) -> Roofline:
         """The GEMM constants for `dtype`; those of bfloat16 where it has none of its own."""

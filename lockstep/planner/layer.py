@@ -15,6 +15,7 @@ from lockstep.planner import collectives, ops
 from lockstep.planner.hardware import DTYPE_BYTES, Cluster, Device
 from lockstep.planner.layout import Layout, Span, cp_span, ep_span, tp_span
 from lockstep.planner.model import ModelShape
+from lockstep.planner.price import Price
 from lockstep.planner.terms import Term
 
 LAUNCHES = 4  # memory-bound kernels of a layer: two norms with the residual, rope with the KV write, the activation
@@ -87,14 +88,25 @@ def layer_terms(s: Setting, layout: Layout, groups: Groups, work: Work, routed: 
     columns = s.shape.moe.columns * s.shape.moe.per_token if routed and s.shape.moe else s.shape.intermediate_size
     moved = 8.0 * wide + 3.0 * here * columns / layout.tp * s.shape.itemsize
     seconds = ops.elementwise_s(s.device, moved, LAUNCHES)
-    terms.append(Term("norms, rope, activation", seconds, 0.0, moved, "4 t0 + bytes / (BW e_b)", MEMORY))
+    terms.append(term(s, "norms, rope, activation", seconds, 0.0, moved, "4 t0 + bytes / (BW e_b)", MEMORY))
     return [t for t in terms if t.seconds > 0]
+
+
+def term(s: Setting, name: str, seconds: float, flops: float, moved: float, formula: str, source: str) -> Term:
+    """A term of an operation: what nobody tried has the device's own expected error."""
+    if not isinstance(seconds, Price):
+        return Term(name, seconds, flops, moved, formula, source, 0.0, seconds * s.device.band.operation)
+    found = float(seconds)
+    error_s = seconds.error_s + (found - seconds.known_s) * s.device.band.operation
+    return Term(name, found, flops, moved, formula, source, seconds.table_s, error_s)
 
 
 def product(s: Setting, name: str, m: int, n: int, k: int) -> Term:
     """[m, k] @ [k, n] with a weight."""
     flops, moved = ops.gemm_work(m, n, k, s.compute, s.stored)
-    return Term(name, ops.gemm_s(s.device, m, n, k, s.compute, s.stored), flops, moved, "t0 + max(2mnk / (F e_f), bytes / (BW e_b))", GEMM)
+    return term(
+        s, name, ops.gemm_s(s.device, m, n, k, s.compute, s.stored), flops, moved, "t0 + max(2mnk / (F e_f), bytes / (BW e_b))", GEMM
+    )
 
 
 def all_reduce(s: Setting, span: Span, size: float, name: str) -> Term:
@@ -102,7 +114,7 @@ def all_reduce(s: Setting, span: Span, size: float, name: str) -> Term:
     seconds = collectives.all_reduce_s(s.cluster, *span, size) if span.size > 1 else 0.0
     across = "hierarchical: reduce-scatter and all-gather inside, ring or tree across" if span.nodes > 1 else "one node"
     sent = 2 * (span.size - 1) / span.size * size
-    return Term(name, seconds, 0.0, sent, f"{LINK} + 2(n-1)/n S / B, {across}", MESSAGES)
+    return term(s, name, seconds, 0.0, sent, f"{LINK} + 2(n-1)/n S / B, {across}", MESSAGES)
 
 
 def _projections(s: Setting, layout: Layout, tokens: int, expanded: int) -> Iterator[Term]:
@@ -147,11 +159,11 @@ def _prefill_attention(s: Setting, layout: Layout, groups: Groups, work: Work, h
     limit, dtype = window or None, s.shape.dtype
     flops, moved = ops.prefill_work(prompts, here, q, kv, width, context, dtype, limit)
     seconds = ops.prefill_attention_s(s.device, prompts, here, q, kv, width, context, dtype, limit)
-    yield Term("attention", seconds, flops, moved, "t0 + max(4 pairs heads dim / (F e_f), bytes / (BW e_b))", ATTENTION)
+    yield term(s, "attention", seconds, flops, moved, "t0 + max(4 pairs heads dim / (F e_f), bytes / (BW e_b))", ATTENTION)
     if layout.cp > 1:
         size = work.tokens * s.shape.kv_elements_per_token * s.shape.itemsize * (1 if s.shape.mla else kv / s.shape.num_kv_heads)
         seconds = collectives.all_gather_s(s.cluster, *groups.cp, size)
-        yield Term("KV all-gather over the context group", seconds, 0.0, size, f"{LINK} + (n-1)/n S / B", MESSAGES)
+        yield term(s, "KV all-gather over the context group", seconds, 0.0, size, f"{LINK} + (n-1)/n S / B", MESSAGES)
 
 
 def _decode_attention(s: Setting, layout: Layout, groups: Groups, work: Work, window: int) -> Iterator[Term]:
@@ -172,7 +184,7 @@ def _decode_attention(s: Setting, layout: Layout, groups: Groups, work: Work, wi
         reading = ops.decode_attention_s(s.device, batch, context, heads, 1, mla.cached // 2, kv_dtype)
         seconds = max(reading, flops / (s.device.peak(s.shape.dtype) * MLA_FLOP_SHARE))
         formula = "max(t0 + bytes / (BW e_b), flop / (0.6 F))"
-    yield Term("attention", seconds, flops, moved, formula, ATTENTION)
+    yield term(s, "attention", seconds, flops, moved, formula, ATTENTION)
     if share > 1:
         yield _merge(s, layout, groups, batch, heads)
 
@@ -188,7 +200,7 @@ def _merge(s: Setting, layout: Layout, groups: Groups, batch: int, heads: int) -
         seconds += collectives.all_gather_s(s.cluster, *span, query) + collectives.reduce_scatter_s(s.cluster, *span, result)
     if layout.cp > 1:
         seconds += collectives.all_reduce_s(s.cluster, *groups.cp, result)
-    return Term("context merge", seconds, 0.0, query + result, "all-gather(q) + reduce-scatter(out, lse)", MESSAGES)
+    return term(s, "context merge", seconds, 0.0, query + result, "all-gather(q) + reduce-scatter(out, lse)", MESSAGES)
 
 
 def _dense(s: Setting, layout: Layout, groups: Groups, tokens: int) -> Iterator[Term]:
@@ -214,7 +226,7 @@ def _routed(s: Setting, layout: Layout, groups: Groups, work: Work, tokens: int)
     args = (together, shape.hidden_size, moe.columns, moe.experts, moe.per_token, tp, layout.ep, s.experts)
     flops, moved = ops.moe_work(*args)
     formula = "t0 + max(flop / (F e_f), E(1-(1-k/E)^T) expert bytes / (BW e_b))"
-    yield Term("experts", ops.moe_s(s.device, *args, compute=s.compute), flops, moved, formula, MOE)
+    yield term(s, "experts", ops.moe_s(s.device, *args, compute=s.compute), flops, moved, formula, MOE)
     wide = tokens * shape.hidden_size * shape.itemsize
     if senders == 1:
         yield all_reduce(s, groups.ep if spread else groups.tp, wide, "all-reduce after the MLP")
@@ -224,8 +236,8 @@ def _routed(s: Setting, layout: Layout, groups: Groups, work: Work, tokens: int)
     where = (*groups.ep, mine, shape.hidden_size, moe.per_token)
     sent = float(mine * shape.hidden_size * moe.per_token)
     out, back = collectives.dispatch_s(s.cluster, *where, mode), collectives.combine_s(s.cluster, *where, mode)
-    yield Term("dispatch to experts", out, 0.0, sent * DTYPE_BYTES["fp8"], f"{LINK} + T k h / B (fp8)", MESSAGES)
-    yield Term("combine from experts", back, 0.0, sent * shape.itemsize, f"{LINK} + T k h / B", MESSAGES)
+    yield term(s, "dispatch to experts", out, 0.0, sent * DTYPE_BYTES["fp8"], f"{LINK} + T k h / B (fp8)", MESSAGES)
+    yield term(s, "combine from experts", back, 0.0, sent * shape.itemsize, f"{LINK} + T k h / B", MESSAGES)
     if layout.tp > 1:
         gather = collectives.all_gather_s(s.cluster, *groups.tp, wide)
-        yield Term("all-gather after the experts", gather, 0.0, wide, f"{LINK} + (n-1)/n S / B", MESSAGES)
+        yield term(s, "all-gather after the experts", gather, 0.0, wide, f"{LINK} + (n-1)/n S / B", MESSAGES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from lockstep.planner.hardware import DTYPE_BYTES, Device
+from lockstep.planner.tables import REACH
 
 
 def gemm_work(m: int, n: int, k: int, dtype: str = "bfloat16", weight_dtype: str | None = None) -> tuple[float, float]:
@@ -25,7 +26,7 @@ def gemm_s(device: Device, m: int, n: int, k: int, dtype: str = "bfloat16", weig
     flops, moved = gemm_work(m, n, k, dtype, weight_dtype)
     fit = device.roofline(dtype)
     seconds = fit.seconds(flops / device.peak(dtype), moved / device.memory_bandwidth)
-    return device.corrected(f"gemm {dtype}", seconds, m, n, k)
+    return device.corrected(f"gemm {dtype}", seconds, m, n, k) if weight_dtype in (None, dtype) else seconds
 
 
 def prefill_work(
@@ -66,7 +67,11 @@ def prefill_attention_s(
     blocks = batch * heads * math.ceil(tokens / fit.tile)
     filled = blocks / (blocks + fit.wave * device.cores)
     seconds = fit.seconds(flops / (device.peak(dtype) * filled), moved / device.memory_bandwidth)
-    return device.corrected("prefill attention", seconds, batch, tokens, heads, kv_heads, head_dim)
+    if dtype != "bfloat16":
+        return seconds
+    measured = attended_pairs(tokens)  # without older tokens, and without a window
+    near = 1 - abs(math.log(attended_pairs(tokens, context, window) / measured)) / REACH
+    return device.corrected("prefill attention", seconds, batch, tokens, heads, kv_heads, head_dim, near=near)
 
 
 def decode_work(
@@ -93,7 +98,10 @@ def decode_attention_s(
     _, moved = decode_work(batch, context, heads, kv_heads, head_dim, kv_dtype, window)
     fit = device.decode
     seconds = fit.launch_s + moved / (device.memory_bandwidth * fit.byte_efficiency) + fit.per_head_s * batch * kv_heads
-    return device.corrected("decode attention", seconds, batch, max(context, 1.0), heads, kv_heads, head_dim)
+    if kv_dtype != "bfloat16":
+        return seconds
+    seen = max(1.0, context if window is None else min(context, window))
+    return device.corrected("decode attention", seconds, batch, seen, heads, kv_heads, head_dim)
 
 
 def active_experts(experts: float, topk: float, tokens: float) -> float:
@@ -125,7 +133,7 @@ def moe_work(
 
 def moe_shape(hidden: int, inter: int, experts: int) -> str:
     """What measured constants of a MoE layer are kept under."""
-    return f"{experts} experts of {hidden}x{inter}"
+    return f"{int(experts)} experts of {int(hidden)}x{int(inter)}"
 
 
 def moe_s(
@@ -153,7 +161,10 @@ def moe_s(
     unrouted = tokens * topk * (3 * inter / tp + 2 * hidden) * 2.0  # activations are 16 bits wide whatever the weights are
     passed = unrouted / (device.memory_bandwidth * fit.pass_efficiency)
     seconds = fit.seconds(flops / device.peak(compute or dtype), weights / device.memory_bandwidth) + passed
-    return device.corrected(f"MoE {routing}", seconds, tokens, hidden, inter, experts, topk, tp, ep)
+    if dtype != "bfloat16" or compute not in ("", dtype):
+        return seconds
+    measured = f"MoE {'skewed' if routing == 'skewed' else 'balanced'} {moe_shape(hidden, inter, experts)}"
+    return device.corrected(measured, seconds, tokens, hidden, inter, experts, topk, tp, ep)
 
 
 def elementwise_s(device: Device, moved_bytes: float, launches: int = 1) -> float:

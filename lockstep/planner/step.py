@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lockstep.distributed.partition import vocab_shard
 from lockstep.planner import collectives, ops
-from lockstep.planner.layer import LINK, MEMORY, MESSAGES, Groups, Setting, Work, layer_terms, product
+from lockstep.planner.layer import LINK, MEMORY, MESSAGES, Groups, Setting, Work, layer_terms, product, term
 from lockstep.planner.layout import Layout, crossings
 from lockstep.planner.memory import stages
 from lockstep.planner.terms import Term, merge, total_s
@@ -125,10 +125,10 @@ def end_terms(s: Setting, layout: Layout, groups: Groups, work: Work, *, first: 
     here = work.tokens if work.decode else -(-work.tokens // layout.cp)
     wide = here * shape.hidden_size * shape.itemsize
     if first:
-        found = [Term("embedding", ops.elementwise_s(s.device, 2.0 * wide, 1), 0.0, 2.0 * wide, "t0 + bytes / (BW e_b)", MEMORY)]
+        found = [term(s, "embedding", ops.elementwise_s(s.device, 2.0 * wide, 1), 0.0, 2.0 * wide, "t0 + bytes / (BW e_b)", MEMORY)]
         if span.size > 1:
             seconds = collectives.all_reduce_s(s.cluster, *span, wide)
-            found.append(Term("all-reduce after the embedding", seconds, 0.0, 2.0 * wide, f"{LINK} + 2(n-1)/n S / B", MESSAGES))
+            found.append(term(s, "all-reduce after the embedding", seconds, 0.0, 2.0 * wide, f"{LINK} + 2(n-1)/n S / B", MESSAGES))
         return found
     rows = work.tokens if work.decode else 1
     head = product(Setting(shape, s.cluster), "head", rows, vocab_shard(shape.vocab_size, layout.tp, 0).size, shape.hidden_size)
@@ -136,7 +136,7 @@ def end_terms(s: Setting, layout: Layout, groups: Groups, work: Work, *, first: 
         return [head]
     size = float(rows * shape.vocab_size * shape.itemsize)
     seconds = collectives.all_gather_s(s.cluster, *span, size)
-    return [head, Term("gathering logits", seconds, 0.0, size, f"{LINK} + (n-1)/n S / B", MESSAGES)]
+    return [head, term(s, "gathering logits", seconds, 0.0, size, f"{LINK} + (n-1)/n S / B", MESSAGES)]
 
 
 def hop_terms(s: Setting, layout: Layout, groups: Groups, work: Work) -> list[Term]:
@@ -148,10 +148,10 @@ def hop_terms(s: Setting, layout: Layout, groups: Groups, work: Work) -> list[Te
     part, across = size / layout.tp, crossings(layout, s.cluster.devices_per_node)
     inside = layout.pp - 1 - across
     seconds = inside * collectives.p2p_s(s.cluster, part, "inside") + across * collectives.p2p_s(s.cluster, part, "between")
-    terms = [Term("hops between stages", seconds, 0.0, (layout.pp - 1) * part, f"(p-1)({LINK} + S / (tp B))", MESSAGES)]
+    terms = [term(s, "hops between stages", seconds, 0.0, (layout.pp - 1) * part, f"(p-1)({LINK} + S / (tp B))", MESSAGES)]
     if groups.tp.size > 1:
         join = collectives.all_gather_s(s.cluster, *groups.tp, size)
         terms.append(
-            Term("joining the stream", join * (layout.pp - 1), 0.0, (layout.pp - 1) * size, f"(p-1)({LINK} + (n-1)/n S / B)", MESSAGES)
+            term(s, "joining the stream", join * (layout.pp - 1), 0.0, (layout.pp - 1) * size, f"(p-1)({LINK} + (n-1)/n S / B)", MESSAGES)
         )
     return terms

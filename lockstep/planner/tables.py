@@ -1,62 +1,142 @@
 """Measured samples beside a formula: how far off it was there, interpolated between them.
 
 A table keeps log(measured / predicted) at the sampled arguments. Between samples that correction is linear in the logarithms
-of the arguments; beyond them it stays what it was at the border, so the formula still says how a price grows.
+of the arguments. Beyond them it fades: at twice the last sampled value (or half of the first) nothing is left of it, so a price
+goes over into the formula's without a step.
+
+    arguments (n, k, m): every (n, k) that was sampled has a curve over m, and the curves of the four (n, k) around the asked
+    one make its own. That one is kept, since a search asks for many m of the same (n, k).
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from typing import Union
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple, Union
 
-Nested = Union[float, "Axis"]
+REACH = math.log(2)  # how far beyond the last sample a correction is felt, as a logarithm
+KEPT = 4096  # curves of a table
+
+Row = Sequence[float]  # the arguments, and the seconds
+Correction = tuple[float, float]  # what to add to the logarithm of the formula's seconds; 1 among samples, 0 where none is near
+Nested = Union["Leaf", "Axis"]
+NOTHING: Correction = (0.0, 0.0)
+
+
+class Curve(NamedTuple):
+    """Corrections over the logarithm of one argument: straight between `xs`, which ascend, and none beyond them."""
+
+    xs: Sequence[float]
+    corrections: Sequence[Correction]
+
+    def at(self, x: float) -> Correction:
+        """The correction at the logarithm `x`."""
+        xs, i = self.xs, bisect_left(self.xs, x)
+        if i == len(xs) or (i == 0 and x < xs[0]):
+            return NOTHING
+        if xs[i] == x:
+            return self.corrections[i]
+        part = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+        (low, low_share), (high, high_share) = self.corrections[i - 1], self.corrections[i]
+        return low + part * (high - low), low_share + part * (high_share - low_share)
+
+
+def mixed(parts: Sequence[tuple[float, Curve]]) -> Curve:
+    """The sum of (weight, curve): straight between the points of all of them."""
+    if len(parts) == 1 and parts[0][0] == 1:
+        return parts[0][1]
+    xs = sorted({x for _, curve in parts for x in curve.xs})
+    found = []
+    for x in xs:
+        each = [(weight, *curve.at(x)) for weight, curve in parts]
+        found.append((sum(w * log for w, log, _ in each), sum(w * share for w, _, share in each)))
+    return Curve(xs, found)
+
+
+class Leaf:
+    """Samples that differ in their last argument alone. The formula is asked when the curve is, so only where somebody looks."""
+
+    def __init__(self, rows: Sequence[Row], last: int, predict: Callable[[Row], float]) -> None:
+        self._rows, self._last, self._predict = rows, last, predict
+
+    @cached_property
+    def curve(self) -> Curve:
+        """The corrections at the samples, and nothing at `REACH` beyond them."""
+        found: dict[float, list[float]] = {}  # the same arguments may have been measured more than once
+        for *args, seconds in self._rows:
+            found.setdefault(math.log(args[self._last]), []).append(math.log(seconds / self._predict(args)))
+        xs = sorted(found)
+        there = [(math.fsum(found[x]) / len(found[x]), 1.0) for x in xs]
+        return Curve([xs[0] - REACH, *xs, xs[-1] + REACH], [NOTHING, *there, NOTHING])
 
 
 class Axis:
-    """One argument's sampled values, in order, and what lies under each: the next argument, or a correction."""
+    """One argument's sampled values, in order, and what lies under each: the next argument."""
 
-    def __init__(self, points: Iterable[tuple[Sequence[float], float]]) -> None:
-        """points: (arguments, log correction); all with as many arguments, at least one."""
-        under: dict[float, list[tuple[Sequence[float], float]]] = {}
-        for args, value in points:
-            under.setdefault(float(args[0]), []).append((args[1:], value))
-        self.values = sorted(under)
-        self.under: list[Nested] = [_nest(under[v]) for v in self.values]
+    def __init__(self, leaves: Iterable[tuple[Sequence[float], Leaf]]) -> None:
+        """leaves: by the values of this argument and of those below."""
+        under: dict[float, list[tuple[Sequence[float], Leaf]]] = {}
+        for (value, *rest), leaf in leaves:
+            under.setdefault(value, []).append((rest, leaf))
+        values = sorted(under)
+        self.xs = [math.log(value) for value in values]
+        self.under = [_nest(under[value]) for value in values]
 
-    def at(self, args: Sequence[float]) -> float:
-        """The log correction at `args`."""
-        i = bisect_left(self.values, args[0])
-        if i == len(self.values) or (i == 0 and args[0] <= self.values[0]):
-            return _read(self.under[min(i, len(self.values) - 1)], args[1:])
-        if self.values[i] == args[0]:
-            return _read(self.under[i], args[1:])
-        low, high = self.values[i - 1], self.values[i]
-        share = math.log(args[0] / low) / math.log(high / low)
-        return (1 - share) * _read(self.under[i - 1], args[1:]) + share * _read(self.under[i], args[1:])
-
-
-def _nest(points: list[tuple[Sequence[float], float]]) -> Nested:
-    if points[0][0]:
-        return Axis(points)
-    return math.fsum(value for _, value in points) / len(points)  # the same arguments measured more than once
+    def around(self, x: float) -> Iterator[tuple[float, Nested]]:
+        """(weight, what lies under it) of the sampled values next to the logarithm `x`."""
+        i = bisect_left(self.xs, x)
+        if i < len(self.xs) and self.xs[i] == x:
+            yield 1.0, self.under[i]
+        elif 0 < i < len(self.xs):
+            part = (x - self.xs[i - 1]) / (self.xs[i] - self.xs[i - 1])
+            yield 1 - part, self.under[i - 1]
+            yield part, self.under[i]
+        else:
+            i = min(i, len(self.xs) - 1)
+            if (left := 1 - abs(x - self.xs[i]) / REACH) > 0:
+                yield left, self.under[i]
 
 
-def _read(under: Nested, args: Sequence[float]) -> float:
-    return under.at(args) if isinstance(under, Axis) else under
+def _nest(leaves: Sequence[tuple[Sequence[float], Leaf]]) -> Nested:
+    return Axis(leaves) if leaves[0][0] else leaves[0][1]
+
+
+def _curves(under: Nested, outer: Sequence[float], weight: float = 1.0) -> Iterator[tuple[float, Curve]]:
+    """The sampled curves around the logarithms `outer`, with their weights."""
+    if isinstance(under, Leaf):
+        yield weight, under.curve
+        return
+    for share, below in under.around(outer[0]):
+        yield from _curves(below, outer[1:], weight * share)
 
 
 class Table:
-    """Corrections to a family's formula. Arguments must be positive numbers."""
+    """Corrections to a family's formula. Arguments are positive numbers."""
 
-    def __init__(self, samples: Iterable[tuple[Sequence[float], float, float]]) -> None:
-        """samples: (arguments, measured seconds, seconds by the formula). Raises ValueError for none."""
-        points = [(args, math.log(measured / predicted)) for args, measured, predicted in samples]
-        if not points:
+    def __init__(self, rows: Iterable[Row], predict: Callable[[Row], float], order: Sequence[int] = (0,)) -> None:
+        """rows: arguments and measured seconds. predict: the formula. order: of the arguments, the outermost first; it matters where not
+        every combination was measured, and for speed. Raises ValueError for no samples."""
+        *self._outer, self._last = order
+        groups: dict[tuple[float, ...], list[Row]] = {}
+        for row in rows:
+            groups.setdefault(self._key(row), []).append(row)
+        if not groups:
             raise ValueError("a table needs at least one sample.")
-        self._axis = Axis(points)
+        self._nested = _nest([(key, Leaf(found, self._last, predict)) for key, found in groups.items()])
+        self._curves: dict[tuple[float, ...], Curve] = {}
 
-    def correction(self, *args: float) -> float:
-        """What to multiply the formula's seconds with at `args`."""
-        return math.exp(self._axis.at(args))
+    def _key(self, args: Row) -> tuple[float, ...]:
+        return tuple([args[i] for i in self._outer])
+
+    def correction(self, args: Row) -> Correction:
+        """At `args`, as they come in the samples."""
+        key = self._key(args)
+        curve = self._curves.get(key)
+        if curve is None:
+            if len(self._curves) == KEPT:
+                self._curves.clear()
+            found = list(_curves(self._nested, [math.log(x) for x in key]))
+            curve = self._curves[key] = mixed(found) if found else Curve((), ())
+        return curve.at(math.log(args[self._last])) if curve.xs else NOTHING

@@ -47,8 +47,8 @@ GRID = "aiconfigurator_static_grid_h100_vllm024"
 
 
 def together(batch: int, tokens: int) -> Work:
-    """`batch` prompts in one step: the products see all tokens, and the mean context makes the attention pairs their sum."""
-    return Work(False, batch * tokens, tokens * (1 - batch) / 2)
+    """`batch` prompts in one step."""
+    return Work(False, batch * tokens, 0.0, batch)
 
 
 def _pricer(model: str, cluster: Cluster, weights: str = "") -> Pricer:
