@@ -3,37 +3,49 @@
 
     python benchmarks/planner_accuracy.py > benchmarks/results/planner_accuracy.txt
 
-Computed from the tables in tests/planner/data with the constants in lockstep/planner/data/devices.json: no device is needed.
+Computed from the tables in tests/planner/data with the constants and samples in lockstep/planner/data: no device is needed.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lockstep.planner import catalogue
+from lockstep.planner.fit import Errors
 from lockstep.testing import planner_accuracy as accuracy
 
 HEAD = """The planner against measurements on H100 (SXM5). Errors are mean absolute errors in percent, of sizes that nothing was fitted
-to: constants were fitted to every other size. formula: what `lockstep plan` uses. table: the formula corrected by the
-fitted half's own measurements, interpolated in logarithms. data sheet: peak flops, memory and link bandwidth alone.
+to. Of every table one half of the sizes (every other one) tries what the other half gives, both ways round. formula: constants fitted
+to that half. table: the formula corrected by that half's own measurements, interpolated in logarithms. priced by: what `lockstep plan`
+takes, all samples then: the table where it was better, both ways together. data sheet: peak flops, memory and link bandwidth alone.
 """
 
 
 def operations() -> None:
     """One line per family, and the groups that the project promises a bound for."""
     lines = accuracy.all_lines(catalogue.device_shipped("H100"))
-    print(f"{'family':52s}{'n':>6s}{'formula':>9s}{'median':>8s}{'table':>8s}{'data sheet':>12s}")
+    print(f"{'':52s}{'odd sizes by even ones':>23s}{'even by odd':>23s}{'as priced':>11s}")
+    print(f"{'family':52s}{2 * '      n formula   table'}{'both':>11s}  {'priced by':9s}{'data sheet':>11s}")
     group = ""
     for line in lines:
         if line.group != group:
             group = line.group
-            together = accuracy.pooled(lines, group)
-            print(f"{group:52s}{together.n:6d}{together.mape:9.1%}")
-        found = line.formula
-        print(f"  {line.name:50s}{found.n:6d}{found.mape:9.1%}{found.median:8.1%}{line.table.mape:8.1%}{line.sheet.mape:12.1%}")
+            inside = [other for other in lines if other.group == group]
+            together = accuracy.pooled(errors for other in inside for errors in other.used)
+            ways = [accuracy.pooled(other.ways[i].formula for other in inside) for i in (0, 1)]
+            tables = [accuracy.pooled(other.ways[i].table for other in inside) for i in (0, 1)]
+            print(f"{group:52s}{_pairs(zip(ways, tables, strict=True))}{together.mape:11.1%}")
+        used = accuracy.pooled(line.used).mape
+        by = "table" if line.by_table else "formula"
+        print(f"  {line.name:50s}{_pairs(line.ways)}{used:11.1%}  {by:9s}{line.sheet.mape:11.1%}")
+
+
+def _pairs(ways: Iterable[tuple[Errors, Errors]]) -> str:
+    return "".join(f"{formula.n:7d}{formula.mape:8.1%}{table.mape:8.1%}" for formula, table in ways)
 
 
 def grid() -> None:

@@ -17,7 +17,7 @@ from lockstep.cli.bench import collectives, machine
 from lockstep.cli.errors import UsageError
 from lockstep.planner import calibration
 from lockstep.planner.calibration import Calibration, Mode
-from lockstep.planner.cpu import per_weight_s
+from lockstep.planner.cpu_ops import per_weight_s
 from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.utils.cores import usable_cores
 from lockstep.utils.host_memory import host_available_bytes
@@ -159,6 +159,9 @@ def table(found: Calibration) -> str:
         busy = f", {mode.busy} at work" if mode.busy != mode.ranks else ""
         lines += ["", f"{mode.ranks} rank(s) of {mode.threads} thread(s){busy}: a rank reads {mode.bandwidth / 1e9:.1f} GB/s"]
         lines += [f"  step {_line(mode.step)} a request, {mode.prompt_token_s * 1e6:.2f} us a prompt token", _products(mode)]
+        for kind, (constants, samples) in mode.tried.items():
+            kept = "samples kept" if kind in mode.samples else "constants alone"
+            lines.append(f"  {kind}: held-out error {constants:.1%} by constants, {samples:.1%} by other samples too; {kept}")
         if mode.combine.base_s or mode.combine.per_s:
             lines.append(f"  sum over the ranks {_line(mode.combine, 1e9)} a 1000 values")
     return "\n".join(lines)

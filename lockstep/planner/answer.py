@@ -29,7 +29,7 @@ from lockstep.planner.promises import Enough, Promise, enough, judge, misses
 from lockstep.planner.search import Candidate, Search, loads, request_blocks
 from lockstep.planner.startable import NONE, assumed, axes_missing, listed, missing, weight_dtype
 from lockstep.planner.step import Pricer
-from lockstep.planner.terms import Term, total_s
+from lockstep.planner.terms import Term, operation_error, total_s
 from lockstep.utils.sizes import size
 
 LONG_TTFT_S, LONG_TPOT_S = 60.0, 1.0  # promises beyond which the unit is doubted
@@ -106,9 +106,22 @@ class Plan:
         """The plan's own point of the trade-off."""
         return Mark(str(self.layout), self.point.concurrency, 1 / self.tpot_s, self.tokens_per_device_s, self.ttft_s)
 
+    @property
+    def operations(self) -> list[Term]:
+        """The terms of a token's time that are operations of the device; of a prompt's, where an answer is one token."""
+        return [term for term in (self.tpot_terms if self.work.streams else self.ttft_terms) if term.error_s]
+
+    @property
+    def by_samples(self) -> float:
+        """The share of their time that measured samples priced."""
+        return sum(term.table_s for term in self.operations) / total_s(self.operations)
+
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain data; TPOT is null where an answer is one token."""
+        """Everything as plain data; TPOT is null where an answer is one token. Each term says by which method it was priced."""
         found = asdict(self) | ({} if self.work.streams else {"tpot_s": None})
+        for name in ("ttft_terms", "tpot_terms"):
+            found[name] = [asdict(term) | {"method": term.method} for term in getattr(self, name)]
+        found["by_samples"] = self.by_samples
         found["layout"]["devices"] = self.devices
         found |= {"per_hour": self.per_hour, "nodes_per_hour": self.nodes_per_hour, "nodes_per_million": self.nodes_per_million}
         found["crossover"] = (
@@ -235,6 +248,7 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     broken = misses(work, point, rate, alone)
     lacking = missing(setting, layout)
     band = setting.device.band
+    operations = operation_error(tpot_terms if work.streams else ttft_terms)
     return Plan(
         model=setting.shape.name, cluster=str(setting.cluster), work=work, layout=layout, devices=best.devices * count,
         limits=Limits(seqs, max(seqs, best.chunk + -(-seqs // layout.pp)), work.longest),
@@ -247,7 +261,7 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
         admits=admits, runners=runners_up(search, best, count, ordered, everything), commands=[],
         calibrated=setting.device.calibrated and search.serving.calibrated,
         basis=_basis(setting.device, calibrated=setting.device.calibrated and search.serving.calibrated),
-        band={"tpot": band.tpot, "ttft": band.ttft, "operation": band.operation},
+        band={"tpot": band.tpot, "ttft": band.ttft, "operation": operations},
         pareto=_frontier(search, everything), crossover=tp_or_pp(search.pricer, work.decode_context) if work.streams else None,
         considered=len(everything), seconds=0.0, notes=_notes(setting, work, layout, lacking),
         missing=lacking, startable=not lacking, links={"inside a node": setting.cluster.intra, "between nodes": setting.cluster.inter},

@@ -54,7 +54,7 @@ class AttentionRates(msgspec.Struct, frozen=True):
     far_s: float = 0.0
 
 
-class Mode(msgspec.Struct, frozen=True):
+class Mode(msgspec.Struct, frozen=True, eq=False):  # compared and hashed by identity, so usable as a cache key
     """Costs on one of `ranks` ranks that share the machine, while `busy` of them work. Lines are over elements, unless they say so."""
 
     ranks: int
@@ -74,6 +74,8 @@ class Mode(msgspec.Struct, frozen=True):
     step: Line = Line()  # rows: what the engine, the executor and the worker add to each step
     prompt_token_s: float = 0.0  # what they add for each token of a prompt
     hop: Line = Line()  # bytes: from one pipeline stage to the next
+    samples: dict[str, list[list[float]]] = {}  # by kind, as in `cpu_tables.py`: where they predict each other better than the constants
+    tried: dict[str, tuple[float, float]] = {}  # by kind: mean errors on held-out samples, of the constants and of the other samples
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):

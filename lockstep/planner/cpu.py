@@ -8,21 +8,23 @@ A stage's step is
     + head and choice on the last
 
 and with TP each of `out`, `down` and the embedding also sums over the ranks. A product costs launch + edge x (n + k) + work x n x k
-with the constants of its number of rows; between two measured numbers the seconds are interpolated on logarithms.
+with the constants of its number of rows; between two measured numbers the seconds are interpolated on logarithms. Where samples
+are kept, products and attention are corrected by those around (`cpu_tables.py`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 from lockstep.distributed.partition import head_shard, shard, vocab_shard
-from lockstep.planner.calibration import AttentionRates, Calibration, Mode, ProductRates
+from lockstep.planner.calibration import Calibration, Mode
+from lockstep.planner.cpu_ops import attention_s, far_share, pairs_of, product_s
+from lockstep.planner.cpu_tables import GATED, PLAIN, ROW, corrected
 from lockstep.planner.layout import Layout
 from lockstep.planner.memory import stages, weight_bytes
 from lockstep.planner.model import ModelShape
+from lockstep.planner.price import Price
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,15 @@ class OpTime:
     name: str
     seconds: float
     memory: float = 0.0
+    table: float = 0.0  # the share of it that measured samples gave
+    error: float = 0.0  # expected mean error, as a fraction; 0 where nobody tried
+
+
+def op_of(name: str, seconds: float, memory: float = 0.0) -> OpTime:
+    """An operation with the memory of its price."""
+    if not isinstance(seconds, Price) or not seconds:
+        return OpTime(name, seconds, memory)
+    return OpTime(name, float(seconds), memory, seconds.table_s / seconds, seconds.error_s / seconds)
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class CpuModel:
         """Every operation of a stage's step, on its first TP rank, at the present bandwidth."""
         scale = self.bandwidth_scale
         return [
-            OpTime(op.name, op.seconds * (1 - op.memory + op.memory / scale), op.memory)
+            replace(op, seconds=op.seconds * (1 - op.memory + op.memory / scale))
             for op in self._operations(stage, queries, contexts, sampled)
         ]
 
@@ -102,10 +113,13 @@ class CpuModel:
     def _product(self, name: str, rows: int, n: int, k: int, stage: int, *, count: int, gated: bool, row: bool) -> OpTime:
         narrow = self.weight_dtype == "int8" and name != "head"
         work = weight_bytes(self.shape, self.layout, stage, 0, self.how, self.weight_dtype)
+        kind = GATED if gated else ROW if row else PLAIN
         seconds = product_s(self.mode.products, rows, n, k, work, gated=gated, row=row)
+        if not narrow:
+            seconds = corrected(self.mode, "product", seconds, rows, n, k, work, kind)
         read = n * k * (1 if narrow else self.shape.itemsize) / self.mode.bandwidth
         memory = min(1.0, read / seconds) if work * self.layout.devices > self.calibration.cache_bytes else 0.0
-        return OpTime(name, count * seconds, memory)
+        return op_of(name, count * seconds, memory)
 
     def _attention(self, start: int, stop: int, queries: Sequence[int], contexts: Sequence[int], q: int, kv: int, weights: int) -> OpTime:
         """Rows of one token are priced as decode, others as prefill. weights: bytes of them that the step reads too."""
@@ -117,55 +131,14 @@ class CpuModel:
             ones = [min(c, window) if window else c for n, c in zip(queries, contexts, strict=True) if n == 1]
             more = [(n, c) for n, c in zip(queries, contexts, strict=True) if n > 1]
             if ones:
-                seconds += attention_s(self.mode.decode, sum(ones) * size, sum(ones) * q, len(ones) * q, far)
+                seconds += self._attention_s("decode attention", sum(ones) * size, sum(ones) * q, len(ones) * q, far)
                 read_s += sum(ones) * size / self.mode.bandwidth
             if more:
                 pairs = sum(pairs_of(n, c, window) for n, c in more)
-                seconds += attention_s(self.mode.prefill, sum(c for _, c in more) * size, pairs * q, sum(n for n, _ in more) * q, far)
-        return OpTime("attention", seconds, min(1.0, read_s / seconds) if seconds else 0.0)
+                read = sum(c for _, c in more) * size
+                seconds += self._attention_s("prefill attention", read, pairs * q, sum(n for n, _ in more) * q, far)
+        return op_of("attention", seconds, min(1.0, read_s / seconds) if seconds else 0.0)
 
-
-def pairs_of(queries: int, context: int, window: int = 0) -> int:
-    """(query, key) pairs of causal attention: the last `queries` of `context` tokens, each seeing at most `window` (0: all)."""
-    ends = range(context - queries + 1, context + 1)
-    return sum(min(end, window) for end in ends) if window else (ends[0] + ends[-1]) * queries // 2
-
-
-def attention_s(rates: AttentionRates, read_bytes: float, pairs: float, rows: float, far: float = 0.0) -> float:
-    """Seconds of one layer's attention. pairs, rows: times head width and query heads. far: share of the bytes from memory."""
-    return rates.base_s + (rates.byte_s + rates.far_s * far) * read_bytes + rates.pair_s * pairs + rates.row_s * rows
-
-
-def far_share(step_bytes: float, cache_bytes: float) -> float:
-    """Which share of what a step reads comes from memory: all of it where it is much more than the last cache holds."""
-    return step_bytes / (step_bytes + cache_bytes)
-
-
-def product_s(
-    table: Sequence[ProductRates], rows: int, n: int, k: int, work_bytes: float, *, gated: bool = False, row: bool = False
-) -> float:
-    """Seconds of a packed product `[rows, k] x [k, n]` in a step that reads `work_bytes` of weights."""
-
-    def at(rates: ProductRates) -> float:
-        extra = (rates.gate_s * n / 2 if gated else 0.0) + (rates.finish_s * n if row else 0.0)
-        return rates.launch_s + rates.edge_s * (n + k) + per_weight_s(rates, work_bytes) * n * k + extra
-
-    if rows <= table[0].rows:
-        return at(table[0])
-    for below, above in pairwise(table):
-        if rows <= above.rows:
-            share = math.log(rows / below.rows) / math.log(above.rows / below.rows)
-            return math.exp(math.log(at(below)) * (1 - share) + math.log(at(above)) * share)
-    return at(table[-1]) * rows / table[-1].rows
-
-
-def per_weight_s(rates: ProductRates, work_bytes: float) -> float:
-    """Seconds per weight in a step that reads `work_bytes` of weights: a line over their logarithm between what was measured."""
-    points = rates.work
-    if work_bytes <= points[0][0]:
-        return points[0][1]
-    for (low, slow), (high, fast) in pairwise(points):
-        if work_bytes <= high:
-            share = math.log(work_bytes / low) / math.log(high / low)
-            return slow * (1 - share) + fast * share
-    return points[-1][1]
+    def _attention_s(self, kind: str, read: float, pairs: float, rows: float, far: float) -> float:
+        rates = self.mode.decode if kind.startswith("decode") else self.mode.prefill
+        return corrected(self.mode, kind, attention_s(rates, read, pairs, rows, far), read, pairs, rows, far, pairs / read)

@@ -31,7 +31,7 @@ class Family:
     """`predict` gives the seconds of a sample's args; `put` a device with other constants; `starts` where the search begins.
 
     order: of the arguments in a table, the outermost first. What a sample has to share to say anything (head sizes, groups) comes
-    first, what steps are sized by comes last.
+    first, what steps are sized by comes last. sizes: of those before, the ones that also say how much there is to do.
     """
 
     name: str
@@ -40,12 +40,16 @@ class Family:
     predict: Callable[[Device, Sample], float]
     order: tuple[int, ...] = (0,)
     arguments: int = 1
+    sizes: tuple[int, ...] = ()
 
 
 def fit_family(family: Family, device: Device, samples: Sequence[Sample], rounds: int = 400) -> Device:
-    """The device with the family's constants fitted to `samples`; the best of the family's starts."""
+    """The device with the family's constants fitted to `samples`; the best of the family's starts. It has no tables: those were
+    corrections to the constants before."""
     if not samples:
         raise ValueError(f"{family.name}: no samples to fit to: give at least one measurement.")
+
+    device = replace(device, tables={})
 
     def loss(constants: Sequence[float]) -> float:
         tried = family.put(device, constants)
@@ -57,7 +61,7 @@ def fit_family(family: Family, device: Device, samples: Sequence[Sample], rounds
 
 def table_of(family: Family, device: Device, rows: Iterable[Sequence[float]]) -> Table:
     """How far the formula of `device`, which has no tables, is off at each row of arguments and seconds."""
-    return Table(rows, lambda args: family.predict(device, Sample(0.0, tuple(args), 0.0)), family.order)
+    return Table(rows, lambda args: family.predict(device, Sample(0.0, tuple(args), 0.0)), family.order, family.sizes)
 
 
 def with_table(family: Family, device: Device, samples: Iterable[Sample]) -> Device:
@@ -82,12 +86,12 @@ class HeldOut(NamedTuple):
 def held_out(family: Family, device: Device, samples: Sequence[Sample], *, swap: bool = False, fit: bool = True) -> HeldOut:
     """Both methods on every second size, by constants and samples of the others; `swap`: on the others, by those.
 
-    fit: False where the device's constants are already those of the first half.
+    fit: False where the device's constants are already those of the half that tells.
     """
     fitted, held = halves(samples, lambda sample: sample.size)
     fitted, held = (held, fitted) if swap else (fitted, held)
     bare = replace(device, tables={}, tried={})
-    if fit or swap:
+    if fit:
         bare = fit_family(family, bare, fitted)
     return HeldOut(family_errors(family, bare, held), family_errors(family, with_table(family, bare, fitted), held))
 
@@ -121,7 +125,7 @@ def prefill() -> Family:
     def predict(device: Device, sample: Sample) -> float:
         return ops.prefill_attention_s(device, *sample.args)
 
-    return Family("prefill attention", ((12e-6, 0.7, 0.5, 0.5, 0.5),), put, predict, (4, 2, 3, 0, 1), 5)
+    return Family("prefill attention", ((12e-6, 0.7, 0.5, 0.5, 0.5),), put, predict, (4, 2, 3, 0, 1), 5, (0,))
 
 
 def decode() -> Family:
@@ -133,7 +137,7 @@ def decode() -> Family:
     def predict(device: Device, sample: Sample) -> float:
         return ops.decode_attention_s(device, *sample.args)
 
-    return Family("decode attention", ((12e-6, 0.9, 2e-8),), put, predict, (4, 2, 3, 1, 0), 5)
+    return Family("decode attention", ((12e-6, 0.9, 2e-8),), put, predict, (4, 2, 3, 1, 0), 5, (1,))
 
 
 def moe(routing: str, shape: str = "") -> Family:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from lockstep.planner import cpu_memory
 from lockstep.planner.calibration import Calibration
-from lockstep.planner.cpu import CpuModel
+from lockstep.planner.cpu import CpuModel, OpTime
 from lockstep.planner.layer import Setting, Work
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Serving
@@ -68,11 +68,15 @@ class HostPricer(Pricer):
         model, found = self.model(layout, alone=_alone(layout, work)), []
         for stage in range(layout.pp):
             for op in model.operations(stage, queries, contexts, len(queries)):
-                found.append(Term(op.name, op.seconds, formula=FORMULAS.get(op.name, "base + per element"), source=SOURCE))
+                found.append(self._term(op, FORMULAS.get(op.name, "base + per element")))
         if layout.pp > 1:
             hops = model.hop_s(work.tokens) * (layout.pp - 1)
-            found.append(Term("hops between stages", hops, formula="(p-1)(base + per byte)", source=SOURCE))
+            found.append(self._term(OpTime("hops between stages", hops), "(p-1)(base + per byte)"))
         return merge(found)
+
+    def _term(self, op: OpTime, formula: str) -> Term:
+        error = op.error or self.setting.device.band.operation
+        return Term(op.name, op.seconds, formula=formula, source=SOURCE, table_s=op.table * op.seconds, error_s=error * op.seconds)
 
 
 def _alone(layout: Layout, work: Work) -> bool:

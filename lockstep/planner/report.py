@@ -17,6 +17,7 @@ SYMBOLS = """\
 F, BW: FLOP/s and memory bandwidth of a device; e_f, e_b: the shares of them that kernels reach; t0: a launch
 m, n, k: rows, columns and depth of a product; pairs: (query, key) pairs of the mask; T: tokens; h: hidden size
 E, k: experts, and those of a token; S: bytes of a message; B: bytes/s of its link; n: ranks of a group; p: stages; tp: TP size
+table: the formula, corrected by measured samples around (docs/planner.md#samples); +-: its expected error
 launch, step, knee: a collective's start, its further steps, and the size from which it needs all of them
 serving: B: running requests of a replica; m: micro-batches; occupancy: how long a prompt keeps the slowest stage busy"""
 
@@ -81,7 +82,7 @@ def _tpot(plan: Plan) -> str:
 
 def numbers(plan: Plan) -> str:
     """Speed and cost, and how sure they are."""
-    running = min(plan.layout.pp, plan.point.concurrency)
+    running, of = min(plan.layout.pp, plan.point.concurrency), "token" if plan.work.streams else "prompt"
     busy = f"; in steady decode {running} micro-batch{'es' * (running > 1)} keep each of {plan.layout.pp} stages busy "
     return "\n".join(
         [
@@ -96,6 +97,8 @@ def numbers(plan: Plan) -> str:
             f"  throughput    {rate_of(plan.rate)} requests/s, {plan.tokens_per_device_s:,.1f} output tokens/s per device",
             *_cost(plan),
             f"  error         TTFT {plan.band['ttft']:.0%}, TPOT {plan.band['tpot']:.0%}: how far off such predictions are on average",
+            f"  operations    {plan.by_samples:.0%} of their time in a {of} priced by measured samples, "
+            f"the rest by formula: {plan.band['operation']:.0%} off on average",
             f"  constants     {plan.basis}",
             f"  looked at     {count(plan.considered, 'layout')} in {plan.seconds * 1e3:,.0f} ms",
         ]
@@ -158,10 +161,19 @@ def table(name: str, terms: list[Term]) -> str:
     total = total_s(terms)
     rows = sorted(terms, key=lambda t: -abs(t.seconds))
     lines = [
-        f"  {t.seconds * 1e3:>10.3f} ms {t.seconds / total:>6.1%}  {t.name:<34} {_work(t):<26} {t.formula}  [{t.source.rpartition('#')[2]}]"
-        for t in rows
+        f"  {t.seconds * 1e3:>10.3f} ms {t.seconds / total:>6.1%}  {t.name:<34} {_work(t):<26} {_method(t):<14} {_formula(t)}" for t in rows
     ]
     return "\n".join([f"{name}: sections in brackets are of {_pages(terms)}", *lines, f"  {total * 1e3:>10.3f} ms 100.0%  in all"])
+
+
+def _formula(term: Term) -> str:
+    """And the section that tells of it."""
+    return f"{term.formula}  [{term.source.rpartition('#')[2]}]"
+
+
+def _method(term: Term) -> str:
+    """What priced it, and how far off that is on average."""
+    return term.method + (f" +-{term.error_s / term.seconds:.0%}" if term.error_s else "")
 
 
 def _pages(terms: list[Term]) -> str:

@@ -13,12 +13,14 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.distributed.partition import ShardMap
 from lockstep.executor.contract import Executor
 from lockstep.planner.calibration import Line, Mode
-from lockstep.planner.cpu import far_share, pairs_of, product_s
+from lockstep.planner.cpu_ops import far_share, pairs_of, product_s
+from lockstep.planner.cpu_tables import GATED, PLAIN, ROW
 from lockstep.planner.layout import Layout
 from lockstep.planner.memory import weight_bytes
 from lockstep.planner.model import ModelShape, from_spec
 from lockstep.simulation import rates_fit
 from lockstep.simulation.rates_fit import Product
+from lockstep.simulation.samples_kept import with_samples
 
 Case = tuple[int, int, int]  # rows, tokens that each computes, tokens that each holds afterwards
 # Decode over rows and contexts, then prompts: each of these rows is a point of the products' table.
@@ -144,9 +146,10 @@ def over_tokens(answers: Sequence[Answer], kind: str, width: Any) -> Line:
 
 
 def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, bandwidth: float, cache_bytes: int) -> Mode:
-    """The constants of models that are whole on their rank."""
-    products = rates_fit.products([p for answer in answers for p in product_samples(answer)])
-    return Mode(
+    """The constants of models that are whole on their rank, and the samples that say more than they do."""
+    found = [p for answer in answers for p in product_samples(answer)]
+    products = rates_fit.products(found)
+    mode = Mode(
         ranks=ranks,
         busy=busy,
         threads=threads,
@@ -160,6 +163,11 @@ def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, b
         norm=over_tokens(answers, "norm", lambda a: a.shape.hidden_size),
         choose=rates_fit.line(_heads(answers, products)),
     )
+    rows = {"product": [(p.rows, p.n, p.k, p.work, GATED if p.gated else ROW if p.row else PLAIN, p.seconds) for p in found]}
+    for decode in (True, False):
+        each = zip(*attention_samples(answers, busy, cache_bytes, decode=decode), strict=True)
+        rows[f"{'decode' if decode else 'prefill'} attention"] = [(b, p, q, far / b, p / b, s) for (b, p, q, far), s in each]
+    return with_samples(mode, rows)
 
 
 def _heads(answers: Sequence[Answer], products: Any) -> list[tuple[float, float]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from statistics import median
 
 from lockstep.planner.collectives import ring_s
-from lockstep.planner.families import Family, Sample, family_errors, fit_family, with_table
+from lockstep.planner.families import HeldOut, family_errors, fit_family, held_out, moe
 from lockstep.planner.fit import Errors, errors, halves
 from lockstep.planner.hardware import Cluster, Device
 from lockstep.planner.load import Serving
@@ -23,28 +23,30 @@ OP_NAMES |= {"reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all"}
 
 @dataclass(frozen=True)
 class Line:
-    """A family's errors on the sizes that nothing was fitted to: `formula`, with the fitted half as a `table`, data sheet alone."""
+    """A family's errors on one half of its sizes by constants and samples of the other: `ways` are the even sizes for the odd ones,
+    and the reverse. sheet: data sheet alone, on the odd ones. by_table: what `lockstep plan` prices it by, with all samples."""
 
     group: str
     name: str
-    formula: Errors
-    table: Errors
+    ways: tuple[HeldOut, HeldOut]
     sheet: Errors
+    by_table: bool
+
+    @property
+    def used(self) -> list[Errors]:
+        """Both ways, by the method that prices it."""
+        return [way.table if self.by_table else way.formula for way in self.ways]
 
 
-def tried(group: str, name: str, device: Device, measured: tables.Measured, sheet: tuple[float, ...], *, swap: bool = False) -> Line:
-    """The device's committed constants on the held-out half; with `swap`, constants fitted to that half on the other one."""
+def tried(group: str, name: str, device: Device, measured: tables.Measured, sheet: tuple[float, ...], other: Device | None = None) -> Line:
+    """The device's committed constants on the half that they were not fitted to; and constants fitted to that half, those of `other`
+    or else of this family alone, on the other one."""
     family, samples = measured
-    fitted, held = halves(samples, lambda s: s.size)
-    if swap:
-        fitted, held = held, fitted
-        device = fit_family(family, device, fitted)
-    return Line(group, name, family_errors(family, device, held), *_others(family, device, fitted, held, sheet))
-
-
-def _others(family: Family, device: Device, fitted: list[Sample], held: list[Sample], sheet: tuple[float, ...]) -> tuple[Errors, Errors]:
-    table = family_errors(family, with_table(family, device, fitted), held)
-    return table, family_errors(family, family.put(device, sheet), held)
+    kept = device.tried.get(family.name)
+    bare = replace(device, tables={}, tried={})
+    ways = held_out(family, bare, samples, fit=False), held_out(family, other or bare, samples, swap=True, fit=other is None)
+    odd = halves(samples, lambda s: s.size)[1]
+    return Line(group, name, ways, family_errors(family, family.put(bare, sheet), odd), bool(kept and kept.table is not None))
 
 
 def operations(device: Device) -> Iterator[Line]:
@@ -55,9 +57,11 @@ def operations(device: Device) -> Iterator[Line]:
     yield tried("decode attention", "decode attention", device, tables.attention("decode"), (TINY, 1.0, 0.0))
     for routing in ("balanced", "skewed"):
         bare = replace(device, moe={key: fit for key, fit in device.moe.items() if " " not in key})
+        every = [sample for _, samples in tables.moe(routing).values() for sample in samples]
+        swapped = fit_family(moe(routing), replace(bare, tables={}), halves(every, lambda s: s.size)[1])
         for shape, measured in tables.moe(routing).items():
             yield tried(f"MoE {routing}, fitted per model", shape, device, measured, (*ROOF, 1e12))
-            yield tried(f"MoE {routing}, one fit for all models", shape, bare, measured, (*ROOF, 1e12))
+            yield tried(f"MoE {routing}, one fit for all models", shape, bare, measured, (*ROOF, 1e12), swapped)
 
 
 def exchanges(device: Device, system: str = "h100_sxm") -> Iterator[Line]:
@@ -67,12 +71,10 @@ def exchanges(device: Device, system: str = "h100_sxm") -> Iterator[Line]:
 
 
 def messages(device: Device) -> Iterator[Line]:
-    """Single messages, and DeepEP. A half of 13 messages says little (one that is 20 % off moves its mean by 1.5): each half in turn."""
+    """Single messages, and DeepEP."""
     for between, sheet in ((False, (TINY, 0.0, 450e9, 0.0)), (True, (TINY, 50e9))):
-        where = "between nodes" if between else "inside a node"
-        for swap in (False, True):
-            name = f"message {where}{', halves swapped' if swap else ''}"
-            yield tried("point-to-point", name, device, tables.messages(between=between), sheet, swap=swap)
+        name = f"message {'between nodes' if between else 'inside a node'}"
+        yield tried("point-to-point", name, device, tables.messages(between=between), sheet)
     for mode in ("low_latency", "normal"):
         for op in ("dispatch", "combine"):
             for nodes, measured in tables.deepep(op, mode).items():
@@ -87,11 +89,11 @@ def all_lines(device: Device) -> list[Line]:
     return sorted(lines, key=lambda line: [other.group for other in lines].index(line.group))
 
 
-def pooled(lines: list[Line], group: str) -> Errors:
-    """A group's rows together; the median is that of its lines."""
-    found = [line.formula for line in lines if line.group == group]
-    n = sum(e.n for e in found)
-    return Errors(n, sum(e.n * e.mape for e in found) / n, median(e.median for e in found))
+def pooled(found: Iterable[Errors]) -> Errors:
+    """The rows of several together; the median is that of theirs."""
+    every = list(found)
+    n = sum(e.n for e in every)
+    return Errors(n, sum(e.n * e.mape for e in every) / n, median(e.median for e in every))
 
 
 def grid_errors(cluster: Cluster) -> tuple[Errors, Errors, Errors, Errors]:
@@ -143,7 +145,7 @@ def all_deployments(cluster: Cluster) -> list[Deployment]:
 def transferred(like: Device, sheet: Device) -> dict[str, float]:
     """What to expect of a device that nobody measured: one device's constants with the A100's data sheet, on the A100's tables."""
     width = replace(like.scale_up, bandwidth=like.scale_up.bandwidth * 300 / 450)  # as the data sheets say of their links
-    device = replace(sheet, gemm=like.gemm, scale_up=width, collectives={})
+    device = replace(sheet, gemm=like.gemm, scale_up=width, collectives={}, tables={}, tried={})
     family, samples = tables.gemm("a100_sxm")
     rings = [(ranks, s) for op, ranks, measured in tables.collectives("a100_sxm") if op == "all_reduce" for s in measured[1]]
     ring = errors([ring_s(width, ranks, s.size, rounds=2) for ranks, s in rings], [s.seconds for _, s in rings])

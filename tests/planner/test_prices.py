@@ -53,7 +53,7 @@ def test_more_work_takes_longer(h100, two_nodes):
         lambda x: collectives.combine_s(two_nodes, 8, 2, x, 7168, 8),
     ):
         seconds = [price(2**i) for i in range(0, 24, 2)]
-        assert all(0 < a <= b for a, b in pairwise(seconds)), seconds
+        assert all(0 < a <= b * (1 + 1e-12) for a, b in pairwise(seconds)), seconds  # samples that were pooled are equal but for rounding
 
 
 def test_nothing_costs_nothing(h100, two_nodes):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import random
 from pathlib import Path
 
 import msgspec
@@ -14,11 +16,15 @@ from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.planner import calibration, catalogue
 from lockstep.planner.calibration import AttentionRates, Calibration, Line, Mode, ProductRates
-from lockstep.planner.cpu import CpuModel, attention_s, pairs_of, product_s
+from lockstep.planner.cpu import CpuModel
+from lockstep.planner.cpu_ops import attention_s, pairs_of, product_s
+from lockstep.planner.cpu_tables import GATED, PLAIN, ROW, corrected
 from lockstep.planner.layout import Layout
+from lockstep.planner.memory import weight_bytes
 from lockstep.planner.model import from_spec
 from lockstep.simulation import rates_fit
 from lockstep.simulation.rates_fit import Product
+from lockstep.simulation.samples_kept import with_samples
 
 SPEC = ModelSpec("LlamaForCausalLM", 256, 6, 8, 4, 32, 768, 8000, 4096, layer_kinds=("full",) * 6, dtype="bfloat16")
 SHAPE = from_spec(SPEC, "small")
@@ -120,7 +126,9 @@ def test_bandwidth_now_scales_what_is_read_from_memory_only():
 def test_an_entry_is_kept_and_read_as_a_device(tmp_path: Path):
     found, path = machine(mode(), mode(2)), tmp_path / "devices" / "here.json"
     calibration.save(found, path)
-    assert calibration.load(path) == found and [p.name for p in path.parent.iterdir()] == ["here.json"]
+    assert msgspec.to_builtins(calibration.load(path)) == msgspec.to_builtins(found) and [p.name for p in path.parent.iterdir()] == [
+        "here.json"
+    ]
     device = catalogue.cluster(str(path)).device
     assert device.calibrated and device.memory_bandwidth == 2e10 and device.peak("float16") == 1e12
     assert 0 < device.roofline("bfloat16").flop_efficiency <= 1
@@ -140,3 +148,48 @@ def test_what_is_no_entry_is_refused(tmp_path: Path):
 def test_too_little_time_is_refused(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["calibrate", "--budget-seconds", "1"]) == 2
     assert "--budget-seconds=1 is too short: give at least" in capsys.readouterr().err
+
+
+def sampled(quirk):
+    """The samples of products and attention that calibration takes, `quirk(rows, n, k, seconds)` being what was measured."""
+    made, found = mode(), []
+    for n, k, work in itertools.product((320, 768), (192, 384), (1e6, 4e6)):
+        for rows in (1, 2, 4, 8, 16, 32, 64):
+            found.append((rows, n, k, work, PLAIN, quirk(rows, n, k, product_s(made.products, rows, n, k, work))))
+    return made, {"product": found}
+
+
+def test_samples_that_tell_more_than_the_constants_are_kept_and_price_what_they_are_of():
+    made, rows = sampled(lambda rows, n, k, seconds: seconds * (1.4 if (n, k) == (768, 192) else 1.0))
+    found = with_samples(made, rows)
+    constants, samples = found.tried["product"]
+    assert samples < constants and len(found.samples["product"]) == 56
+    again = msgspec.json.decode(msgspec.json.encode(found), type=Mode)  # as an entry keeps it
+    for *args, seconds in rows["product"]:
+        price = corrected(again, "product", product_s(made.products, *args[:4]), *args)
+        assert price == pytest.approx(seconds) and price.table_s == price and price.error_s == pytest.approx(samples * seconds)
+    far = corrected(again, "product", 1.0, 8, 9000, 9000, 1e9, PLAIN)
+    assert (far, far.table_s, far.error_s) == (1.0, 0.0, pytest.approx(constants))
+    other = corrected(again, "product", 1.0, 8, 768, 384, 2e6, GATED)
+    assert other == 1.0, "what follows a product in place is not in these samples"
+
+
+def test_samples_that_are_noise_are_not_kept():
+    draw = random.Random(7)
+    made, rows = sampled(lambda rows, n, k, seconds: seconds * math.exp(draw.gauss(0, 0.2)))
+    found = with_samples(made, rows)
+    assert found.samples == {} and found.tried["product"][0] < found.tried["product"][1]
+    assert with_samples(made, {"product": rows["product"][:4]}).tried == {}, "too few to say"
+
+
+def test_a_step_of_a_model_like_a_measured_one_takes_its_samples():
+    """Every product of the small model measured at three times the constants: the step's products are three times as dear."""
+    plain, work = mode(), weight_bytes(SHAPE, Layout())
+    ops = CpuModel(machine(plain), SHAPE, Layout()).operations(0, [1], [100], 1)
+    rows = [[1, n, k, work, kind, 3 * product_s(plain.products, 1, n, k, work)] for n, k, kind in
+            ((512, 256, PLAIN), (256, 256, ROW), (1536, 256, GATED), (256, 768, ROW), (8000, 256, PLAIN))]  # fmt: skip
+    slow = msgspec.structs.replace(plain, samples={"product": rows}, tried={"product": (0.2, 0.1)})
+    for before, after in zip(ops, CpuModel(machine(slow), SHAPE, Layout()).operations(0, [1], [100], 1), strict=True):
+        product = before.name in ("qkv", "out", "gate and up", "down", "head")
+        assert after.seconds == pytest.approx((3 if product else 1) * before.seconds)
+        assert (after.table, after.error) == ((pytest.approx(1), pytest.approx(0.1)) if product else (0, 0))
