@@ -74,7 +74,8 @@ class Leaf:
     """Samples that differ in their last argument alone. The formula is asked when the curve is, so only where somebody looks.
 
     More work never takes less time: the search relies on it, and a kernel could always be given more. So a sample that takes
-    longer than a larger one is noise, or a poor choice of kernel, and is taken with it.
+    longer than a larger one is noise, or a poor choice of kernel, and is taken with it. (Between two samples, where ratio and
+    formula bend against each other, a price of an H100 may still fall by up to 3 %, which is less than its error.)
     """
 
     def __init__(self, rows: Sequence[Row], last: int, predict: Callable[[Row], float]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_short_prompts_share_a_step():
     one, many = r.prompts_s(1), r.prompts_s(32)
     assert many < 4 * one, "weights are read once for all of them"
     steps = [r.prompts_s(x / 4) for x in range(1, 200)]
-    assert steps == sorted(steps)
+    assert all(a <= 1.01 * b for a, b in pairwise(steps)), "between two samples of a product a price may fall by a little"
     assert r.prompts_s(64) == pytest.approx(2 * many), "beyond what fits, another step"
 
 

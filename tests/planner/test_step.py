@@ -55,6 +55,14 @@ def test_latencies_and_rate_grow_with_the_load():
         assert values == sorted(values), name
 
 
+def test_between_samples_a_larger_load_is_never_much_faster():
+    """The search bisects over the load. Samples rise with their size; between two of them the formula may bend the other way."""
+    for layout in (Layout(tp=2), Layout(tp=8), Layout(tp=4, pp=2)):
+        replica = Replica(Pricer(Setting(find_model("llama-3.1-70b")[0], cluster("8xH100"))), layout, Workload(2000, 300), 2048, Serving())
+        points = [replica.at(b).tpot_s for b in range(1, 200)]
+        assert all(point >= 0.98 * max(points[: i + 1]) for i, point in enumerate(points)), layout
+
+
 def crossover(machines):
     return tp_or_pp(Pricer(Setting(find_model("llama-3.1-70b")[0], machines)), 2150)
 
