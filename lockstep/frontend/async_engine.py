@@ -157,7 +157,7 @@ class AsyncEngine:
         self._compiler.shutdown(wait=False, cancel_futures=True)
         if self.observer is not None:
             await asyncio.to_thread(self.observer.close)
-        self._link.close()
+        await self._link.close()
 
     def fail(self, message: str) -> None:
         """The engine is gone: every stream ends with this, and nothing more is taken."""

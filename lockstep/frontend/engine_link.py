@@ -13,6 +13,7 @@ from lockstep.frontend.streams import EngineDeadError
 
 HELLO_S = 5.0  # how long a greeting may be unanswered before it is said again
 MOST_AT_ONCE = 64  # messages taken together
+GOODBYE_MS = 200  # for the last message to leave this process; an engine that is gone does not take it
 
 
 class EngineLink:
@@ -83,6 +84,12 @@ class EngineLink:
         self._socket.close()
         self._socket = self._new_socket()
 
-    def close(self) -> None:
-        self._socket.close()
+    async def close(self) -> None:
+        """Hang up; an engine that has welcomed us is told."""
+        linger_ms = 0
+        if self.linked:
+            self.linked, linger_ms = False, GOODBYE_MS
+            with contextlib.suppress(TimeoutError):  # nobody takes messages any more
+                await asyncio.wait_for(self._socket.send(wire.encode(wire.Goodbye())), GOODBYE_MS / 1e3)
+        self._socket.close(linger_ms)
         self._context.term()

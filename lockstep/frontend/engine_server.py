@@ -1,7 +1,7 @@
 """The engine's side of the link: a loop that hears API processes and steps the engine client. One thread, no await.
 
 Requests are named `<name given by the API process>`; whose they are is known by the connection that they came over. When an API
-process says Hello again, it is another one under its name: what the former ran is aborted.
+process says Hello again, it is another one under its name: what the former ran is aborted. One that says Goodbye is forgotten.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lockstep.observability.logging import get_logger
 from lockstep.protocol import EngineOutput
 from lockstep.protocol.health import PULSE_S
 from lockstep.utils.frames import NO_MESSAGE
+from lockstep.utils.words import counted
 
 BESIDE_S = 1.5  # so long after the last beat another thread beats: longer than a client naps, so that it never takes a wake-up
 MOST_UNREAD = 4096  # messages that wait for an API process: half a minute's, or more
@@ -87,6 +88,10 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[b
     return socket
 
 
+def _end_here(count: int) -> str:
+    return f"{counted(count, 'request')} of it {'ends' if count == 1 else 'end'} here"
+
+
 class EngineServer:
     """Serves API processes until the engine fails, or whoever runs it stops calling `turn`."""
 
@@ -110,7 +115,7 @@ class EngineServer:
         self._owner: dict[str, bytes] = {}  # request -> the API process that it is of
         self._admitted: set[bytes] = set()
         self._beaten_s, self._on_beat = 0.0, on_beat
-        self._unreached: set[bytes] = set()  # admitted, and they do not read
+        self._unreached: dict[bytes, int] = {}  # admitted, and they do not read, or are gone: what sending failed with
         self._dropped: set[bytes] = set()  # that are to be told so
         self._speaking, self._ended = threading.Lock(), threading.Event()
         self._calling, self._later = False, deque[tuple[bytes, wire.Call]]()
@@ -218,7 +223,8 @@ class EngineServer:
         self._send(who, wire.Pulse(self.client.health()))
 
     def _forget(self, who: bytes) -> None:
-        for those in (self._admitted, self._unreached, self._dropped):
+        self._unreached.pop(who, None)
+        for those in (self._admitted, self._dropped):
             those.discard(who)
         gone = [name for name, owner in self._owner.items() if owner == who]
         self.client.abort(gone)
@@ -230,6 +236,8 @@ class EngineServer:
             self._add(who, order)
         elif isinstance(order, wire.Abort):
             self.client.abort([name for name in order.request_ids if self._owner.get(name) == who])
+        elif isinstance(order, wire.Goodbye):
+            self._forget(who)
         elif isinstance(order, wire.Call):
             if self._calling and order.method not in AT_ONCE:
                 self._later.append((who, order))
@@ -301,14 +309,22 @@ class EngineServer:
             except zmq.ZMQError as e:  # EAGAIN: no room; EHOSTUNREACH: it has hung up
                 if e.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                     raise
-                self._unreached.add(who)
+                self._unreached[who] = e.errno
                 return False
         return True
 
     def _drop_unreached(self) -> None:
         """End what they run that do not read, or are gone; say so to those that read again."""
-        for who in list(self._unreached & self._admitted):
-            _log.error("%s does not read what the engine says (%d messages), or is gone: its requests end here", who.decode(), MOST_UNREAD)
+        if zmq.EHOSTUNREACH in dict(self._unreached).values():
+            self._hear()  # who hung up may have said Goodbye before
+        for who, errno in dict(self._unreached).items():
+            if who not in self._admitted:
+                continue
+            count = sum(owner == who for owner in self._owner.values())
+            if errno == zmq.EAGAIN:
+                _log.error("%s does not read what the engine says (%d messages): %s", who.decode(), MOST_UNREAD, _end_here(count))
+            elif count:
+                _log.error("%s is gone: %s", who.decode(), _end_here(count))
             self._forget(who)
             self._dropped.add(who)
         self._unreached.clear()

@@ -77,6 +77,10 @@ class Call(msgspec.Struct, tag="call", array_like=True):
     args: list[Any]
 
 
+class Goodbye(msgspec.Struct, tag="goodbye", array_like=True):
+    """The last message of an API process: it hangs up, and what it has unfinished is not wanted any more."""
+
+
 class Outputs(msgspec.Struct, tag="outputs", array_like=True):
     outputs: list[EngineOutput]
 
@@ -110,7 +114,7 @@ class Dead(msgspec.Struct, tag="dead", array_like=True):
     message: str
 
 
-Order = Hello | Proof | Add | Abort | Call
+Order = Hello | Proof | Add | Abort | Call | Goodbye
 Reply = Challenge | Welcome | Outputs | Pulse | Answer | Refused | Dropped | Dead
 
 encode = msgspec.msgpack.Encoder().encode

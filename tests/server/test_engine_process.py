@@ -217,7 +217,7 @@ def test_who_is_dropped_comes_back_and_meets_the_engine_anew(tmp_path: Path) -> 
             running = asyncio.create_task(run(engine, [5]))
             await asyncio.sleep(0.2)
             server.client.memory = replace(server.client.memory, num_blocks=99)
-            server.server._unreached.add(b"api-0")
+            server.server._unreached[b"api-0"] = zmq.EAGAIN
             assert len((await running).outputs[0].token_ids) == SHORT.max_tokens
             assert met == [99] and engine.memory.num_blocks == 99
 
@@ -344,6 +344,59 @@ def test_who_does_not_read_is_dropped_and_told_once_it_does(
         server.turn()
         if peer.poll(10):
             replies.append(engine_wire.decode_reply(peer.recv()))
+
+
+def test_who_hangs_up_with_a_word_is_forgotten_without_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def tell() -> None:
+        async with threaded(tmp_path) as (engine, server):
+            running = asyncio.create_task(run(engine, [5]))
+            await until(lambda: bool(server.server._owner))
+            await engine.close()
+            assert (await running).outputs[0].finish_reason == "error"
+            await until(lambda: not server.server._admitted)
+            assert not server.server._owner and not server.server._dropped
+            await asyncio.sleep(3 * engine_server.PULSE_S)  # the next beats
+
+    go(tell)
+    assert not caplog.records, caplog.text
+
+
+def test_a_goodbye_is_heard_where_the_hanging_up_is_noticed_first(
+    tmp_path: Path, context: zmq.Context[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config, spec, folder = SETTINGS
+    client, endpoint = Loud(make(config, spec, folder).config), f"ipc://{tmp_path}/engine"
+    server = EngineServer(client, bind(context, endpoint), "secret")
+    peer = admitted(context, server, endpoint)
+    server._owner["a"] = b"api-0"
+    peer.send(engine_wire.encode(engine_wire.Goodbye()))
+    peer.close(1000)
+    give_up_s = time.monotonic() + 20
+    while server._send(b"api-0", engine_wire.Dropped()):
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+    server._drop_unreached()
+    assert client.aborted == ("a",) and not caplog.records, caplog.text
+
+
+@pytest.mark.parametrize("owned", [0, 1])
+def test_who_is_gone_is_worth_an_error_if_it_ran_something(
+    tmp_path: Path, context: zmq.Context[Any], caplog: pytest.LogCaptureFixture, owned: int
+) -> None:
+    config, spec, folder = SETTINGS
+    client, endpoint = Loud(make(config, spec, folder).config), f"ipc://{tmp_path}/engine"
+    server = EngineServer(client, bind(context, endpoint), "secret")
+    peer = admitted(context, server, endpoint)
+    if owned:
+        server._owner["a"] = b"api-0"
+    peer.close(0)
+    give_up_s = time.monotonic() + 20
+    while server._admitted:
+        assert time.monotonic() < give_up_s
+        server.turn()
+        server._beat_now()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["api-0 is gone: 1 request of it ends here"] * owned and client.aborted == ("a",) * owned
 
 
 class Failing(PacedClient):
