@@ -2,6 +2,7 @@
 
 A report holds sums. What a rank did lately is the difference of two reports, the last two between which there were steps. A
 replica that starts anew begins its sums anew: what it had come to before is kept and added, so that counters never go back.
+Who is slow is told twice before it is believed: of JUDGED_STEPS steps or more, and again of the next.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lockstep.engine.stats import EngineReport, EngineStats, StepTotals
 from lockstep.protocol import RankLive
 
 SLOW_RATIO, SLOW_S = 1.25, 0.001  # of its peers' own work per step, and by at least so much
+JUDGED_STEPS = 10  # fewer say little: the first ones after a load, or one that the machine held up
 RECENT_S = 5.0  # who is slow is told of work no older than this
 GAUGES = ("running", "waiting", "steps_in_flight", "kv_blocks", "kv_blocks_used")
 
@@ -76,6 +78,9 @@ class _Replica:
     before_s: float = 0.0
     worked: tuple[EngineReport, EngineReport] | None = None  # the last two in a row between which there were steps
     worked_s: float = 0.0  # when the second of them came
+    judged: EngineReport | None = None  # the last one that it was asked of who is slow
+    suspects: set[int] = field(default_factory=set)  # ranks that were slow in the steps before it
+    slow: set[int] = field(default_factory=set)  # and in those before these
 
 
 class LiveBook:
@@ -93,6 +98,15 @@ class LiveBook:
         there.report, there.heard_s = report, time.monotonic() if now_s is None else now_s
         if there.before is not None and report.stats.steps > there.before.stats.steps:
             there.worked, there.worked_s = (there.before, report), there.heard_s
+        self._judge(there, report)
+
+    def _judge(self, there: _Replica, report: EngineReport) -> None:
+        judged = there.judged
+        if judged is None or len(judged.ranks) != len(report.ranks):
+            there.judged = report
+        elif report.stats.steps - judged.stats.steps >= JUDGED_STEPS:
+            found = slow_ranks(report.ranks, judged.ranks, self._stage)
+            there.slow, there.suspects, there.judged = found & there.suspects, found, report
 
     def lost(self, replica: int) -> None:
         """The replica is gone; what it had come to stays."""
@@ -100,7 +114,8 @@ class LiveBook:
         if there.report is not None:
             there.stats = _added(there.stats, there.report.stats)
             _add_steps(there.steps, there.report.steps)
-        there.report = there.before = there.worked = None
+        there.report = there.before = there.worked = there.judged = None
+        there.suspects, there.slow = set(), set()
 
     def now(self, replica: int, state: str, restarts: int, now_s: float | None = None) -> ReplicaNow:
         """The replica at this moment. Its state and restarts are the supervisor's to know."""
@@ -121,9 +136,9 @@ class LiveBook:
             _rates(found, report, before, there.heard_s - there.before_s)
         if there.worked is not None:
             _steps(found, *there.worked)
-            if now_s - there.worked_s > RECENT_S:  # nobody waits for anybody any more
+            if now_s - there.worked_s <= RECENT_S:  # else nobody waits for anybody any more
                 for rank in found.ranks:
-                    rank.slow = False
+                    rank.slow = rank.rank in there.slow
         return found
 
     def _rank(self, replica: int, rank: RankLive, age_s: float) -> RankNow:
@@ -161,8 +176,7 @@ def _steps(found: ReplicaNow, before: EngineReport, report: EngineReport) -> Non
 
 
 def compare(found: Sequence[RankNow], after: Sequence[RankLive], before: Sequence[RankLive], busy_s: float) -> None:
-    """Fill in what the ranks did between two reports, in which the engine had work for `busy_s`; and who of them is slow."""
-    work: dict[int, float] = {}  # rank -> seconds of its own work in a step
+    """Fill in what the ranks did between two reports, in which the engine had work for `busy_s`."""
     for now, a, b in zip(found, after, before, strict=True):
         steps, step_s = a.steps - b.steps, a.step_s - b.step_s
         if steps <= 0:
@@ -172,17 +186,22 @@ def compare(found: Sequence[RankNow], after: Sequence[RankLive], before: Sequenc
         now.stage_wait_ms = round(1e3 * stage_s / steps, 3)
         if busy_s > 0:
             now.bubble = round(min(1.0, max(0.0, 1 - (step_s - stage_s) / busy_s)), 4)
-        work[now.rank] = (a.work_s - b.work_s) / steps
+
+
+def slow_ranks(after: Sequence[RankLive], before: Sequence[RankLive], stage: int) -> set[int]:
+    """The ranks whose own work in a step took longer than that of their peers, between two reports. stage: ranks of one."""
+    pairs = [(a, b) for a, b in zip(after, before, strict=True) if a.steps > b.steps]
+    work = {a.rank: (a.work_s - b.work_s) / (a.steps - b.steps) for a, b in pairs}  # seconds
     stages: dict[int, list[int]] = {}
-    for now in found:
-        if now.rank in work:
-            stages.setdefault(now.pp, []).append(now.rank)
+    for rank in work:
+        stages.setdefault(rank // stage, []).append(rank)
     alone = all(len(ranks) == 1 for ranks in stages.values())
-    for now in found:
-        if now.rank in work:
-            among = list(work) if alone else stages[now.pp]
-            others = [work[rank] for rank in among if rank != now.rank]
-            now.slow = bool(others) and work[now.rank] > max(SLOW_RATIO * median(others), median(others) + SLOW_S)
+    found = set()
+    for rank, own_s in work.items():
+        others = [work[other] for other in (work if alone else stages[rank // stage]) if other != rank]
+        if others and own_s > max(SLOW_RATIO * median(others), median(others) + SLOW_S):
+            found.add(rank)
+    return found
 
 
 def _added(before: EngineStats | None, now: EngineStats) -> EngineStats:

@@ -17,10 +17,10 @@ def book(tp: int = 2, pp: int = 1) -> LiveBook:
 
 def test_the_slow_rank_is_the_one_that_waits_least() -> None:
     live = book(tp=4)
-    for steps in (5, 15):
+    for steps in (5, 15, 25):
         # all steps take 30 ms of wall clock; rank 2 works for 29 of them, the others wait for it
         live.heard(0, report(steps, 0.03, [rank(i, steps, 0.03, 0.001 if i == 2 else 0.021) for i in range(4)]), now_s=float(steps))
-    ranks = live.now(0, "ready", 0, now_s=15.0).ranks
+    ranks = live.now(0, "ready", 0, now_s=25.0).ranks
     assert [r.slow for r in ranks] == [False, False, True, False]
     assert [r.step_ms for r in ranks] == [30.0] * 4
     assert min(ranks, key=lambda r: r.wait_ms).rank == 2
@@ -28,18 +28,18 @@ def test_the_slow_rank_is_the_one_that_waits_least() -> None:
 
 def test_equal_ranks_and_small_differences_are_not_slow() -> None:
     live = book()
-    for steps in (5, 15):
+    for steps in (5, 15, 25):
         live.heard(0, report(steps, 0.001, [rank(0, steps, 0.001), rank(1, steps, 0.0018)]), now_s=float(steps))
-    assert not any(r.slow for r in live.now(0, "ready", 0, now_s=15.0).ranks), "0.8 ms more is noise"
+    assert not any(r.slow for r in live.now(0, "ready", 0, now_s=25.0).ranks), "0.8 ms more is noise"
 
 
 def test_stages_of_one_rank_are_compared_with_each_other_and_ranks_of_a_stage_among_themselves() -> None:
     alone, pairs = book(tp=1, pp=3), book(tp=2, pp=2)
-    for steps in (5, 15):
+    for steps in (5, 15, 25):
         alone.heard(0, report(steps, 0.03, [rank(i, steps, 0.01 * (3 if i == 1 else 1)) for i in range(3)]), now_s=float(steps))
         pairs.heard(0, report(steps, 0.03, [rank(i, steps, 0.01 if i < 2 else 0.03) for i in range(4)]), now_s=float(steps))
-    assert [r.slow for r in alone.now(0, "ready", 0, now_s=15.0).ranks] == [False, True, False]
-    found = pairs.now(0, "ready", 0, now_s=15.0).ranks
+    assert [r.slow for r in alone.now(0, "ready", 0, now_s=25.0).ranks] == [False, True, False]
+    found = pairs.now(0, "ready", 0, now_s=25.0).ranks
     assert [(r.pp, r.tp) for r in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert not any(r.slow for r in found), "a longer stage is not a slow rank"
 
@@ -116,10 +116,36 @@ def test_histograms_count_by_upper_bound() -> None:
 
 def test_nobody_is_slow_on_an_idle_server() -> None:
     live = book()
-    for steps in (5, 15):
+    for steps in (5, 15, 25):
         live.heard(0, report(steps, 0.03, [rank(0, steps, 0.01), rank(1, steps, 0.03)]), now_s=float(steps))
-    assert [r.slow for r in live.now(0, "ready", 0, now_s=16.0).ranks] == [False, True]
-    for now_s in (17.0, 30.0):
-        live.heard(0, report(15, 0.03, [rank(0, 15, 0.01), rank(1, 15, 0.03)]), now_s=now_s)
-    found = live.now(0, "ready", 0, now_s=30.5)
+    assert [r.slow for r in live.now(0, "ready", 0, now_s=26.0).ranks] == [False, True]
+    for now_s in (27.0, 40.0):
+        live.heard(0, report(25, 0.03, [rank(0, 25, 0.01), rank(1, 25, 0.03)]), now_s=now_s)
+    found = live.now(0, "ready", 0, now_s=40.5)
     assert not any(r.slow for r in found.ranks) and found.ranks[1].step_ms == 30.0
+
+
+def heard(live: LiveBook, steps: int, slow: bool) -> list[bool]:
+    """Who is slow after a report of as many steps: rank 1, in all steps up to now, or nobody."""
+    live.heard(0, report(steps, 0.03, [rank(0, steps, 0.01), rank(1, steps, 0.03 if slow else 0.01)]), now_s=float(steps))
+    return [one.slow for one in live.now(0, "ready", 0, now_s=float(steps)).ranks]
+
+
+def test_one_report_makes_nobody_slow() -> None:
+    live = book()
+    assert heard(live, 1, False) == [False, False]
+    assert heard(live, 20, True) == [False, False], "the first steps after a load are no rule"
+    live.heard(0, report(40, 0.03, [rank(0, 40, 0.0199), rank(1, 40, 0.02)]), now_s=40.0)
+    assert not any(one.slow for one in live.now(0, "ready", 0, now_s=40.0).ranks), "it was once"
+
+
+def test_a_few_steps_make_nobody_slow_and_are_not_forgotten() -> None:
+    live = book()
+    assert [heard(live, steps, True)[1] for steps in (1, 4, 7, 10, 13, 16, 19, 22, 25, 28)] == [False] * 8 + [True] * 2
+
+
+def test_a_rank_that_was_slow_in_a_former_life_is_asked_anew() -> None:
+    live = book()
+    assert [heard(live, steps, True)[1] for steps in (5, 15, 25)] == [False, False, True]
+    live.lost(0)
+    assert [heard(live, steps, True)[1] for steps in (5, 15, 25)] == [False, False, True]
