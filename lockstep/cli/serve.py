@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from lockstep.cli.flags import parse
 from lockstep.config.serve import ServeOptions
 
@@ -15,4 +18,9 @@ def run(argv: list[str]) -> int:
         return serve_node(found.config, quiet=False)
     from lockstep.server.launch import serve  # FastAPI is imported only now
 
-    return serve(found.config, found.options)
+    code = serve(found.config, found.options)
+    if code > 128:  # told twice: taking an interpreter down in good order takes seconds
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

@@ -59,6 +59,8 @@ class EngineKeeper:
         self._finalizer = weakref.finalize(self, _end, self._folder, self._idle)
         self._mode = Mode()  # as operators want it: the next one starts so
         self._handle: EngineHandle | None = None
+        self._closing: EngineHandle | None = None  # while it is closed
+        self._at_once = False
         try:
             self._start()
         except BaseException:
@@ -93,13 +95,33 @@ class EngineKeeper:
                 self._look_at(self._handle)
         return self._final
 
+    def kill(self) -> None:
+        """Have `close` wait for no last work of the process. May be called during `close`, by a signal's handler."""
+        self._at_once = True
+        if self._closing is not None:
+            procs.kill_group(self._closing.pid)
+
     def close(self) -> None:
         """End it and all below it. May be called twice."""
         self._supervisor.stop()
-        handle, self._handle = self._handle, None
+        handle = self._closing = self._handle
+        self._handle = None
         if handle is not None:
+            if self._at_once:
+                procs.kill_group(handle.pid)
             handle.close()
+            self._closing = None
+            self._end_below(handle.below)
         self._finalizer()
+
+    @staticmethod
+    def _end_below(below: list[tuple[int, int]]) -> None:
+        """Processes whose parent was killed end by themselves, in a moment."""
+        until_s = time.monotonic() + BELOW_S
+        while (left := [pid for pid, born in below if procs.alive(pid, born)]) and time.monotonic() < until_s:
+            time.sleep(0.005)
+        for pid in left:
+            procs.kill_group(pid)
 
     def _start(self) -> None:
         place = (self._folder.path, self.secret)

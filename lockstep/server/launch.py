@@ -2,8 +2,9 @@
 
     this process: HTTP  --ZeroMQ-->  the engine's process: router  -->  replica processes  -->  their ranks
 
-The port is bound before anything is loaded, and held: a port that is taken is told at once. While the engine loads, the
-tokenizer does too, here. With --api-server-count the HTTP is spoken by processes of their own (`processes`), on the same socket.
+The port is bound before anything is loaded, and held: a port that is taken is told at once, and who asks is told that it starts
+(`starting`). While the engine loads, the tokenizer does too, here. With --api-server-count the HTTP is spoken by processes of their
+own (`processes`), on the same socket. At the end the engine's process gets a moment for its own; none after a second signal.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import resource
+import signal
 import socket
 import stat
 import sys
 from pathlib import Path
+from types import FrameType
 
 from lockstep.config.endpoint import check_options, for_endpoint, is_open
 from lockstep.config.errors import ConfigError
@@ -29,8 +32,9 @@ from lockstep.frontend.engine_keeper import EngineKeeper
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer
 from lockstep.observability import logging
 from lockstep.observability.otel import check_endpoint
-from lockstep.server.launch_serving import run_serving
+from lockstep.server.launch_serving import SIGNALS, Steps, run_serving
 from lockstep.server.processes import ApiLaunch, connect_limit_s, serve_by_processes
+from lockstep.server.starting import Porch
 from lockstep.server.state import ServerState
 from lockstep.utils import env
 
@@ -50,18 +54,47 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
     words = tokenizer_folder(config.model, folder)
     names = model_names(config, options)
     with contextlib.closing(listener):
-        handle = EngineKeeper(config, spec, folder, client=client)
+        handle, code = EngineKeeper(config, spec, folder, client=client), 1
+
+        def ready() -> None:
+            announce(options, names[0], listener)
+
         try:
-            if options.api_server_count > 1:
-                handle.wait()
-                launch = ApiLaunch(options=options, config=config, spec=spec, folder=str(folder), words=str(words), names=names)
-                return serve_by_processes(launch, handle, listener, lambda: announce(options, names[0], listener))
-            state = state_over(handle, options, spec, folder, words, names)
-            return run_serving(state, handle.failure, listener, lambda: announce(options, names[0], listener), connect_limit_s(config))
+            with contextlib.closing(Porch(options, listener)) as porch:
+                if options.api_server_count > 1:
+                    handle.wait()
+                    launch = ApiLaunch(options=options, config=config, spec=spec, folder=str(folder), words=str(words), names=names)
+                    code = serve_by_processes(launch, handle, listener, porch, ready)
+                else:
+                    state = state_over(handle, options, spec, folder, words, names)
+                    code = run_serving(state, handle.failure, listener, Steps(porch.let_go, ready), connect_limit_s(config))
         finally:
-            handle.close()
+            told = end(handle, at_once=code > 128)
             if options.uds:
                 Path(options.uds).unlink(missing_ok=True)
+    return code if code > 128 else told or code
+
+
+def end(handle: EngineKeeper, *, at_once: bool) -> int:
+    """End the engine's process: it gets a moment to end what is below it, unless at once, or a signal comes meanwhile.
+
+    The exit code for that signal; 0 without one.
+    """
+    told: list[int] = []
+
+    def now(number: int, _: FrameType | None) -> None:
+        told.append(number)
+        handle.kill()
+
+    before = {number: signal.signal(number, now) for number in SIGNALS}
+    try:
+        if at_once:
+            handle.kill()
+        handle.close()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + told[0] if told else 0
 
 
 def state_over(handle: EngineKeeper, options: ServeOptions, spec: ModelSpec, folder: Path, words: Path, names: list[str]) -> ServerState:

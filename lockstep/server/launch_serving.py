@@ -13,6 +13,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable
+from typing import NamedTuple
 
 import uvloop
 
@@ -29,6 +30,15 @@ from lockstep.utils.words import counted
 
 POLL_S = 0.05
 Failure = Callable[[], Exception | None]  # why the engine's process runs no more; None while it does
+
+
+class Steps(NamedTuple):
+    """What is done once the engine is connected: before the first connection is taken, and after."""
+
+    before: Callable[[], None]
+    ready: Callable[[], None]
+
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _log = get_logger(__name__)
 
@@ -37,16 +47,16 @@ def run_serving(
     state: ServerState,
     failure: Failure,
     listener: socket.socket,
-    ready: Callable[[], None],
+    steps: Steps,
     connect_s: float = 30.0,
 ) -> int:
     """Serve until a signal comes or the engine is gone; the exit code. Raises ExecutorError for the latter.
 
-    failure: why the engine's process runs no more, None while it does. ready: called once the engine is connected.
+    failure: why the engine's process runs no more, None while it does. steps: towards serving.
     connect_s: how long that may take: the engine may just be starting anew.
     """
     with rare_collections(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Serving(state, failure, listener).run(ready, connect_s))
+        return runner.run(Serving(state, failure, listener).run(steps, connect_s))
 
 
 async def connect(engine: AsyncEngine, limit_s: float, failure: Failure, stopped: Callable[[], bool]) -> bool:
@@ -95,14 +105,15 @@ class Serving:
         self._signals: list[int] = []
         self._first, self._second = asyncio.Event(), asyncio.Event()
 
-    async def run(self, ready: Callable[[], None], connect_s: float) -> int:
+    async def run(self, steps: Steps, connect_s: float) -> int:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._signal, number)
         if not await connect(self._state.engine, connect_s, self._failure, lambda: bool(self._signals)):
             return 128 + self._signals[1] if len(self._signals) > 1 else 0
+        steps.before()
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http")
-        ready()
+        steps.ready()
         helpers = [asyncio.create_task(self._watch()), asyncio.create_task(self._drain()), asyncio.create_task(self._at_once(serving))]
         try:
             await asyncio.wait([serving])

@@ -33,6 +33,7 @@ from lockstep.frontend.engine_keeper import EngineKeeper
 from lockstep.frontend.engine_process import Failed, Ready, decode_word
 from lockstep.observability.logging import get_logger
 from lockstep.protocol.health import QUIET_S
+from lockstep.server.starting import Porch
 from lockstep.utils import env, procs
 from lockstep.utils.frames import Channel, send_one
 
@@ -122,8 +123,8 @@ class ApiProcess:
 class Processes:
     """All API processes of one server. One thread."""
 
-    def __init__(self, launch: ApiLaunch, handle: EngineKeeper, listener: socket.socket) -> None:
-        self._launch, self._handle, self._listener = launch, handle, listener
+    def __init__(self, launch: ApiLaunch, handle: EngineKeeper, listener: socket.socket, porch: Porch) -> None:
+        self._launch, self._handle, self._listener, self._porch = launch, handle, listener, porch
         self._death_pipe = os.pipe()
         self._signals: list[int] = []
         self._forwarded = 0
@@ -202,6 +203,7 @@ class Processes:
             if isinstance(word, Failed) and life.starts == 1 and life.state is State.STARTING:
                 raise ConfigError(word.message) if word.user else ExecutorError(word.message, log_tail=word.log_tail)
             if isinstance(word, Ready) and life.state is State.STARTING:
+                self._porch.let_go()
                 self.supervisor.ready(api.index, now_s)
                 self.supervisor.worked(api.index) if life.starts == 1 else None
                 lost_s = self._lost_s.pop(api.index, None)
@@ -255,6 +257,7 @@ def connect_limit_s(config: EngineConfig) -> float:
     return config.runtime.startup_timeout_seconds + RESTART_GRACE_S
 
 
-def serve_by_processes(launch: ApiLaunch, handle: EngineKeeper, listener: socket.socket, ready: Callable[[], None]) -> int:
+def serve_by_processes(launch: ApiLaunch, handle: EngineKeeper, listener: socket.socket, porch: Porch, ready: Callable[[], None]) -> int:
     """Run `launch.options.api_server_count` API processes until the end; the exit code. Raises ConfigError or ExecutorError."""
-    return Processes(launch, handle, listener).run(ready)
+    porch.app.at = "the processes that speak HTTP start"
+    return Processes(launch, handle, listener, porch).run(ready)

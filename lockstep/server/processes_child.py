@@ -16,7 +16,7 @@ from lockstep.frontend.async_engine import AsyncEngine
 from lockstep.frontend.engine_process import Failed, Ready
 from lockstep.frontend.tokenizer import load_tokenizer
 from lockstep.observability import logging
-from lockstep.server.launch_serving import run_serving
+from lockstep.server.launch_serving import Steps, run_serving
 from lockstep.server.processes import ApiLaunch, EngineLost, Order, connect_limit_s, decode_order, encode
 from lockstep.server.state import ServerState
 from lockstep.utils import procs
@@ -55,7 +55,8 @@ def _serve(launch: ApiLaunch, channel: Channel[Order], listener: socket.socket) 
         words = channel.receive() if channel.wait(0.0) else []
         return next((ExecutorError(word.message) for word in words if isinstance(word, EngineLost)), None)
 
-    return run_serving(state, failure, listener, lambda: channel.send(encode(Ready())), connect_limit_s(launch.config))
+    steps = Steps(lambda: channel.send(encode(Ready())), lambda: None)
+    return run_serving(state, failure, listener, steps, connect_limit_s(launch.config))
 
 
 def _launch(channel: Channel[Order]) -> ApiLaunch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ from lockstep.config.validate import resolve
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend import engine_keeper
 from lockstep.frontend.engine_keeper import EngineKeeper
+from lockstep.server.launch import end
+from lockstep.utils import procs
 
 
 class Handle:
@@ -55,6 +59,51 @@ def keeper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[EngineKe
     found.wait()
     yield found
     found.close()
+
+
+class Killed(Handle):
+    """One whose process ends when it is killed, and not before."""
+
+    pid, alive = 4711, True
+
+    def close(self) -> None:
+        assert not self.alive, "it is waited for"
+
+
+@pytest.fixture
+def stubborn(keeper: EngineKeeper, monkeypatch: pytest.MonkeyPatch) -> Iterator[Killed]:
+    found = keeper._handle = Killed(mode=Mode(), restarts=0)
+
+    def kill_group(pid: int) -> None:
+        found.alive = found.alive and pid != found.pid
+
+    monkeypatch.setattr(engine_keeper.procs, "kill_group", kill_group)
+    yield found
+
+
+def test_at_once_is_without_a_wait(keeper: EngineKeeper, stubborn: Killed) -> None:
+    keeper.kill()
+    keeper.close()
+    assert not stubborn.alive
+
+
+def test_a_signal_during_the_end_is_the_end_at_once(keeper: EngineKeeper, stubborn: Killed, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(stubborn, "close", lambda: (signal.raise_signal(signal.SIGTERM), Killed.close(stubborn)))
+    assert end(keeper, at_once=False) == 128 + signal.SIGTERM
+    assert not stubborn.alive and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_is_below_a_killed_engine_does_not_outlive_it(keeper: EngineKeeper, stubborn: Killed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_keeper, "BELOW_S", 0.1)
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as below:
+        stubborn.below = [(below.pid, procs.birth(below.pid)), (1, 1)]
+        monkeypatch.setattr(
+            engine_keeper.procs, "kill_group", lambda pid: below.kill() if pid == below.pid else setattr(stubborn, "alive", False)
+        )
+        keeper.kill()
+        keeper.close()
+        assert below.wait(20) == -signal.SIGKILL
 
 
 def another(keeper: EngineKeeper) -> Handle:
