@@ -61,6 +61,7 @@ class AsyncEngine:
         self.observer: RequestSpans | None = None
         self.failure: EngineDeadError | None = None
         self.on_welcome: Callable[[], None] = lambda: None  # called when another engine has come, with other memory perhaps
+        self.lost_why = ""  # why there is no engine just now, told by who keeps it
         self._health: EngineHealth | None = None
         self._pulse_s = time.monotonic()  # when the engine last said how it is
         self.started_s = time.monotonic()
@@ -185,7 +186,7 @@ class AsyncEngine:
 
     def problems(self) -> list[dict[str, Any]]:
         """What is not well, in words and numbers, worst first; empty when every rank answers. Asks nobody: it is known here."""
-        return problems_of(self.failure, self._health, time.monotonic() - self._pulse_s)
+        return problems_of(self.failure, self._health, time.monotonic() - self._pulse_s, self.lost_why)
 
     @property
     def takes_requests(self) -> bool:

@@ -46,7 +46,7 @@ class EngineKeeper:
         self, config: EngineConfig, spec: ModelSpec, folder: Path, *, client: str = CLIENT, policy: RestartPolicy = POLICY
     ) -> None:
         """Start the first one."""
-        self._config, self._spec, self._model_folder, self._client = config, spec, folder, client
+        self.config, self._spec, self._model_folder, self._client = config, spec, folder, client
         self._folder, self.secret = RunFolder(), secrets.token_hex(32)
         self.endpoint = f"ipc://{self._folder.path}/engine"
         self.flight = FlightRecorder("server")
@@ -54,6 +54,7 @@ class EngineKeeper:
         self._supervisor = Supervisor(1, policy, time.monotonic())
         self._below: list[tuple[int, int]] = []  # processes of the former one
         self._lost_s: float | None = None  # since when there is none that serves
+        self.lost_why = ""  # and why
         self._final: ExecutorError | ConfigError | None = None
         self._idle = os.pipe()  # never readable: stands in for a process between two
         self._finalizer = weakref.finalize(self, _end, self._folder, self._idle)
@@ -126,7 +127,7 @@ class EngineKeeper:
     def _start(self) -> None:
         place = (self._folder.path, self.secret)
         self._handle = EngineHandle(
-            *(self._config, self._spec, self._model_folder), client=self._client, place=place, mode=self._mode, restarts=self.restarts
+            *(self.config, self._spec, self._model_folder), client=self._client, place=place, mode=self._mode, restarts=self.restarts
         )
         self.flight.event("engine started", pid=self._handle.pid)
 
@@ -136,7 +137,7 @@ class EngineKeeper:
             self._supervisor.ready(0, now_s)
             if self._lost_s is not None:
                 _log.warning("the engine is back, %.1f s after it was lost", now_s - self._lost_s)
-                self._lost_s = None
+                self._lost_s, self.lost_why = None, ""
         if handle.worked:
             self._supervisor.worked(0)
         if handle.ready:
@@ -153,7 +154,7 @@ class EngineKeeper:
 
     def _stuck(self, handle: EngineHandle, now_s: float) -> ExecutorError | None:
         """Why a process that lives is of no use; None when it is of use."""
-        quiet_s, limit_s = now_s - handle.heard_s, self._config.parallel.execute_model_timeout_seconds + STUCK_GRACE_S
+        quiet_s, limit_s = now_s - handle.heard_s, self.config.parallel.execute_model_timeout_seconds + STUCK_GRACE_S
         who = f"the engine's process (pid {handle.pid})"
         if quiet_s > QUIET_S and procs.state(handle.pid) == "T":
             message = f"{who} was stopped (SIGSTOP, or a debugger): no sign of life for {quiet_s:.1f} s."
@@ -167,9 +168,10 @@ class EngineKeeper:
         """Be done with a process, and have another one started, unless it is one too many."""
         if isinstance(error, ExecutorError):
             error.phase = error.phase or "engine"
-            error.incident = self.flight.dump(self._config.runtime.incident_dir, {"culprit": "engine", **facts(error)})
+            error.incident = self.flight.dump(self.config.runtime.incident_dir, {"culprit": "engine", **facts(error)})
         self._handle, self._below = None, handle.below
         self._lost_s = now_s if self._lost_s is None else self._lost_s
+        self.lost_why = str(error).partition("\n")[0].rstrip(".")
         procs.kill_group(handle.pid)
         handle.close()
         life = self._supervisor.lives[0]

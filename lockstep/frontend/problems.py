@@ -9,12 +9,15 @@ from lockstep.protocol.health import QUIET_S, SILENT_S
 from lockstep.utils import procs
 
 
-def problems_of(failure: Exception | None, health: EngineHealth | None, silent_s: float) -> list[dict[str, Any]]:
-    """In words and numbers, worst first; empty when every rank answers. health: None between two engine processes."""
+def problems_of(failure: Exception | None, health: EngineHealth | None, silent_s: float, lost_why: str = "") -> list[dict[str, Any]]:
+    """In words and numbers, worst first; empty when every rank answers. health: None between two engine processes.
+
+    lost_why: why the former one is none any more, where that is known.
+    """
     if failure is not None:
         return [{"process": "engine", "state": "dead", "why": str(failure).partition("\n")[0]}]
     if health is None:
-        why = "the engine's process died: another starts"
+        why = (lost_why or "the engine's process died") + ": another starts"
         return [{"process": "engine", "state": "starting", "for_s": round(silent_s, 2), "why": why}]
     stopped = silent_s > QUIET_S and procs.state(health.pid) in ("T", "")
     if stopped or silent_s > SILENT_S:

@@ -36,6 +36,7 @@ from lockstep.server.launch_serving import SIGNALS, Steps, run_serving
 from lockstep.server.processes import ApiLaunch, connect_limit_s, serve_by_processes
 from lockstep.server.starting import Porch
 from lockstep.server.state import ServerState
+from lockstep.server.watchdog import Watchdog
 from lockstep.utils import env
 
 _log = logging.get_logger(__name__)
@@ -67,7 +68,7 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
                     code = serve_by_processes(launch, handle, listener, porch, ready)
                 else:
                     state = state_over(handle, options, spec, folder, words, names)
-                    code = run_serving(state, handle.failure, listener, Steps(porch.let_go, ready), connect_limit_s(config))
+                    code = serve_alone(state, handle, listener, Steps(porch.let_go, ready))
         finally:
             told = end(handle, at_once=code > 128)
             if options.uds:
@@ -102,6 +103,18 @@ def state_over(handle: EngineKeeper, options: ServeOptions, spec: ModelSpec, fol
     tokenizer = load_in_background(lambda: load_tokenizer(words))
     handle.wait()
     return ServerState(options, AsyncEngine(handle.endpoint, handle.secret, spec, folder, tokenizer.result()), names)
+
+
+def serve_alone(state: ServerState, handle: EngineKeeper, listener: socket.socket, steps: Steps) -> int:
+    """HTTP in this process, until the end; the exit code. Raises ExecutorError."""
+
+    def failure() -> Exception | None:
+        found, state.engine.lost_why = handle.failure(), handle.lost_why
+        return found
+
+    with contextlib.closing(Watchdog()) as watchdog:
+        watched = steps._replace(turned=watchdog.turned, rest=watchdog.rest)
+        return run_serving(state, failure, listener, watched, connect_limit_s(handle.config))
 
 
 def model_names(config: EngineConfig, options: ServeOptions) -> list[str]:

@@ -12,14 +12,15 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple
 
 import uvloop
 
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend.async_engine import AsyncEngine
 from lockstep.observability.logging import get_logger
+from lockstep.protocol.health import PULSE_S
 from lockstep.server.app import create_app
 from lockstep.server.errors import ApiError
 from lockstep.server.launch_http import Server, make_server
@@ -33,10 +34,15 @@ Failure = Callable[[], Exception | None]  # why the engine's process runs no mor
 
 
 class Steps(NamedTuple):
-    """What is done once the engine is connected: before the first connection is taken, and after."""
+    """What is done along the way. before, ready: the engine is connected; before the first connection is taken, and after.
 
-    before: Callable[[], None]
-    ready: Callable[[], None]
+    turned: the event loop turns, said every `PULSE_S` seconds. rest: it will no more.
+    """
+
+    before: Callable[[], None] = lambda: None
+    ready: Callable[[], None] = lambda: None
+    turned: Callable[[], None] = lambda: None
+    rest: Callable[[], None] = lambda: None
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -56,7 +62,23 @@ def run_serving(
     connect_s: how long that may take: the engine may just be starting anew.
     """
     with rare_collections(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Serving(state, failure, listener).run(steps, connect_s))
+        return runner.run(turning(Serving(state, failure, listener).run(steps, connect_s), steps))
+
+
+async def turning(work: Coroutine[Any, Any, int], steps: Steps) -> int:
+    """Do the work, and have it known meanwhile that the event loop turns."""
+
+    async def turn() -> None:
+        while True:
+            steps.turned()
+            await asyncio.sleep(PULSE_S)
+
+    turns = asyncio.create_task(turn(), name="turns")
+    try:
+        return await work
+    finally:
+        turns.cancel()
+        steps.rest()
 
 
 async def connect(engine: AsyncEngine, limit_s: float, failure: Failure, stopped: Callable[[], bool]) -> bool:

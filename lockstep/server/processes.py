@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,16 +31,20 @@ from lockstep.config.tree import EngineConfig
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend.async_engine import RESTART_GRACE_S
 from lockstep.frontend.engine_keeper import EngineKeeper
-from lockstep.frontend.engine_process import Failed, Ready, decode_word
+from lockstep.frontend.engine_process import Failed, Ready
 from lockstep.observability.logging import get_logger
 from lockstep.protocol.health import QUIET_S
+from lockstep.server.missing import Missing
 from lockstep.server.starting import Porch
-from lockstep.utils import env, procs
+from lockstep.server.watchdog import HUNG_S
+from lockstep.utils import env, procs, stacks
 from lockstep.utils.frames import Channel, send_one
 
 POLL_S = 0.05
 START_S = 120.0  # beyond the engine's: one that is started again may find that the engine is, too
 LAUNCH_S = 30.0
+LATE_S = 5.0  # without a turn of its event loop: told to others
+STACK_S = 0.6  # to write its Python stack
 LAST_WORDS_S = 20.0  # beyond shutdown_timeout: for what is left to end, and to be said
 POLICY = RestartPolicy(first_s=0.1, most_failures=6)
 _log = get_logger(__name__)
@@ -66,9 +71,21 @@ class EngineLost(msgspec.Struct, tag="lost", array_like=True):
     message: str
 
 
-Order = ApiLaunch | EngineLost
+class Tidings(msgspec.Struct, tag="tidings", array_like=True, frozen=True):
+    """What an API process cannot know by itself. engine_why: why there is no engine just now. missing: of the others."""
+
+    engine_why: str
+    missing: list[Missing]
+
+
+class Turning(msgspec.Struct, tag="turning", array_like=True):
+    """The API process's event loop turns; said every `PULSE_S` seconds."""
+
+
+Order = ApiLaunch | EngineLost | Tidings
 encode = msgspec.msgpack.Encoder().encode
 decode_order = msgspec.msgpack.Decoder(Order).decode
+decode_word = msgspec.msgpack.Decoder(Ready | Failed | Turning).decode
 
 
 class ApiProcess:
@@ -76,7 +93,8 @@ class ApiProcess:
 
     def __init__(self, launch: ApiLaunch, listener: socket.socket, death_fd: int) -> None:
         ours, theirs = socket.socketpair()
-        fds = [theirs.fileno(), death_fd, listener.fileno()]
+        self._stack_file = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115 - closed by `end`
+        fds = [theirs.fileno(), death_fd, listener.fileno(), self._stack_file.fileno()]
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lockstep.server.processes_child", *map(str, fds), str(os.getpid())],
@@ -88,25 +106,35 @@ class ApiProcess:
             )
         except BaseException:
             ours.close()
+            self._stack_file.close()
             raise
         finally:
             theirs.close()
         self.index = launch.index
         self.looked_s = 0.0
         self.stopped_s: float | None = None  # since when
+        self.heard_s = time.monotonic()  # it said something
+        self.told = Tidings("", [])
+        self.why = ""  # it is ended
         with contextlib.suppress(OSError):  # dead already: its end says so
             send_one(ours, encode(launch), time.monotonic() + LAUNCH_S)
-        self.channel: Channel[Ready | Failed] = Channel(ours, decode_word)
+        self.channel: Channel[Ready | Failed | Turning] = Channel(ours, decode_word)
 
     def heard(self) -> list[Any]:
         """What it has said since."""
         with contextlib.suppress(ConnectionError, msgspec.DecodeError):
-            return self.channel.receive()
+            if found := self.channel.receive():
+                self.heard_s = time.monotonic()
+            return found
         return []
 
-    def tell(self, order: EngineLost) -> None:
+    def tell(self, order: EngineLost | Tidings) -> None:
         with contextlib.suppress(OSError):
             self.channel.send(encode(order))
+
+    def stack(self) -> list[str]:
+        """Its Python stack, as lines."""
+        return stacks.written(self.process.pid, self._stack_file, STACK_S)
 
     def signal(self, number: int) -> None:
         if self.process.poll() is None:
@@ -118,6 +146,7 @@ class ApiProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(2.0)
         self.channel.close()
+        self._stack_file.close()
 
 
 class Processes:
@@ -134,6 +163,8 @@ class Processes:
         self.running: dict[int, ApiProcess] = {}
         self._codes: list[int] = []  # of those that ended in a drain
         self._lost_s: dict[int, float] = {}  # when each of those died that are not back
+        self._why: dict[int, str] = {}  # how each of them did
+        self._turned_s = time.monotonic()  # this process did its last turn
 
     def run(self, ready: Callable[[], None]) -> int:
         """Until a signal has drained them all, or the engine is gone; the exit code. Raises ConfigError or ExecutorError."""
@@ -176,6 +207,7 @@ class Processes:
         for api in self.running.values():
             poll.register(api.channel, select.POLLIN)
         poll.poll(POLL_S * 1000)
+        self._note_turn()
         self._pass_on_signals()
         failure = self._handle.failure()
         if failure is not None:
@@ -185,6 +217,37 @@ class Processes:
         if not self._signals:
             for index in self.supervisor.due(time.monotonic()):
                 self._start(index)
+            self._tell_all()
+
+    def _note_turn(self) -> None:
+        """Where this process was held up itself, so may the others have been: they get their time anew."""
+        now_s = time.monotonic()
+        if now_s - self._turned_s > LATE_S / 2:
+            for api in self.running.values():
+                api.heard_s = now_s
+        self._turned_s = now_s
+
+    def _tell_all(self) -> None:
+        """What has changed since they were told."""
+        tidings = Tidings(self._handle.lost_why, self._missing(time.monotonic()))
+        for api in self.running.values():
+            if api.told != tidings and self.supervisor.lives[api.index].state is State.READY:
+                api.told = tidings
+                api.tell(tidings)
+
+    def _missing(self, now_s: float) -> list[Missing]:
+        """Those that served and do not now."""
+        found = []
+        for index, life in enumerate(self.supervisor.lives):
+            api = self.running.get(index)
+            if index in self._lost_s:
+                why = f"it {self._why[index]}: another one starts"
+                found.append(Missing(index, 0 if api is None else api.process.pid, "starting", self._lost_s[index], why))
+            elif api is not None and api.stopped_s is not None:
+                found.append(Missing(index, api.process.pid, "stopped", api.stopped_s, "it was stopped (SIGSTOP, or a debugger)"))
+            elif api is not None and life.state is State.READY and now_s - api.heard_s > LATE_S:
+                found.append(Missing(index, api.process.pid, "silent", api.heard_s, "its event loop does not turn"))
+        return found
 
     def _pass_on_signals(self) -> None:
         for number in self._signals[self._forwarded :]:
@@ -214,6 +277,7 @@ class Processes:
             if life.state is State.STARTING and now_s - life.since_s > limit_s:
                 raise ExecutorError(f"API process {api.index} was not ready after {limit_s:g} s.", phase="start", kind="hung")
             self._end_if_stopped(api, now_s)
+            self._end_if_hung(api, now_s)
             return
         code = api.process.returncode
         del self.running[api.index]
@@ -224,6 +288,7 @@ class Processes:
             return
         state = self.supervisor.failed(api.index, now_s)
         self._lost_s.setdefault(api.index, now_s)
+        self._why[api.index] = api.why or f"died: {procs.exit_cause(code)}"
         _log.error("API process %d (pid %d) died: %s; its connections are lost", api.index, api.process.pid, procs.exit_cause(code))
         if state is State.GIVEN_UP:
             raise ExecutorError(f"API process {api.index} died {life.failures} times in a row, the last time by {procs.exit_cause(code)}.")
@@ -239,7 +304,18 @@ class Processes:
         api.stopped_s = api.stopped_s or now_s
         if now_s - api.stopped_s >= QUIET_S:
             _log.error("API process %d (pid %d) was stopped (SIGSTOP, or a debugger): it is ended", api.index, api.process.pid)
+            api.why = "was stopped (SIGSTOP, or a debugger)"
             api.signal(signal.SIGKILL)
+
+    def _end_if_hung(self, api: ApiProcess, now_s: float) -> None:
+        """One whose event loop does not turn keeps its connections waiting, too."""
+        hung_s = now_s - api.heard_s
+        if self._signals or hung_s <= HUNG_S or api.why or self.supervisor.lives[api.index].state is not State.READY:
+            return
+        api.why = f"hung: its event loop did not turn for {hung_s:.0f} s"
+        stack = "\n".join(api.stack()) or "(it cannot be read)"
+        _log.error("API process %d (pid %d) %s, and is ended; its stack:\n%s", api.index, api.process.pid, api.why, stack)
+        api.signal(signal.SIGKILL)
 
     def _lose_engine(self, failure: Exception) -> None:
         """Every request is answered with the reason, then all is over. Raises it."""

@@ -17,6 +17,7 @@ from lockstep.engine.stats import EngineStats, combined
 from lockstep.frontend.async_engine import AsyncEngine
 from lockstep.server.admission import Admission, Bounds
 from lockstep.server.aside import Aside
+from lockstep.server.missing import Missing
 from lockstep.server.response_store import ResponseStore
 from lockstep.version import __version__
 
@@ -37,6 +38,7 @@ class ServerState:
     draining: bool = False  # no new requests are taken
     responses: ResponseStore = field(default_factory=ResponseStore)
     aside: Aside = field(default_factory=Aside)
+    beside: list[Missing] = field(default_factory=list)  # other API processes that do not serve
     running: set[Running] = field(default_factory=set)  # requests that generate; the gate's
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 

@@ -2,8 +2,9 @@
 
 /livez             503: restart this process. It restarts its engine and replicas itself, so that is when it has given up
 /readyz, /ready    503: send requests elsewhere for now (draining, paused, asleep, or no replica is ready)
-/startupz          200: it has started
-/health            503 unless every rank of every replica gives signs of life; says which do not, since when, and at what
+/startupz          200: it has started (until then `starting` answers)
+/health            503 unless every rank of every replica gives signs of life; says which do not, since when, and at what.
+                   200 and "degraded" where only API processes beside this one do not serve: all that is asked is answered still
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ UNWELL: dict[int | str, dict[str, Any]] = {503: {"description": "It does not: st
 def _answer(fine: bool, status: str, state: ServerState, request: Request) -> JSONResponse:
     """With problems where it is not fine. Without a key that is asked for: no more of them than who has one."""
     body: dict[str, Any] = {"status": status}
-    if not fine:
+    if not fine or status == "degraded":
         known = not state.options.api_key or "client_key" in request.scope["state"]
-        problems = state.engine.problems()
+        problems = state.engine.problems() + [one.problem() for one in state.beside]
         body["problems"] = problems if known else [{name: one[name] for name in NAMES if name in one} for one in problems]
     return JSONResponse(body, 200 if fine else 503)
 
@@ -43,7 +44,7 @@ async def livez(state: State, request: Request) -> JSONResponse:
 
 @router.get("/startupz")
 async def startupz() -> dict[str, str]:
-    """200: nothing is answered before it has started."""
+    """200: before that the port itself says 503."""
     return {"status": "started"}
 
 
@@ -66,7 +67,7 @@ async def ready(state: State, request: Request) -> JSONResponse:
 async def health(state: State, request: Request) -> JSONResponse:
     """200 when every rank of every replica gave a sign of life lately."""
     fine = not state.engine.problems()
-    return _answer(fine, "ok" if fine else "unhealthy", state, request)
+    return _answer(fine, "unhealthy" if not fine else "degraded" if state.beside else "ok", state, request)
 
 
 @router.get("/version")
