@@ -5,14 +5,19 @@ What is of the wrong type costs nothing here: the route refuses it by name.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import compress
 from typing import Any
 
 from lockstep.server.admission import Cost
+from lockstep.server.schemas.chat import MAX_MESSAGES
 
 CHARS_PER_TOKEN = 4  # of ordinary text, roughly
 APART = ("prompt", "text", "input")  # a list of texts is as many prompts
 TOGETHER = ("messages", "instructions", "tools", "documents", "chat_template_kwargs")  # are written into one prompt
 ENVELOPE = {*TOGETHER, "role", "content", "type", "text", "name", "function", "tool_calls", "tool_call_id", "arguments", "id"}
+TEXTUAL = frozenset({str, list, dict})
+MAX_ELEMENTS = MAX_MESSAGES  # of a list of prompts or messages: all others have lower bounds
 SHORT = 16  # tokens of a completion whose request names no limit, as OpenAI has it
 
 
@@ -36,7 +41,7 @@ def characters_of(body: Any) -> int:
     for name in APART:
         value = body.get(name)
         texts = value if isinstance(value, list) and value and isinstance(value[0], str) else [value]
-        longest = max([longest, *(written(text) for text in texts if not isinstance(text, dict))])
+        longest = max([longest, *(written(text) for text in _textual(texts) if not isinstance(text, dict))])
     return longest + together
 
 
@@ -46,7 +51,28 @@ def written(value: Any) -> int:
         return len(value)
     if isinstance(value, dict):
         return sum(written(one) + (0 if name in ENVELOPE else len(name)) for name, one in value.items())
-    return sum(written(one) for one in value) if isinstance(value, list) else 0
+    return sum(map(written, _textual(value))) if isinstance(value, list) else 0
+
+
+def ids_of(body: Any) -> tuple[str, int]:
+    """(the field, how many) of the longest prompt that is token ids; none of them: 0."""
+    found = ("prompt", 0)
+    for name in ("prompt", "input", "input_ids"):
+        value = body.get(name) if isinstance(body, dict) else None
+        prompts = [value] if isinstance(value, list) and value and isinstance(value[0], int) else _some(value)
+        longest = max((len(one) for one in prompts if isinstance(one, list) and one and isinstance(one[0], int)), default=0)
+        found = max(found, (name, longest), key=lambda one: one[1])
+    return found
+
+
+def _textual(values: list[Any]) -> Iterator[Any]:
+    """Those that may have text: no step of Python's is made for a million others."""
+    return compress(values, map(TEXTUAL.__contains__, map(type, values)))
+
+
+def _some(value: Any) -> list[Any]:
+    """No more of a list than any route takes."""
+    return value[:MAX_ELEMENTS] if isinstance(value, list) else []
 
 
 def _lengths(value: Any, name: str) -> list[int]:
@@ -60,7 +86,7 @@ def _lengths(value: Any, name: str) -> list[int]:
     if isinstance(value[0], int):
         return [len(value)]
     if isinstance(value[0], str | list):
-        return [_tokens(len(v)) if isinstance(v, str) else len(v) if isinstance(v, list) else 1 for v in value]
+        return [_tokens(len(v)) if isinstance(v, str) else len(v) if isinstance(v, list) else 1 for v in _some(value)]
     return [_tokens(_characters(value))]
 
 
@@ -69,7 +95,7 @@ def _characters(messages: Any) -> int:
         return len(messages)
     if isinstance(messages, dict):
         return sum(_characters(messages.get(name)) for name in ("content", "text", "parts"))
-    return sum(_characters(one) for one in messages) if isinstance(messages, list) else 0
+    return sum(map(_characters, _textual(messages))) if isinstance(messages, list) else 0
 
 
 def _tokens(characters: int) -> int:

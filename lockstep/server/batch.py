@@ -19,7 +19,7 @@ from lockstep.frontend.streams import SHUTTING_DOWN, Stream
 from lockstep.frontend.tokenizer import encode
 from lockstep.observability import logging
 from lockstep.protocol import SamplingParams
-from lockstep.server.errors import AGAIN, ApiError
+from lockstep.server.errors import AGAIN, TOO_LONG, ApiError
 from lockstep.server.schemas.common import SamplingFields
 from lockstep.server.schemas.wire import CachedTokens, Usage
 from lockstep.server.sse import until_gone
@@ -135,7 +135,7 @@ class Batch:
                 long = "max_model_len" in str(e)
                 name = field_in(str(e))
                 name = shape if name == "structured_outputs" else name or param
-                raise ApiError(400, str(e), param=name, code="context_length_exceeded" if long else None) from None
+                raise ApiError(400, str(e), param=name, code=TOO_LONG if long else None) from None
         return cls(state, jobs)
 
     async def start(self) -> None:

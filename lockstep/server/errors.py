@@ -19,6 +19,7 @@ from lockstep.frontend.streams import SHUTTING_DOWN, CallLate, CallRefused
 from lockstep.observability.logging import get_logger
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+TOO_LONG = "context_length_exceeded"  # the code of a prompt that does not fit
 AGAIN = {"retry-after": "1"}  # while the engine, or a replica, is started again
 TRIED = {"str", "int", "float", "bool", "none", "literal"}
 _log = get_logger(__name__)

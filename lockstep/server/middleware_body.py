@@ -1,29 +1,17 @@
-"""Bodies within their bounds: read whole before a route runs, counted as they come, and JSON that every parser reads alike.
-
-What a later stage would trip over is refused here: nesting that exhausts a stack, bytes that are no UTF-8, halves of surrogate
-pairs, NaN, numbers beyond all ranges.
-"""
+"""Bodies within their bounds: read whole before a route runs, counted as they come, and parsed once, for all that comes after."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import Any
 
-import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lockstep.server.body_json import parse
 from lockstep.server.errors import ApiError, respond
-from lockstep.server.schemas.common import INT64
 
-MAX_DEPTH = 64  # arrays and objects in each other
-MAX_CONTAINERS = 100_000  # arrays and objects in a body
 LONG_BYTES = 256 << 10  # longer bodies are looked through beside the event loop
 LINGER_S, LINGER_BYTES = 2.0, 64 << 20  # for a client to finish sending what is refused: it reads the answer only then
-_BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
-_MANY_DIGITS = re.compile(rb"\d{19}")
-_HALF = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]")
-_decode = msgspec.json.Decoder().decode
 
 
 class Bodies:
@@ -31,6 +19,7 @@ class Bodies:
 
     def __init__(self, app: ASGIApp, most_bytes: int) -> None:
         self._app, self._most = app, most_bytes
+        self._one_long = asyncio.Lock()  # for the others there is time between two of them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _has_body(scope):
@@ -41,11 +30,16 @@ class Bodies:
             if body is None:
                 return  # the client has gone
             if body:
-                scope["state"]["json"] = await asyncio.to_thread(parse, body) if len(body) > LONG_BYTES else parse(body)
+                scope["state"]["json"] = parse(body) if len(body) <= LONG_BYTES else await self._parse_long(body)
         except ApiError as e:
             await respond(e)(scope, receive, send)
             return
         await self._app(scope, _replay(body, receive), send)
+
+    async def _parse_long(self, body: bytes) -> Any:
+        """In a thread, which lets the event loop go on between its calls."""
+        async with self._one_long:
+            return await asyncio.to_thread(parse, body)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         announced = _header(scope, b"content-length")
@@ -70,52 +64,6 @@ class Bodies:
     def _too_long(self) -> ApiError:
         message = f"the body is longer than max_body_bytes={self._most}: send less at once."
         return ApiError(413, message, code="body_too_long", headers={"connection": "close"})
-
-
-def parse(body: bytes) -> Any:
-    """The value of a JSON body. Raises ApiError 400 for what is none, or nested too deeply."""
-    check_nesting(body)
-    try:
-        value = _decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-        half = "the body's text has half of a surrogate pair (like \\ud83d alone), which is no character: send the whole pair, or UTF-8."
-        message = half if _HALF.search(body) else f"the body is no valid JSON in UTF-8: {e}."
-        raise ApiError(400, message, code="invalid_json") from None
-    if _MANY_DIGITS.search(body):
-        check_whole_numbers(value)
-    return value
-
-
-def check_whole_numbers(value: Any, path: str = "") -> None:
-    """Raise ApiError 400 for a whole number that 64 bits cannot hold: it would pass every check that only looks for a number."""
-    if isinstance(value, dict):
-        for name, one in value.items():
-            check_whole_numbers(one, path or name)
-    elif isinstance(value, list):
-        for one in value:
-            check_whole_numbers(one, path)
-    elif isinstance(value, int) and not -INT64 <= value < INT64:
-        what = f"{path[:64]}: " if path else ""
-        raise ApiError(400, f"{what}the whole number {str(value)[:24]}... is out of range: 64 bits are for it.", param=path[:64] or None)
-
-
-def check_nesting(body: bytes) -> None:
-    """Raise ApiError 400 for JSON of too many arrays and objects, or too deep ones; whether it is JSON at all is not looked at."""
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
-        return
-    depth, count = 0, 0
-    for found in _BRACKETS.finditer(body):
-        first = body[found.start()]
-        if first in b"[{":
-            depth, count = depth + 1, count + 1
-            if depth > MAX_DEPTH:
-                raise ApiError(400, f"the body's JSON is nested more than {MAX_DEPTH} deep: make it flatter.", code="json_too_deep")
-            if count > MAX_CONTAINERS:
-                raise ApiError(
-                    400, f"the body's JSON has more than {MAX_CONTAINERS} arrays and objects: send less at once.", code="json_too_large"
-                )
-        elif first in b"]}":
-            depth -= 1
 
 
 def _has_body(scope: Scope) -> bool:

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lockstep.frontend.streams import submitted
 from lockstep.server.admission import Busy, NeverFits, Ticket
-from lockstep.server.admission_cost import characters_of, cost_of
-from lockstep.server.errors import ApiError, respond
+from lockstep.server.admission_cost import characters_of, cost_of, ids_of
+from lockstep.server.errors import TOO_LONG, ApiError, respond
 
 if TYPE_CHECKING:
     from lockstep.server.state import ServerState
@@ -94,6 +94,7 @@ class Gate:
                 await self._app(scope, receive, send)
                 return
             body = scope["state"].get("json")
+            self._check_ids(body)
             self._check_characters(body)
             limit_s, ticket = self._limit_s(scope, body), self._admit(scope, body)
         except ApiError as e:
@@ -112,6 +113,13 @@ class Gate:
             param = "n" if isinstance(body, dict) and body.get("n") not in (None, 1) else None
             raise ApiError(400, str(e), param=param, code="request_too_large") from None
 
+    def _check_ids(self, body: Any) -> None:
+        """No token ids are looked at that are more than fit, but for those that are to be cut."""
+        name, count = ids_of(body)
+        if count > self._state.max_model_len and not body.get("truncate_prompt_tokens"):
+            message = f"the prompt has {count} token ids, more than max_model_len={self._state.max_model_len}: shorten it."
+            raise ApiError(400, message, param=name, code=TOO_LONG)
+
     def _check_characters(self, body: Any) -> None:
         """No text is tokenized that could not fit even if every token of it were the longest there is; of one that is to be cut
         (truncate_prompt_tokens), no more than /tokenize takes.
@@ -121,10 +129,10 @@ class Gate:
             cut, most = isinstance(body, dict) and body.get("truncate_prompt_tokens"), state.options.max_tokenize_characters
             if not cut:
                 message = f"the prompt has {length} characters, more than {state.most_characters}, all that could fit: shorten it."
-                raise ApiError(400, message, param="prompt")
+                raise ApiError(400, message, param="prompt", code=TOO_LONG)
             if length > most:
                 message = f"the prompt has {length} characters, more than max_tokenize_characters={most}, though only its end is taken"
-                raise ApiError(400, f"{message} (truncate_prompt_tokens): shorten it.", param="prompt")
+                raise ApiError(400, f"{message} (truncate_prompt_tokens): shorten it.", param="prompt", code=TOO_LONG)
 
     def _limit_s(self, scope: Scope, body: Any) -> float:
         """Seconds that the request has: what it asks for, and no more than the server allows."""

@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Query
-from pydantic import Field
 
 from lockstep.cluster.health import RequestInfo
 from lockstep.observability.flight_recorder import default_folder
 from lockstep.server.errors import ApiError
-from lockstep.server.schemas.common import Body, Name
+from lockstep.server.routes.parsed import ParsedRoute
+from lockstep.server.schemas.common import Body, Few, Name
 from lockstep.server.state import ServerState, State
 
-router = APIRouter(tags=["operators"])
+router = APIRouter(tags=["operators"], route_class=ParsedRoute)
 LONG_S = 600.0  # weights may have to be read again
 
 
@@ -98,7 +98,7 @@ async def stop_profile(state: State) -> dict[str, str]:
 class AbortRequest(Body):
     """request_ids: of responses, of HTTP requests (X-Request-Id), or the engine's, of /v1/requests. Without them all are meant."""
 
-    request_ids: Annotated[list[Name], Field(max_length=4096)] | None = None
+    request_ids: Annotated[list[Name], Few(4096)] | None = None
 
 
 @router.post("/abort_requests")

@@ -18,6 +18,7 @@ from lockstep.server.logprobs import LogprobWriter, prompt_positions
 from lockstep.server.pace import Pace
 from lockstep.server.reading import Reader, merged, plan_of
 from lockstep.server.routes.models import check_model
+from lockstep.server.routes.parsed import ParsedRoute
 from lockstep.server.sampling import sampling_params
 from lockstep.server.schemas.chat import ChatRequest
 from lockstep.server.schemas.wire import Chat, ChatChoice, ChatChunk, ChatLogprobs, ChatMessage, ChunkChoice, Delta, Usage, encode
@@ -25,7 +26,7 @@ from lockstep.server.sse import DOCUMENTED, EventStream, event
 from lockstep.server.state import ServerState, State
 from lockstep.server.talk import prompt_of
 
-router = APIRouter(prefix="/v1", tags=["chat"])
+router = APIRouter(prefix="/v1", tags=["chat"], route_class=ParsedRoute)
 
 
 @router.post("/chat/completions", response_model=None, responses=DOCUMENTED)

@@ -18,13 +18,14 @@ from lockstep.server.errors import ApiError
 from lockstep.server.logprobs import LogprobWriter, joined, prompt_positions
 from lockstep.server.pace import Pace
 from lockstep.server.routes.models import check_model
+from lockstep.server.routes.parsed import ParsedRoute
 from lockstep.server.sampling import sampling_params
 from lockstep.server.schemas.completions import CompletionRequest
 from lockstep.server.schemas.wire import Completion, CompletionChoice, CompletionLogprobs, Usage, encode
 from lockstep.server.sse import DOCUMENTED, EventStream, event
 from lockstep.server.state import ServerState, State
 
-router = APIRouter(prefix="/v1", tags=["completions"])
+router = APIRouter(prefix="/v1", tags=["completions"], route_class=ParsedRoute)
 
 
 @router.post("/completions", response_model=None, responses=DOCUMENTED)

@@ -14,16 +14,16 @@ from lockstep.frontend.embedding import NO_TEXT, check_dimensions, finish
 from lockstep.frontend.inputs import Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.streams import Stream
-from lockstep.server.errors import ApiError
+from lockstep.server.errors import TOO_LONG, ApiError
 from lockstep.server.routes.models import check_model
+from lockstep.server.routes.parsed import ParsedRoute
 from lockstep.server.schemas.embeddings import EmbeddingRequest, EmbeddingResponse
 from lockstep.server.sse import until_gone
 from lockstep.server.state import ServerState, State
 
-MOST_INPUTS = 2048  # of one request, as OpenAI has it
 BREATH = 64  # inputs tokenized before others get their turn
 
-router = APIRouter(prefix="/v1", tags=["embeddings"])
+router = APIRouter(prefix="/v1", tags=["embeddings"], route_class=ParsedRoute)
 
 
 @router.post("/embeddings", response_model=EmbeddingResponse)
@@ -60,14 +60,13 @@ def _render(answer: dict[str, Any], vectors: list[bytes], body: EmbeddingRequest
 async def _jobs(body: EmbeddingRequest, state: ServerState) -> list[Job]:
     """A job for each input, all of them checked before the first is queued. Raises ApiError for the first that cannot be."""
     prompts = body.prompts()
-    if not 0 < len(prompts) <= MOST_INPUTS:
-        raise ApiError(400, f"input has {len(prompts)} entries: give from 1 to {MOST_INPUTS}.", param="input")
     jobs = []
     for index, prompt in enumerate(prompts):
         try:
             jobs.append(await state.engine.job(prompt, NO_TEXT, priority=body.priority or 0, pooling=body.pooling or "last"))
         except ValueError as e:
-            raise ApiError(400, str(e) if len(prompts) == 1 else f"input[{index}]: {e}", param="input") from None
+            said = str(e) if len(prompts) == 1 else f"input[{index}]: {e}"
+            raise ApiError(400, said, param="input", code=TOO_LONG if "max_model_len" in said else None) from None
         if index % BREATH == BREATH - 1:
             await asyncio.sleep(0)
     return jobs

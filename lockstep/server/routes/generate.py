@@ -14,6 +14,7 @@ from lockstep.protocol import RequestOutputKind, SamplingParams
 from lockstep.server.batch import Batch, raise_error, request_id, routing
 from lockstep.server.errors import ApiError
 from lockstep.server.logprobs import least
+from lockstep.server.routes.parsed import ParsedRoute
 from lockstep.server.sampling import sampling_params
 from lockstep.server.schemas.common import SamplingFields, StructuredOutputsFields
 from lockstep.server.schemas.generate import GenerateRequest
@@ -21,7 +22,7 @@ from lockstep.server.schemas.wire import encode
 from lockstep.server.sse import DOCUMENTED, EventStream, event
 from lockstep.server.state import ServerState, State
 
-router = APIRouter(tags=["generate"])
+router = APIRouter(tags=["generate"], route_class=ParsedRoute)
 SAME = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "skip_special_tokens"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),

@@ -21,13 +21,14 @@ from lockstep.server.response_items import chat_of, message_of, messages_of, new
 from lockstep.server.response_store import Stored
 from lockstep.server.routes.chat import ChatAnswer
 from lockstep.server.routes.models import check_model
+from lockstep.server.routes.parsed import ParsedRoute
 from lockstep.server.schemas.chat import Message
 from lockstep.server.schemas.responses import Item, NamedTool, ResponsesRequest
 from lockstep.server.schemas.wire import Usage, encode
 from lockstep.server.sse import DOCUMENTED, EventStream
 from lockstep.server.state import ServerState, State
 
-router = APIRouter(prefix="/v1", tags=["responses"])
+router = APIRouter(prefix="/v1", tags=["responses"], route_class=ParsedRoute)
 
 
 @router.post("/responses", response_model=None, responses=DOCUMENTED)

@@ -15,11 +15,12 @@ from lockstep.server.aside import T
 from lockstep.server.batch import tokens_of
 from lockstep.server.errors import ApiError
 from lockstep.server.routes.models import check_model
+from lockstep.server.routes.parsed import ParsedRoute
 from lockstep.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from lockstep.server.state import ServerState, State
 from lockstep.server.talk import prompt_of
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(tags=["tokens"], route_class=ParsedRoute)
 
 
 @router.post("/tokenize")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lockstep.server.schemas.common import MAX_LOGPROBS, Body, Name, SamplingFields
+from lockstep.server.schemas.common import MAX_LOGPROBS, Body, Few, Name, SamplingFields
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -36,10 +36,10 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Role
-    content: str | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
+    content: str | Annotated[list[Part], Few(MAX_MESSAGES)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Few(MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -74,12 +74,12 @@ class ToolChoice(Body):
 class Talk(Body):
     """A conversation, and how it becomes a prompt."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[list[Message], Few(MAX_MESSAGES, least=1)]
+    tools: Annotated[list[Tool], Few(MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: Annotated[list[dict[str, Any]], Field(max_length=1024)] | None = None
+    documents: Annotated[list[dict[str, Any]], Few(1024)] | None = None
     add_special_tokens: bool | None = None  # the template writes them already
 
 

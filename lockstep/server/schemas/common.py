@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationInfo, field_validator, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 MAX_N = 16
 MAX_LOGPROBS = 20
@@ -20,8 +22,33 @@ GUIDED = {f"guided_{name}": name for name in ("json", "regex", "choice", "gramma
 # What a client may call its request: what can be put into a header and a log line as it is, and is no name of the engine's (#0-1).
 GIVEN_ID = r"[A-Za-z0-9._:+/=@~-]{1,128}"
 
+
+@dataclass(frozen=True)
+class Few:
+    """At most so many elements of a list or an object, and a check that ends at the first wrong one.
+
+    Without that one small body has a million errors, each of which takes a kilobyte.
+    """
+
+    most: int
+    least: int = 0
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        bounds = {"max_length": self.most} | ({"min_length": self.least} if self.least else {})
+        schema: Any = {**handler(source), **bounds}
+        if schema["type"] == "list":
+            return {**schema, "fail_fast": True}
+        return core_schema.no_info_before_validator_function(self._check, schema)
+
+    def _check(self, value: Any) -> Any:
+        """An object's size is known before its values are looked at, which do not end at the first wrong one."""
+        if isinstance(value, dict) and len(value) > self.most:
+            raise ValueError(f"it has {len(value)} entries: at most {self.most} are taken.")
+        return value
+
+
 TokenId = Annotated[int, Field(ge=-INT64, lt=INT64)]
-Ids = Annotated[list[TokenId], Field(max_length=MAX_IDS)]
+Ids = Annotated[list[TokenId], Few(MAX_IDS)]
 GivenId = Annotated[str, Field(pattern=f"^{GIVEN_ID}$")]
 Word = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(max_length=256)]
@@ -55,7 +82,7 @@ class StructuredOutputsFields(Body):
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = Field(None, max_length=65536)
-    choice: Annotated[list[str], Field(min_length=1, max_length=4096)] | None = None
+    choice: Annotated[list[str], Few(4096, least=1)] | None = None
     grammar: str | None = Field(None, max_length=262144)
     json_object: bool | None = None
     whitespace_pattern: str | None = Field(None, max_length=1024)
@@ -72,17 +99,17 @@ class SamplingFields(Body):
     top_k: int | None = Field(None, ge=-1, lt=INT64)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
-    stop: str | Annotated[list[Word], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    stop: str | Annotated[list[Word], Few(MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[int], Few(1024)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
-    allowed_token_ids: Annotated[list[int], Field(min_length=1, max_length=MAX_IDS)] | None = None
-    bad_words: Annotated[list[Word], Field(max_length=256)] | None = None
+    logit_bias: Annotated[dict[str, float], Few(MAX_BIASES)] | None = None
+    allowed_token_ids: Annotated[list[int], Few(MAX_IDS, least=1)] | None = None
+    bad_words: Annotated[list[Word], Few(256)] | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from lockstep.protocol import Pooling
-from lockstep.server.schemas.common import INT64, MAX_IDS, Body, Ids, Name
+from lockstep.server.schemas.common import INT64, Body, Few, Ids, Name
+from lockstep.server.schemas.prompts import one_kind
+
+MAX_INPUTS = 2048  # of one request, as OpenAI has it
 
 
 class EmbeddingRequest(Body):
     """input: a text, token ids, or a list of either."""
 
-    input: str | Ids | Annotated[list[str], Field(max_length=MAX_IDS)] | Annotated[list[Ids], Field(max_length=MAX_IDS)]
+    input: str | Ids | Annotated[list[str], Few(MAX_INPUTS, least=1)] | Annotated[list[Ids], Few(MAX_INPUTS, least=1)]
     model: Name | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=-INT64, lt=INT64)
@@ -22,13 +25,19 @@ class EmbeddingRequest(Body):
     normalize: bool | None = None
     priority: int | None = Field(None, ge=-INT64, lt=INT64)
 
+    @field_validator("input", mode="before")
+    @classmethod
+    def _one_kind(cls, value: Any) -> Any:
+        return one_kind(value, MAX_INPUTS)
+
     def prompts(self) -> list[str | list[int]]:
         """Each input that is to be embedded."""
         given = self.input
         if isinstance(given, str):
             return [given]
-        ids = [t for t in given if isinstance(t, int)]
-        return [ids] if ids else [p for p in given if not isinstance(p, int)]
+        if isinstance(given[0], int):
+            return [given]
+        return list(given)
 
 
 class Embedding(BaseModel):

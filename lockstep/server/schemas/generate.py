@@ -6,7 +6,20 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from lockstep.server.schemas.common import INT64, MAX_BIASES, MAX_IDS, MAX_LOGPROBS, MAX_N, MAX_PROMPTS, MAX_STOPS, Body, GivenId, Ids, Word
+from lockstep.server.schemas.common import (
+    INT64,
+    MAX_BIASES,
+    MAX_IDS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_PROMPTS,
+    MAX_STOPS,
+    Body,
+    Few,
+    GivenId,
+    Ids,
+    Word,
+)
 
 
 class GenerateSampling(Body):
@@ -20,14 +33,14 @@ class GenerateSampling(Body):
     top_k: int | None = Field(None, ge=-1, lt=INT64)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
-    stop: str | Annotated[list[Word], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    stop: str | Annotated[list[Word], Few(MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[int], Few(1024)] | None = None
     no_stop_trim: bool | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: Annotated[dict[str, float], Few(MAX_BIASES)] | None = None
     skip_special_tokens: bool | None = None
     json_schema: str | None = Field(None, max_length=262144)
     regex: str | None = Field(None, max_length=65536)
@@ -37,12 +50,8 @@ class GenerateSampling(Body):
 class GenerateRequest(Body):
     """Text or token ids in; one prompt or several, which the answer's form follows."""
 
-    text: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
-    input_ids: (
-        Annotated[list[int], Field(min_length=1, max_length=MAX_IDS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | None
-    ) = None
+    text: str | Annotated[list[str], Few(MAX_PROMPTS, least=1)] | None = None
+    input_ids: Annotated[list[int], Few(MAX_IDS, least=1)] | Annotated[list[Ids], Few(MAX_PROMPTS, least=1)] | None = None
     sampling_params: GenerateSampling = GenerateSampling.model_validate({})
     return_logprob: bool | None = None
     top_logprobs_num: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from lockstep.server.schemas.chat import MAX_MESSAGES, MAX_TOOLS, FunctionName, Part, Role
-from lockstep.server.schemas.common import MAX_LOGPROBS, Body, JsonSchema, Name, SamplingFields
+from lockstep.server.schemas.common import MAX_LOGPROBS, Body, Few, JsonSchema, Name, SamplingFields
 
 
 class Item(Body):
@@ -15,11 +15,11 @@ class Item(Body):
 
     type: Name | None = None
     role: Role | None = None
-    content: str | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
+    content: str | Annotated[list[Part], Few(MAX_MESSAGES)] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
+    output: str | Annotated[list[Part], Few(MAX_MESSAGES)] | None = None
 
 
 class TextFormat(JsonSchema):
@@ -44,16 +44,16 @@ class NamedTool(Body):
 
 
 class ResponsesRequest(SamplingFields):
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[list[Item], Few(MAX_MESSAGES, least=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, lt=1 << 31)
     text: TextOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool], Few(MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     store: bool | None = None  # here the default is not to
     background: bool | None = None
     previous_response_id: Name | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, str], Few(16)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None

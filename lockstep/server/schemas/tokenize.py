@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
 from lockstep.server.schemas.chat import MAX_MESSAGES, Message, Talk
-from lockstep.server.schemas.common import Body, Ids, Name
+from lockstep.server.schemas.common import Body, Few, Ids, Name
 
 
 class TokenizeRequest(Talk):
@@ -15,7 +13,7 @@ class TokenizeRequest(Talk):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] = []
+    messages: Annotated[list[Message], Few(MAX_MESSAGES)] = []
     return_token_strs: bool | None = None
 
 
