@@ -83,7 +83,7 @@ def answer(llm: LLM, talk: Conversation, line: str, sampling: SamplingParams) ->
     talk.turns.append({"role": "user", "content": line})
     try:
         outputs = llm.stream([render(llm.get_tokenizer(), talk.messages)], sampling)
-        text = write_pieces(completion.text for output in outputs for completion in output.outputs)
+        text = write_pieces(completion.text for output in outputs for completion in output.outputs).text
     except RequestError as e:
         talk.turns.pop()
         note(f"{e} (/clear starts a new conversation)")

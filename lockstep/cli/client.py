@@ -27,18 +27,20 @@ class Server:
     """Where it is, and what it wants to see before it answers."""
 
     def __init__(self, url: str, api_key: str, tls: ssl.SSLContext | None = None) -> None:
-        """tls: for https. Raises UsageError for an address that is none."""
+        """tls: for https. Raises UsageError for an address that is none, and for a key that no header can have."""
         self.base = address(url)
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = {"Authorization": f"Bearer {sendable(api_key)}"} if api_key else {}
         self._opener = build_opener(ProxyHandler({}), HTTPSHandler(context=tls))
 
     def read(self, path: str, timeout_s: float = 10.0) -> Any:
         """The JSON of a GET. Raises Unreadable."""
         try:
             with self._open(Request(f"{self.base}{path}", headers=self._headers), path, timeout_s) as answer:
-                return json.loads(answer.read(MOST_BYTES))
+                found = answer.read(MOST_BYTES)
         except (OSError, HTTPException) as e:
             raise self._unreachable(e) from None
+        try:
+            return json.loads(found)
         except ValueError:
             raise Unreadable(f"{self.base} answered something else than JSON for {path}: is it a lockstep server?") from None
 
@@ -73,7 +75,7 @@ class Server:
         except HTTPError as e:
             if e.code in (401, 403):
                 raise Unreadable(f"{self.base} wants a key (HTTP {e.code}): give it with --api-key.") from None
-            if told := _told(e.read(MOST_BYTES)) if request.data is not None else "":
+            if told := _told(e.read(MOST_BYTES)):
                 raise Unreadable(f"{self.base} answered HTTP {e.code}: {told}") from None
             raise Unreadable(f"{self.base} answered HTTP {e.code} for {path}: is it a lockstep server of this version?") from None
 
@@ -87,10 +89,24 @@ class Server:
 def address(url: str) -> str:
     """The server's address, without a path that belongs to its API. Raises UsageError for what is none."""
     url = url if "://" in url else f"http://{url}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UsageError(f"URL={url!r} is no address of a server: give one like {URL}.")
+    wrong = UsageError(f"URL={url!r} is no address of a server: give one like {URL}.")
+    try:
+        parts = urlsplit(url)
+        (parts.hostname or "").encode("idna"), parts.path.encode("ascii")
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of an unclosed bracket, a port that is no number, text that no request can have
+        raise wrong from None
+    if not known or not url.isprintable() or " " in url:
+        raise wrong
     return url.rstrip("/").removesuffix("/v1")
+
+
+def sendable(api_key: str) -> str:
+    """The same key. Raises UsageError, which does not show it, for one that no header can have."""
+    at = next((at for at, one in enumerate(api_key, 1) if not (one.isascii() and one.isprintable())), None)
+    if at is not None:
+        raise UsageError(f"api_key (or OPENAI_API_KEY) cannot be sent: its character {at} is not printable ASCII; give the key as it is.")
+    return api_key
 
 
 def _told(body: bytes) -> str:

@@ -1,6 +1,7 @@
 """`lockstep complete [--url URL] [-q PROMPT]`: complete prompts by a running server, in the terminal or one per line through a pipe.
 
-Loads neither torch nor the model. Exit codes: 0, 1 when a prompt was not completed.
+Loads neither torch nor the model. Exit codes: 0, 1 when a prompt was not completed, 2 for an input that is no UTF-8, 130 when Ctrl-C
+ended an answer that no person had asked for at a prompt.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from lockstep.cli.client import URL, Server, Unreadable
-from lockstep.cli.dialogue import is_person, read_lines, write_pieces
+from lockstep.cli.dialogue import is_person, read_lines, text_of, write_pieces
 from lockstep.cli.errors import UsageError, show_error
 from lockstep.cli.session import note
 from lockstep.cli.tls import add_tls_flags, client_context
 from lockstep.utils import env
 
+STOPPED = 130  # by Ctrl-C
 HINT = "Each line is completed as it is. Ctrl-C stops an answer, Ctrl-D ends."
 
 
@@ -38,21 +40,27 @@ def run(argv: list[str]) -> int:
     except Unreadable as e:
         show_error(str(e))
         return 1
-    if args.quick is None and is_person():
+    person = args.quick is None and is_person()
+    if person:
         note(HINT)
-    prompts = read_lines() if args.quick is None else iter([args.quick])
-    outcomes = [complete(server, {**body, "prompt": prompt}) for prompt in prompts if prompt.strip() or args.quick is not None]
-    return 0 if all(outcomes) else 1
+    prompts = read_lines() if args.quick is None else iter([text_of(args.quick, "the prompt of --quick")])
+    code = 0
+    for prompt in prompts:
+        if prompt.strip() or args.quick is not None:
+            outcome = complete(server, {**body, "prompt": prompt})
+            if outcome == STOPPED and not person:
+                return STOPPED
+            code = 1 if outcome == 1 else code
+    return code
 
 
-def complete(server: Server, body: dict[str, Any]) -> bool:
-    """Stream one completion to standard output; False, with a line that says why, where it does not come to its end."""
+def complete(server: Server, body: dict[str, Any]) -> int:
+    """Stream one completion to standard output: 0; 1, with a line that says why, where it does not come to its end; STOPPED."""
     try:
-        write_pieces(_texts(server, body))
+        return STOPPED if write_pieces(_texts(server, body)).stopped else 0
     except Unreadable as e:
         show_error(str(e))
-        return False
-    return True
+        return 1
 
 
 def _texts(server: Server, body: dict[str, Any]) -> Iterator[str]:

@@ -37,9 +37,9 @@ def characters_of(body: Any) -> int:
     """Characters of the longest prompt, where prompts are text: with all that a chat template may write into it."""
     if not isinstance(body, dict):
         return 0
-    longest, together = 0, written({name: body[name] for name in TOGETHER if name in body})
+    longest, together = 0, written({name: _few(body[name]) for name in TOGETHER if name in body})
     for name in APART:
-        value = body.get(name)
+        value = _few(body.get(name))
         texts = value if isinstance(value, list) and value and isinstance(value[0], str) else [value]
         longest = max([longest, *(written(text) for text in _textual(texts) if not isinstance(text, dict))])
     return longest + together
@@ -59,9 +59,10 @@ def ids_of(body: Any) -> tuple[str, int]:
     found = ("prompt", 0)
     for name in ("prompt", "input", "input_ids"):
         value = body.get(name) if isinstance(body, dict) else None
-        prompts = [value] if isinstance(value, list) and value and isinstance(value[0], int) else _some(value)
-        longest = max((len(one) for one in prompts if isinstance(one, list) and one and isinstance(one[0], int)), default=0)
-        found = max(found, (name, longest), key=lambda one: one[1])
+        if isinstance(value, list) and value:
+            prompts = [value] if isinstance(value[0], int) else _few(value)
+            longest = max(len(one) if isinstance(one, list) and one and isinstance(one[0], int) else 0 for one in prompts)
+            found = max(found, (name, longest), key=lambda one: one[1])
     return found
 
 
@@ -70,9 +71,9 @@ def _textual(values: list[Any]) -> Iterator[Any]:
     return compress(values, map(TEXTUAL.__contains__, map(type, values)))
 
 
-def _some(value: Any) -> list[Any]:
-    """No more of a list than any route takes."""
-    return value[:MAX_ELEMENTS] if isinstance(value, list) else []
+def _few(value: Any) -> Any:
+    """The same, and no more of a list than any route takes."""
+    return value[:MAX_ELEMENTS] if isinstance(value, list) else value
 
 
 def _lengths(value: Any, name: str) -> list[int]:
@@ -80,14 +81,14 @@ def _lengths(value: Any, name: str) -> list[int]:
     if isinstance(value, str):
         return [_tokens(len(value))]
     if name == "messages":
-        return [_tokens(_characters(value))] if isinstance(value, list) else []
+        return [_tokens(_characters(_few(value)))] if isinstance(value, list) else []
     if not isinstance(value, list) or not value:
         return []
     if isinstance(value[0], int):
         return [len(value)]
     if isinstance(value[0], str | list):
-        return [_tokens(len(v)) if isinstance(v, str) else len(v) if isinstance(v, list) else 1 for v in _some(value)]
-    return [_tokens(_characters(value))]
+        return [_tokens(len(v)) if isinstance(v, str) else len(v) if isinstance(v, list) else 1 for v in _few(value)]
+    return [_tokens(_characters(_few(value)))]
 
 
 def _characters(messages: Any) -> int:

@@ -9,8 +9,6 @@ Files of this machine only: whoever gives a name of a file shall not thereby hav
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import shutil
 import sys
 import tempfile
@@ -188,7 +186,7 @@ class BatchOutput:
         """Raises ConfigError where it cannot be written, or the part file of another run is there."""
         self._name, self._path = name, Path(name)
         self._part: Path | None = None
-        self._file: IO[bytes] | None = None
+        self._file: IO[bytes]
         if "://" in name:
             raise ConfigError(f"output_file={name!r} is an address: only files of this machine are written.")
         try:
@@ -197,27 +195,26 @@ class BatchOutput:
             elif self._path.exists() and not self._path.is_file():
                 self._file = open(self._path, "wb")  # noqa: SIM115 - closed at the end
             else:
-                self._check_part()
+                self._open_part()
         except OSError as e:
             raise self._unwritable(e) from None
 
-    def _check_part(self) -> None:
-        """It is made with the first line: a run that is killed before that leaves nothing."""
+    def _open_part(self) -> None:
+        """At the start, so that of two runs to one file the second ends before it has loaded anything."""
         self._path = self._path.resolve()
         self._part = self._path.with_name(f"{self._path.name}.part")
-        if self._part.exists():
-            raise FileExistsError
-        if not os.access(self._path.parent, os.W_OK):
-            number = errno.EACCES if self._path.parent.is_dir() else errno.ENOENT
-            raise OSError(number, os.strerror(number))
+        self._file = open(self._part, "xb")  # noqa: SIM115 - closed at the end
 
     def __enter__(self) -> BatchOutput:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._name != PIPE and self._file is not None:
-            with contextlib.suppress(OSError):  # what could not be written has been told
-                self._file.close()
+        if self._name == PIPE:
+            return
+        with contextlib.suppress(OSError):  # what could not be written has been told
+            self._file.close()
+        if self._part is not None and self._part.exists() and not self._part.stat().st_size:
+            self._part.unlink()  # it would be in the way of the next run, for nothing
 
     @property
     def where(self) -> str:
@@ -227,9 +224,6 @@ class BatchOutput:
     def write(self, result: Result) -> None:
         """Add a line; it is out of this process then. Raises ConfigError, and BrokenPipeError where the reader has gone."""
         try:
-            if self._file is None:
-                assert self._part is not None, "a file that is not open has a part file"
-                self._file = open(self._part, "xb")  # noqa: SIM115 - closed at the end
             self._file.write(msgspec.json.encode(result) + b"\n")
             self._file.flush()
         except BrokenPipeError:
@@ -241,7 +235,6 @@ class BatchOutput:
         """All lines are there. Raises ConfigError."""
         if self._part is None:
             return
-        assert self._file is not None, "there is no file without a line"
         try:
             self._file.close()
             self._part.replace(self._path)

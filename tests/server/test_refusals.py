@@ -115,6 +115,13 @@ def test_the_page_of_routes_needs_no_other_host(http: httpx.Client) -> None:
         assert f"<code>{path}</code>" in answer.text
     assert "<script" not in answer.text and "//" not in answer.text
     for name in re.findall(r'(?:href)="([^"]+)"', answer.text):
-        assert http.get(f"/{name}").status_code == 200
+        assert f'id="{name[1:]}"' in answer.text if name[0] == "#" else http.get(f"/{name}").status_code == 200
+    for field, kind, default in (
+        ("prompt", "string or list", "needed"),
+        ("top_p", "above 0, to 1", "null"),
+        ("max_tokens", "integer", ">16<"),
+    ):
+        row = next(one for one in answer.text.splitlines() if f"<td><code>{field}</code>" in one and default in one)
+        assert kind in row
     again = http.get("/redoc")  # its other name in the ecosystem
     assert again.text == answer.text and again.headers["content-security-policy"] == POLICY

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from lockstep.cli.main import main
@@ -21,7 +22,7 @@ from lockstep.config.errors import ConfigError
 from lockstep.executor.contract import ExecutorError
 from lockstep.frontend.streams import EngineDeadError, Stream
 from lockstep.server import batch_file
-from lockstep.server.batch_file import URLS, Ask, BatchInput, BatchOutput, Refused, read_line
+from lockstep.server.batch_file import URLS, Ask, BatchInput, BatchOutput, Refused, Response, read_line, result_of
 from lockstep.server.inside import post
 from lockstep.server.run_batch import BatchRun
 from lockstep.server.state import ServerState
@@ -334,6 +335,18 @@ def test_a_pipe_as_a_file_is_read_twice(tmp_path: Path) -> None:
     with BatchInput(str(tmp_path / "pipe")) as given:
         assert given.count == 1 and [one.custom_id for one in given.lines()] == ["a"]
     assert writer.wait(10) == 0
+
+
+def test_of_two_runs_to_one_file_the_second_is_refused_at_once(tmp_path: Path) -> None:
+    name, part = str(tmp_path / "out"), tmp_path / "out.part"
+    with BatchOutput(name):
+        assert part.exists()
+        with pytest.raises(ConfigError, match="another run writes it now"):
+            BatchOutput(name)
+    assert not part.exists(), "nothing was written, and it would be in the way of the next run"
+    with BatchOutput(name) as out:
+        out.write(result_of(Ask("a", "POST", "/v1/completions", msgspec.Raw(b"{}")), Response(200, "r", msgspec.Raw(b"{}"))))
+    assert part.read_bytes().count(b"\n") == 1
 
 
 def test_a_device_has_no_part_file(tmp_path: Path) -> None:
