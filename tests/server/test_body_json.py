@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from starlette.requests import Request
 
 from lockstep.server import body_json
 from lockstep.server.app import ROUTERS
 from lockstep.server.body_json import MAX_CONTAINERS, MAX_DEPTH, MAX_NAMES, MAX_STRINGS, MAX_VALUES, Counts, parse
 from lockstep.server.errors import ApiError
 from lockstep.server.routes.parsed import ParsedRoute
+from tests.server.scripted import Scripted
 
 
 def test_nesting_counts_brackets_outside_of_text_only() -> None:
@@ -65,7 +67,13 @@ def test_half_of_a_pair_is_told_wherever_it_is() -> None:
         parse(b'["' + b"x" * 300 + b"\\ud83d\\ude00" + b"y" * 300 + b'",]')
 
 
-def test_every_route_with_a_body_takes_it_as_it_was_parsed() -> None:
+async def no_json(_: object) -> None:
+    raise AssertionError("the body is parsed a second time")
+
+
+def test_every_route_with_a_body_takes_it_as_it_was_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     routes = [route for router in ROUTERS for route in router.routes if getattr(route, "body_field", None) is not None]
     assert len(routes) >= 7
     assert [route for route in routes if not isinstance(route, ParsedRoute)] == []
+    monkeypatch.setattr(Request, "json", no_json)
+    assert Scripted("x").post("/tokenize", prompt="a").json()["count"] == 1

@@ -34,6 +34,7 @@ def test_a_list_of_wrong_elements_costs_next_to_nothing_in_every_field() -> None
         ([1, True], "nothing mixed"),
         ([[1], "x"], "nothing mixed"),
         ([[1, None]], "nothing mixed"),
+        ([[1], []], "an empty prompt, number 1 from 0 on"),
         ({}, "text, a list of texts"),
     ],
 )
@@ -44,7 +45,7 @@ def test_a_prompt_of_no_kind_is_told_in_one_sentence(prompt: object, said: str) 
 
 
 def test_every_input_of_embeddings_that_the_route_takes_passes() -> None:
-    for given, count in (("x", 1), ([1, 2], 1), (["x"] * 2048, 2048), ([[1], []], 2)):
+    for given, count in (("x", 1), ([1, 2], 1), (["x"] * 2048, 2048), ([[1], [2]], 2)):
         assert len(EmbeddingRequest.model_validate({"input": given}).prompts()) == count
     with pytest.raises(ValidationError, match="at most 2048"):
         EmbeddingRequest.model_validate({"input": [[1]] * 2049})

@@ -25,6 +25,10 @@ def one_kind(value: Any, most: int) -> Any:
         return value
     if len(value) > most:
         raise ValueError(f"it has {len(value)} prompts: at most {most} are taken in one request.")
-    if kinds == {str} or (kinds == {list} and all(set(map(type, one)) <= {int} for one in value)):
+    if kinds == {str}:
+        return value
+    if kinds == {list} and all(set(map(type, one)) <= {int} for one in value):
+        if [] in value:
+            raise ValueError(f"it has an empty prompt, number {value.index([])} from 0 on: give each at least one token.")
         return value
     raise ValueError(f"it must be {KINDS}, and nothing mixed.")
