@@ -40,18 +40,26 @@ def characters_of(body: Any) -> int:
     longest, together = 0, written({name: _few(body[name]) for name in TOGETHER if name in body})
     for name in APART:
         value = _few(body.get(name))
+        if isinstance(value, list) and value and isinstance(value[0], int | list):
+            continue  # token ids
         texts = value if isinstance(value, list) and value and isinstance(value[0], str) else [value]
         longest = max([longest, *(written(text) for text in _textual(texts) if not isinstance(text, dict))])
     return longest + together
 
 
 def written(value: Any) -> int:
-    """Characters of all text in a JSON value, the names of its own fields left out where they are a message's."""
+    """Characters of all text in a JSON value, the names of its own fields left out where they are a message's.
+
+    A number in a list is a character, at least: templates write tools and documents as JSON.
+    """
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
         return sum(written(one) + (0 if name in ENVELOPE else len(name)) for name, one in value.items())
-    return sum(map(written, _textual(value))) if isinstance(value, list) else 0
+    if not isinstance(value, list):
+        return 0
+    textual = list(_textual(value))
+    return len(value) - len(textual) + sum(map(written, textual))
 
 
 def ids_of(body: Any) -> tuple[str, int]:

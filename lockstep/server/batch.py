@@ -25,6 +25,7 @@ from lockstep.server.schemas.wire import CachedTokens, Usage
 from lockstep.server.sse import until_gone
 from lockstep.server.state import ServerState
 
+BREATH = 32  # prompts checked before others get their turn
 _FIELD = re.compile(r"(?:prompts\[\d+\]: )?([a-z_]+)\b")
 
 
@@ -136,6 +137,8 @@ class Batch:
                 name = field_in(str(e))
                 name = shape if name == "structured_outputs" else name or param
                 raise ApiError(400, str(e), param=name, code=TOO_LONG if long else None) from None
+            if i % BREATH == BREATH - 1:
+                await asyncio.sleep(0)
         return cls(state, jobs)
 
     async def start(self) -> None:

@@ -48,6 +48,7 @@ def sampling_params(state: ServerState, body: SamplingFields, constraint: dict[s
         raise ApiError(
             400, f"priority={body.priority} has no meaning here: start the server with --scheduling-policy priority.", param="priority"
         )
+    _check_allowed(state, body.allowed_token_ids)
     given = {name: value for name in COPIED if (value := getattr(body, name)) is not None}
     if body.logit_bias:
         given["logit_bias"] = _biases(body.logit_bias)
@@ -55,6 +56,14 @@ def sampling_params(state: ServerState, body: SamplingFields, constraint: dict[s
     if constraint:
         more["structured_outputs"] = _structured(constraint)
     return checked({**given, **more})
+
+
+def _check_allowed(state: ServerState, ids: list[int] | None) -> None:
+    """None of them is looked at where there are more than the model has."""
+    size = state.engine.spec.vocab_size
+    if ids is not None and len(ids) > size:
+        message = f"allowed_token_ids has {len(ids)} ids, more than the vocabulary, {size}: name each once."
+        raise ApiError(400, message, param="allowed_token_ids")
 
 
 def checked(given: dict[str, Any]) -> SamplingParams:

@@ -109,6 +109,9 @@ def test_a_prompt_that_is_to_be_cut_is_bounded_too() -> None:
 
 
 def test_characters_of_every_place_where_text_may_stand() -> None:
+    numbers = {"tools": [{"function": {"parameters": {"": [1, None, "ab", [2.5]]}}}]}
+    assert characters_of(numbers) == len("parameters") + 2 + 2 + 1
+    assert characters_of({"prompt": [1] * 9, "input": [[1] * 9]}) == 0  # token ids are no text
     assert characters_of({"text": "abc"}) == characters_of({"text": ["ab", "abc"]}) == 3
     assert characters_of({"input": [{"role": "", "content": "abc"}, {"content": "de"}], "instructions": "x"}) == 6
     assert characters_of({"messages": [{"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"k": "vv"}}}]}]}) == 4

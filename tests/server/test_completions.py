@@ -221,6 +221,7 @@ def test_truncation_and_special_tokens(http: httpx.Client) -> None:
         ({"prompt": {"a": 1}}, "prompt"),
         ({"stream_options": 4}, "stream_options"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"allowed_token_ids": [1] * 100_000}, "allowed_token_ids"),
         ({"request_id": "a b"}, "request_id"),
     ],
 )

@@ -14,14 +14,13 @@ from lockstep.frontend.embedding import NO_TEXT, check_dimensions, finish
 from lockstep.frontend.inputs import Job
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.frontend.streams import Stream
+from lockstep.server.batch import BREATH
 from lockstep.server.errors import TOO_LONG, ApiError
 from lockstep.server.routes.models import check_model
 from lockstep.server.routes.parsed import ParsedRoute
 from lockstep.server.schemas.embeddings import EmbeddingRequest, EmbeddingResponse
 from lockstep.server.sse import until_gone
 from lockstep.server.state import ServerState, State
-
-BREATH = 64  # inputs tokenized before others get their turn
 
 router = APIRouter(prefix="/v1", tags=["embeddings"], route_class=ParsedRoute)
 
