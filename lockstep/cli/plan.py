@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -99,8 +100,10 @@ def costs(text: str | None, clusters: int) -> list[float | None]:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if len(found) not in (1, clusters) or not all(0 < one < math.inf for one in found):
-        raise UsageError(f"--price={text!r}: give dollars per device-hour, one number above 0, or one for each of {clusters} clusters.")
+    if len(found) not in (1, clusters) or not all(0 <= one < math.inf for one in found):
+        raise UsageError(
+            f"--price={text!r}: give dollars per device-hour, one number of 0 or more, or one for each of {clusters} clusters."
+        )
     return [*found] * (clusters if len(found) == 1 else 1)
 
 
@@ -130,16 +133,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--hosts", default="", metavar="A,B,...", help="names or addresses of the nodes, for the commands")
     p.add_argument("--json", action="store_true", help="print everything as JSON")
     p.add_argument("--explain", action="store_true", help="print every term of both times with its formula and source")
-    p.add_argument("--plot", metavar="FILE", help="draw the trade-off: .svg, or .png where matplotlib is installed")
+    p.add_argument("--plot", metavar="FILE", help="draw the trade-off: .svg, or .png (pip install 'lockstep[plot]')")
     p.add_argument("--no-draw", action="store_true", help="no drawing in the terminal")
     p.add_argument("--simulate", action="store_true", help="also run the engine's own scheduler on a virtual clock under this load")
     return p
 
 
 def spelled(message: str, flags: Iterable[str]) -> str:
-    """`input_len=0 ...` as `--input-len=0 ...`: what the user typed is what the message names."""
-    name, equals, _ = message.partition("=")
-    return "--" + name.replace("_", "-") + message[len(name) :] if equals and name in flags and name != "model" else message
+    """`input_len=0 ...` as `--input-len=0 ...`, wherever it is: what the user typed is what the message names. The model has no flag."""
+    names = "|".join(sorted((name for name in flags if name not in ("model", "cluster")), key=len, reverse=True))
+    message = f"model {rest}" if (rest := message.removeprefix("model=")) != message else message
+    return re.sub(rf"(?<![\w-])({names})=", lambda found: f"--{found[1].replace('_', '-')}=", message)
 
 
 def axes(text: str) -> dict[str, int]:
@@ -174,7 +178,7 @@ def draw(found: Plan, file: str) -> None:
             raise UsageError(f"--plot={file!r}: write a .svg or a .png.")
     except ImportError:
         raise UsageError(
-            f"--plot={file!r} needs matplotlib, which is not installed here: pip install matplotlib, or write a .svg."
+            f"--plot={file!r} needs matplotlib, which is not installed here: pip install 'lockstep[plot]', or write a .svg."
         ) from None
     except OSError as e:
         raise UsageError(f"--plot={file!r} cannot be written ({e.strerror}): name a file in a folder that is there.") from None

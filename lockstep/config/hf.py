@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from lockstep.config.errors import ConfigError
+from lockstep.config.errors import ConfigError, UnsupportedError
 from lockstep.config.model_spec import LayerKind, ModelSpec, RopeSpec, read_config_json
 
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -115,6 +115,9 @@ class _Reader:
     def fail(self, message: str) -> ConfigError:
         return ConfigError(f"{self.path}: {message}")
 
+    def unsupported(self, what: str, rest: str = "") -> UnsupportedError:
+        return UnsupportedError(f"{self.path}: {what} is not supported.{rest}", what)
+
     def count(self, key: str, default: int | None = None) -> int:
         value = self.get(key, default)
         if value is None:
@@ -177,8 +180,8 @@ def _architecture(raw: Mapping[str, Any], path: Path) -> str:
 def _refuse(raw: Mapping[str, Any], family: _Family, path: Path) -> None:
     for key, what in {**_REFUSED, **family.refused}.items():
         if raw.get(key):
-            raise ConfigError(
-                f"{path}: {key}={_short(raw[key])} asks for {what}, which lockstep does not compute: use a checkpoint without."
+            raise UnsupportedError(
+                f"{path}: {key}={_short(raw[key])} asks for {what}, which lockstep does not compute: use a checkpoint without.", what
             )
     auto = raw.get("auto_map")
     if isinstance(auto, dict) and "AutoModelForCausalLM" in auto:
@@ -200,7 +203,7 @@ def _build(architecture: str, c: _Reader) -> ModelSpec:
         raise c.fail(f"hidden_size={hidden} must be a multiple of num_attention_heads={heads} where head_dim is not given.")
     act = c.get(family.act_key, "silu")
     if act not in ACTIVATIONS:
-        raise c.fail(f"{family.act_key}={act!r} is not supported. Supported: {', '.join(ACTIVATIONS)}.")
+        raise c.unsupported(f"{family.act_key}={act!r}", f" Supported: {', '.join(ACTIVATIONS)}.")
     attention_bias = bool(family.fixed.get("attention_bias", False)) or c.flag("attention_bias")
     max_len = c.count("max_position_embeddings")
     kinds, window = _layer_kinds(c, layers)
@@ -277,7 +280,7 @@ def _ropes(c: _Reader, max_len: int) -> tuple[RopeSpec, RopeSpec | None]:
     theta = c.number("rope_theta", c.family.theta) or c.family.theta
     local_theta = c.number("rope_local_base_freq", c.family.theta_local)
     if c.get("partial_rotary_factor", 1.0) != 1.0:
-        raise c.fail(f"partial_rotary_factor={c.get('partial_rotary_factor')} (rotating a part of each head) is not supported.")
+        raise c.unsupported(f"partial_rotary_factor={c.get('partial_rotary_factor')} (rotating a part of each head)")
     params = c.get("rope_scaling") or c.get("rope_parameters") or {}
     if not isinstance(params, dict):
         raise c.fail("rope_parameters (or rope_scaling) must be an object.")
@@ -294,9 +297,9 @@ def _rope(c: _Reader, params: Mapping[str, Any], theta: float, max_len: int) -> 
         raise c.fail("each entry of rope_parameters must be an object.")
     kind = params.get("rope_type", params.get("type", "default"))
     if kind not in ROPE_TYPES:
-        raise c.fail(f"rope type {kind!r} is not supported. Supported: {', '.join(ROPE_TYPES)}.")
+        raise c.unsupported(f"rope type {kind!r}", f" Supported: {', '.join(ROPE_TYPES)}.")
     if params.get("partial_rotary_factor", 1.0) != 1.0:
-        raise c.fail("partial_rotary_factor (rotating a part of each head) is not supported.")
+        raise c.unsupported("partial_rotary_factor (rotating a part of each head)")
 
     def value(key: str, default: float | None = None) -> float:
         number = params.get(key, default)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lockstep.config.errors import ConfigError
+from lockstep.planner.asked import check, check_axes, check_hosts
 from lockstep.planner.calibration import of_device
 from lockstep.planner.catalogue import cluster as find_cluster
 from lockstep.planner.choose import choose
@@ -24,16 +26,17 @@ from lockstep.planner.layout import Layout
 from lockstep.planner.load import Point, Replica, Serving, Workload
 from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
 from lockstep.planner.model import ModelShape
-from lockstep.planner.pareto import Mark, frontier
+from lockstep.planner.pareto import Mark
 from lockstep.planner.promises import Enough, Promise, enough, judge, misses
-from lockstep.planner.search import Candidate, Search, loads, request_blocks
-from lockstep.planner.startable import NONE, assumed, axes_missing, listed, missing, weight_dtype
+from lockstep.planner.ranks import RankGroup
+from lockstep.planner.refusal import refusal
+from lockstep.planner.search import Candidate, Search, request_blocks
+from lockstep.planner.startable import assumed, axes_missing, listed, missing, weight_dtype
 from lockstep.planner.step import Pricer
 from lockstep.planner.terms import Term, operation_error, total_s
-from lockstep.utils.sizes import size
+from lockstep.planner.tradeoff import trade_off
 
 LONG_TTFT_S, LONG_TPOT_S = 60.0, 1.0  # promises beyond which the unit is doubted
-DRAWN = 200  # layouts whose points may be on the frontier: the best ones
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,13 @@ class Plan:
     memory: RankMemory
     kv_bytes: int  # of the requests this plan runs at once, at full length
     kv_room: int  # bytes free for the KV cache
+    ranks: list[RankGroup]  # what every rank of a deployment holds
     admits: dict[str, float]  # the largest rate within TTFT alone, TPOT alone, both
     runners: list[Runner]
     commands: list[Command]
     calibrated: bool
     basis: str  # what the constants come from
+    constants: str  # the same in a few words
     band: dict[str, float]
     pareto: list[Mark]
     crossover: Crossover | None
@@ -123,16 +128,18 @@ class Plan:
             found[name] = [asdict(term) | {"method": term.method} for term in getattr(self, name)]
         found["by_samples"] = self.by_samples
         found["layout"]["devices"] = self.devices
+        tokens = self.kv_bytes // max(1, self.memory.kv_per_token)
+        for group in found["ranks"]:
+            group["memory"]["kv"] = tokens * group["memory"]["kv_per_token"]
         found |= {"per_hour": self.per_hour, "nodes_per_hour": self.nodes_per_hour, "nodes_per_million": self.nodes_per_million}
-        found["crossover"] = (
-            None if self.crossover is None else {"from_requests": self.crossover.from_requests, "words": str(self.crossover)}
-        )
+        if self.crossover is not None:
+            found["crossover"] |= {"from_requests": self.crossover.from_requests, "words": str(self.crossover)}
         return found
 
 
 def plan(
-    model: str | ModelShape, cluster: str | Cluster, *, input_len: int = 1024, output_len: int = 256, rate: float | None = None,
-    ttft: float | None = None, tpot: float | None = None, price: float | None = None, quantization: str = "",
+    model: str | Path | ModelShape, cluster: str | Path | Cluster, *, input_len: int = 1024, output_len: int = 256,
+    rate: float | None = None, ttft: float | None = None, tpot: float | None = None, price: float | None = None, quantization: str = "",
     memory_share: float = 0.9, fixed: dict[str, int] | None = None, startable: bool = False,
     hosts: list[str] | None = None, serving: Serving | None = None, margin: float = 0.0, max_model_len: int | None = None,
 ) -> Plan:  # fmt: skip
@@ -146,32 +153,31 @@ def plan(
     where no layout has the memory for one request: its message says how much is missing and what would fit.
     """
     start = time.perf_counter()
-    shape, name = find_model(model) if isinstance(model, str) else (model, model.name)
-    where = find_cluster(cluster) if isinstance(cluster, str) else cluster
+    shape, name = (model, model.name) if isinstance(model, ModelShape) else find_model(str(model))
+    where = cluster if isinstance(cluster, Cluster) else find_cluster(str(cluster))
     work = check(Workload(input_len, output_len, rate, ttft, tpot, margin, max_model_len), shape, memory_share, quantization, price)
-    names = hosts or [f"node{i}" for i in range(where.nodes)]
-    if len(names) != where.nodes:
-        raise ConfigError(
-            f"hosts={','.join(names)} names {len(names)} hosts, and {where} has {where.nodes} nodes: name each of them, once."
-        )
+    names = check_hosts(hosts or [f"node{i}" for i in range(where.nodes)], where)
+    given = check_axes(fixed)
     search = search_of(pricer_of(shape, where, quantization), work, serving, memory_share)
-    if startable and (lacking := [*missing(search.pricer.setting, Layout()), *axes_missing(fixed or {})]):
+    if startable and (lacking := [*missing(search.pricer.setting, Layout()), *axes_missing(given)]):
         words = f"no layout of {shape.name} on {where} is startable: the engine does not run {listed(lacking)} yet"
         raise ConfigError(f"{words}; leave --startable out to see the plan.")
-    wanted = (dict.fromkeys(("ep", "cp", "dcp"), 1) if startable else {}) | (fixed or {})
+    wanted = (dict.fromkeys(("ep", "cp", "dcp"), 1) if startable else {}) | given
     everything = search.all(lambda layout: all(getattr(layout, axis) == size for axis, size in wanted.items() if axis != "dp"))
     if "dp" in wanted:
         everything = [c.pinned(wanted["dp"] // c.layout.dp) for c in everything if _has_room(c, wanted["dp"])]
     if not any(c.fits for c in everything):
-        raise ConfigError(_nothing_fits(search, everything, wanted))
+        raise ConfigError(refusal(search, everything, wanted))
     chosen = choose(search, everything)
     found = answer(search, chosen.best, chosen.best.needed(rate) or chosen.best.at_most, chosen.ordered, chosen.everything, price)
     per_node = where.devices_per_node * (found.layout.devices // found.devices)  # ranks: of a calibrated machine, several on one device
     lines = commands(name, found.layout, found.limits, names, per_node, quantization=quantization, share=memory_share)
-    nodes = len({line.node for line in lines})
+    nodes, servers = len({line.node for line in lines}), sum("--headless" not in line.line for line in lines)
+    several = f"the commands start {servers} servers that know nothing of each other: put a load balancer in front of them"
     short = rate is not None and found.rate < rate * (1 - 1e-9) and search.grows and "dp" not in wanted
     return replace(
-        found, commands=lines, nodes=nodes, rented=nodes * where.devices_per_node,
+        found, commands=lines, notes=[*found.notes, *([several] if servers > 1 else [])],
+        nodes=nodes, rented=nodes * where.devices_per_node,
         enough=enough(search, everything) if short else None, seconds=time.perf_counter() - start,
     )  # fmt: skip
 
@@ -181,10 +187,10 @@ def _has_room(c: Candidate, replicas: int) -> bool:
     return replicas in range(c.layout.dp, c.layout.dp * c.at_most + 1, c.layout.dp)
 
 
-def pricer_of(model: str | ModelShape, cluster: str | Cluster, quantization: str = "") -> Pricer:
+def pricer_of(model: str | Path | ModelShape, cluster: str | Path | Cluster, quantization: str = "") -> Pricer:
     """The prices that a plan of these is made with: this machine's own steps, where it is calibrated and the engine runs the model."""
-    shape = find_model(model)[0] if isinstance(model, str) else model
-    where = find_cluster(cluster) if isinstance(cluster, str) else cluster
+    shape = model if isinstance(model, ModelShape) else find_model(str(model))[0]
+    where = cluster if isinstance(cluster, Cluster) else find_cluster(str(cluster))
     stored = weight_dtype(shape, quantization)
     setting, found = Setting(shape, where, weight_dtype=stored), of_device(where.device)
     own = found is not None and where.devices == 1 and shape.spec is not None and stored in ("", "int8") and shape.dtype == found.dtype
@@ -195,40 +201,6 @@ def search_of(pricer: Pricer, work: Workload, serving: Serving | None = None, me
     """The search with these prices."""
     own = isinstance(pricer, HostPricer)
     return (HostSearch if own else Search)(pricer, work, serving or (HOST_SERVING if own else Serving()), memory_share)
-
-
-def check(work: Workload, shape: ModelShape, memory_share: float, quantization: str, price: float | None = None) -> Workload:
-    """The workload, every rule checked."""
-    for name, value in (("input_len", work.input_len), ("output_len", work.output_len)):
-        if value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1: give a number of tokens.")
-    for name, number in (("rate", work.rate), ("ttft", work.ttft_s), ("tpot", work.tpot_s)):
-        if number is not None and not (number > 0 and math.isfinite(number)):
-            unit = "requests per second" if name == "rate" else "seconds"
-            raise ConfigError(f"{name}={number:g} must be more than 0 and finite: give {unit}.")
-    if price is not None and not (price >= 0 and math.isfinite(price)):
-        raise ConfigError(f"price={price:g} must be 0 or more and finite: give dollars per device-hour.")
-    if not 0 <= work.margin < 1:
-        raise ConfigError(f"margin={work.margin:g} must be at least 0 and below 1: give a share, like 0.2.")
-    if work.longest < work.tokens:
-        raise ConfigError(
-            f"max_model_len={work.max_model_len} is less than input_len={work.input_len} and output_len={work.output_len} together: "
-            f"give at least {work.tokens}."
-        )
-    if work.tokens <= shape.max_position_embeddings < work.longest:
-        raise ConfigError(
-            f"max_model_len={work.longest} is more than the {shape.max_position_embeddings} positions of {shape.name}: use less."
-        )
-    if work.tokens > shape.max_position_embeddings:
-        raise ConfigError(
-            f"input_len={work.input_len} and output_len={work.output_len} make {work.tokens} tokens, more than the "
-            f"{shape.max_position_embeddings} positions of {shape.name}: use less."
-        )
-    if not 0 < memory_share <= 1:
-        raise ConfigError(f"gpu_memory_utilization={memory_share:g} must be greater than 0 and at most 1.")
-    if quantization not in ("", NONE, "int8", "fp8"):
-        raise ConfigError(f"quantization={quantization!r} is not one of int8, fp8, {NONE}.")
-    return work
 
 
 def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate], everything: list[Candidate], price: float | None) -> Plan:
@@ -247,7 +219,7 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     alone = [search.replica(c.layout, c.chunk).at(1) for c in everything if c.fits] if work.misses(point) else []
     broken = misses(work, point, rate, alone)
     lacking = missing(setting, layout)
-    band = setting.device.band
+    band, calibrated = setting.device.band, setting.device.calibrated and search.serving.calibrated
     operations = operation_error(tpot_terms if work.streams else ttft_terms)
     return Plan(
         model=setting.shape.name, cluster=str(setting.cluster), work=work, layout=layout, devices=best.devices * count,
@@ -258,11 +230,13 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
         utilisation=replica.utilisation(point.concurrency), rate=rate, tokens_per_device_s=tokens,
         cost_per_million=None if paid is None else paid / 3600 / tokens * 1e6, price_per_hour=paid,
         memory=memory, kv_bytes=seqs * request_blocks(work.tokens, layout) * BLOCK_TOKENS * memory.kv_per_token, kv_room=room,
+        ranks=search.ranks(best.layout, best.chunk, -(-seqs // layout.pp)),
         admits=admits, runners=runners_up(search, best, count, ordered, everything), commands=[],
-        calibrated=setting.device.calibrated and search.serving.calibrated,
-        basis=_basis(setting.device, calibrated=setting.device.calibrated and search.serving.calibrated),
+        calibrated=calibrated, basis=_basis(setting.device, calibrated=calibrated),
+        constants=_constants(setting.device, calibrated=calibrated),
         band={"tpot": band.tpot, "ttft": band.ttft, "operation": operations},
-        pareto=_frontier(search, everything), crossover=tp_or_pp(search.pricer, work.decode_context) if work.streams else None,
+        pareto=trade_off(search, everything) if work.streams else [],
+        crossover=tp_or_pp(search.pricer, work.decode_context) if work.streams else None,
         considered=len(everything), seconds=0.0, notes=_notes(setting, work, layout, lacking),
         missing=lacking, startable=not lacking, links={"inside a node": setting.cluster.intra, "between nodes": setting.cluster.inter},
     )  # fmt: skip
@@ -277,50 +251,13 @@ def _admits(search: Search, c: Candidate, replica: Replica, replicas: int) -> di
     return found
 
 
-def _frontier(search: Search, everything: list[Candidate]) -> list[Mark]:
-    """What nothing beats, among the best layouts of the space at every load."""
-    if not search.work.streams:
-        return []
-    shown = sorted((c for c in everything if c.fits), key=lambda c: -c.rate / c.devices)[:DRAWN]
-    marks = []
-    for c in shown:
-        replica = search.replica(c.layout, c.chunk)
-        for b in loads(c.layout.pp, min(c.fits, replica.most)):
-            p = replica.at(b)
-            marks.append(Mark(str(c.layout), b, 1 / p.tpot_s, p.rate * search.work.output_len * c.layout.dp / c.devices, p.ttft_s))
-    return frontier(marks)
-
-
-def _nothing_fits(search: Search, everything: list[Candidate], wanted: dict[str, int]) -> str:
-    """How much is missing on the layout that lacks least, and what would fit."""
-    s = search.pricer.setting
-    if not everything:
-        given = ", ".join(f"{axis}={size}" for axis, size in wanted.items())
-        rule = f"groups must lie evenly on nodes of {s.cluster.devices_per_node} devices, and the model must have as many heads and layers"
-        return f"no layout of {s.shape.name} on {s.cluster} has {given or 'one device'}: {rule}."
-    least = min(everything, key=lambda c: (c.lacking, c.layout))
-    remedies = []
-    for dtype in () if s.weight_dtype else ("fp8", "int8") if "fp8" in s.device.flops else ("int8",):
-        other = search.with_setting(replace(s, weight_dtype=dtype))
-        if any(other.room(c.layout, c.chunk)[0] for c in everything):
-            remedies.append(dtype)
-            break
-    for factor in (2, 4, 8, 16, 32) if search.grows else ():
-        larger = Cluster(s.cluster.nodes * factor, s.cluster.devices_per_node, s.device, s.cluster.intra, s.cluster.inter)
-        wide = search.with_setting(replace(s, cluster=larger))
-        fitting = [c.layout for c in wide.all(lambda x: x.dp == 1 and x.cp == 1 and x.dcp == 1) if c.fits]
-        if fitting:
-            remedies.append(f"{min(fitting, key=lambda x: (x.devices, -x.tp))} on {min(x.devices for x in fitting)} devices")
-            break
-    if wanted and any(c.fits for c in search.all()):
-        free = min((c.layout for c in search.all() if c.fits), key=lambda x: (x.devices, -x.tp))
-        remedies.insert(0, str(free))
-    words = " or ".join(remedies)
-    stored = f" with {s.weight_dtype} weights{' (as published)' if s.shape.quantized else ''}" if s.weight_dtype else ""
-    return (
-        f"{s.shape.name}{stored} does not fit on {s.cluster}: {least.layout} needs {size(least.lacking)} more per rank for one request of "
-        f"{search.work.longest} tokens" + (f"; {words} fits." if words else "; use fewer tokens or more devices.")
-    )
+def _constants(device: Device, *, calibrated: bool) -> str:
+    """`_basis` in a few words."""
+    if calibrated:
+        return "calibrated"
+    if device.calibrated:
+        return "kernels measured" + " in part" * bool(device.borrowed)
+    return f"the {device.like}'s" if device.borrowed else "not calibrated"
 
 
 def _basis(device: Device, *, calibrated: bool) -> str:
@@ -332,7 +269,8 @@ def _basis(device: Device, *, calibrated: bool) -> str:
     if device.engine is not None:
         return "not calibrated for this model, type or number of machines: priced by the entry's six numbers"
     own = ", ".join(words for words in KERNELS.values() if words not in device.borrowed) if device.borrowed else "kernels"
-    there = f"{own} as measured on {device.name}s" if device.calibrated and own else "no kernel was measured on this device"
+    measured_on = device.name if device.borrowed or not device.like else device.like  # another's, where only its price is another
+    there = f"{own} as measured on {measured_on}s" if device.calibrated and own else "no kernel was measured on this device"
     lent = f"{', '.join(device.borrowed)}: constants of the {device.like}, scaled by the data sheet" if device.borrowed else ""
     fit = "a server's overheads are assumed, until you fit them to serving runs of yours (docs/planner.md#serving)"
     return "; ".join(part for part in (there, lent, fit) if part)
@@ -350,7 +288,7 @@ def _notes(setting: Setting, work: Workload, layout: Layout, lacking: list[str])
     for name, asked, most in (("--ttft", work.ttft_s, LONG_TTFT_S), ("--tpot", work.tpot_s, LONG_TPOT_S)):
         if asked is not None and asked > most:
             found.append(f"{name} {asked:g} is in seconds: {asked / 1e3:g} would be {asked:g} ms")
-    if not work.max_model_len:
+    if work.max_model_len is None:
         words = f"the command lets in requests of up to {work.longest} tokens; --max-model-len lets in longer ones"
         found.append(f"lengths are taken as fixed: {words}")
     if not work.streams:

@@ -13,7 +13,7 @@ from lockstep.planner.model import ModelShape
 from lockstep.planner.teach.table import table
 from lockstep.planner.words import dollars, ms, rate_of, wrapped
 
-HEAD = ("cluster", "plan", "devices", "TTFT", "TPOT", "carries", "$/h", "$/million", "keeps promises")
+HEAD = ("cluster", "plan", "devices", "TTFT", "TPOT", "error of them", "constants", "carries", "$/h", "$/million", "keeps promises")
 
 
 def compare(
@@ -48,7 +48,10 @@ def as_table(clusters: list[str], found: list[Plan | ConfigError], width: int | 
 def _row(where: str, one: Plan) -> tuple[str, ...]:
     unknown = "no price"
     return (
-        *(where, str(one.layout), str(one.devices), ms(one.ttft_s), ms(one.tpot_s), f"{rate_of(one.most)}/s"),
+        *(where, str(one.layout), str(one.devices), ms(one.ttft_s), ms(one.tpot_s) if one.work.streams else "-"),
+        f"{one.band['ttft']:.0%}, {one.band['tpot']:.0%}",
+        one.constants,
+        f"{rate_of(one.most)}/s",
         unknown if one.per_hour is None else dollars(one.per_hour),
         unknown if one.cost_per_million is None else dollars(one.cost_per_million),
         "yes" if one.meets else "no" + (f"; {one.enough.nodes} nodes would" if one.enough else ""),

@@ -50,8 +50,8 @@ def from_entry(entry: Mapping[str, Any], lookup: Callable[[str], Device]) -> Dev
     """The device of an entry; `lookup` finds the one whose constants it borrows. Raises ConfigError naming the key that is wrong."""
     name = str(entry.get("name", "?"))
     if entry.get("like") and any(key not in entry for key in _NEEDED):
-        entry = _changed(lookup(str(entry["like"])), entry)
-        name = str(entry["name"])
+        base = lookup(str(entry["like"]))
+        return _still(base, from_entry(_changed(base, entry), lookup))
     missing = [key for key in _NEEDED if key not in entry]
     unknown = sorted(set(entry) - {*_NEEDED, *_OPTIONAL})
     if missing or unknown:
@@ -101,6 +101,13 @@ def _changed(base: Device, entry: Mapping[str, Any]) -> dict[str, Any]:
         if key in entry:
             found[key] = asdict(link_of(str(found["name"]), key, entry[key], own))
     return found
+
+
+def _still(base: Device, changed: Device) -> Device:
+    """The device with a word on whose constants these are: of its base, and what that borrowed is borrowed still."""
+    if base.calibrated and not changed.calibrated:
+        return replace(changed, like=base.name, borrowed=tuple(KERNELS.values()))
+    return replace(changed, like=base.like if base.borrowed else base.name, borrowed=base.borrowed)
 
 
 def _price(where: str, value: Any) -> float | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from lockstep.planner import collectives
 from lockstep.planner.layout import Layout, Span, tp_span
 from lockstep.planner.load import Point
 from lockstep.planner.search import Candidate, Search
+from lockstep.planner.startable import axes_missing, listed
 from lockstep.planner.words import rate_of
 from lockstep.utils.sizes import size
 
@@ -58,6 +59,9 @@ def _runner(search: Search, winner: Candidate, count: int, c: Candidate) -> Runn
 def _shortfall(search: Search, winner: Candidate, count: int, c: Candidate, used: int, point: Point) -> list[str]:
     """In what it is worse: promises broken, devices, or load."""
     broken = [f"misses {name.upper()}" for name in search.work.misses(point)]
+    lacking = axes_missing(asdict(c.layout))
+    if lacking and not axes_missing(asdict(winner.layout)) and search.work.misses(search.loaded(winner, count)):
+        return [*broken, f"this version does not run {listed(lacking)}, and where no layout keeps the promises one that runs wins"]
     carried, mine, devices = c.rate * used, winner.rate * count, winner.devices * count
     if c.best is None:
         return broken or ["keeps no promise under load"]
@@ -77,7 +81,7 @@ def _messages(search: Search, placed: Layout) -> list[str]:
         return []
     wide = float(32 * shape.hidden_size * shape.itemsize)
     across, inside = (collectives.all_reduce_s(cluster, *group, wide) for group in (span, Span(span.ranks_per_node, 1)))
-    cost = f"{across * 1e6:.0f} us between nodes, {inside * 1e6:.0f} us inside"
+    cost = f"{across * 1e6:.0f} us between nodes" + f", {inside * 1e6:.0f} us inside" * (span.ranks_per_node > 1)
     return [f"TP={placed.tp} spans {span.nodes} nodes: an all-reduce of 32 tokens costs {cost}"]
 
 

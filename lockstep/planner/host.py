@@ -6,7 +6,6 @@ from `cpu.py`, memory from `cpu_memory.py`: what a rank of the engine takes here
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -18,7 +17,8 @@ from lockstep.planner.layer import Setting, Work
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Serving
 from lockstep.planner.memory import LIBRARY_BYTES, RankMemory, kv_bytes_per_token
-from lockstep.planner.search import Candidate, Search
+from lockstep.planner.ranks import RankGroup, alike
+from lockstep.planner.search import Search
 from lockstep.planner.step import Pricer, Step
 from lockstep.planner.terms import Term, merge
 
@@ -115,12 +115,17 @@ class HostSearch(Search):
     def fullest(self, layout: Layout, chunk: int, rows: int) -> tuple[int, RankMemory]:
         """(bytes free for KV, memory) of the rank with room for the fewest tokens, when all ranks share the machine evenly."""
         capacity = int(self.pricer.setting.device.capacity_bytes * self.memory_share) // layout.devices
-        ranks = [self._rank(layout, stage, rank, chunk + rows, rows) for stage in range(layout.pp) for rank in range(layout.tp)]
+        ranks = [self._rank(layout, stage, rank, chunk, rows) for stage in range(layout.pp) for rank in range(layout.tp)]
         return min(((capacity - rank.fixed, rank) for rank in ranks), key=lambda each: each[0] / each[1].kv_per_token)
 
-    def _rank(self, layout: Layout, stage: int, rank: int, tokens: int, rows: int) -> RankMemory:
+    def ranks(self, layout: Layout, chunk: int, rows: int) -> list[RankGroup]:
+        found = {(i, j): self._rank(layout, i, j, chunk, rows) for i in range(layout.pp) for j in range(layout.tp)}
+        stages = alike(tuple(found[i, j] for j in range(layout.tp)) for i in range(layout.pp))
+        return [RankGroup(a, b, found[a[0], b[0]]) for a in stages for b in alike(found[a[0], j] for j in range(layout.tp))]
+
+    def _rank(self, layout: Layout, stage: int, rank: int, chunk: int, rows: int) -> RankMemory:
         s, granule = self.pricer.setting, cpu_memory.AMX_GRANULE if "amx" in self.found.kernels else cpu_memory.PAIR
-        sizes = cpu_memory.StepSizes(tokens, rows * layout.pp, rows, self.work.longest)
+        sizes = cpu_memory.StepSizes(chunk + rows, rows * layout.pp, rows, self.work.longest)
         return RankMemory(
             cpu_memory.weight_bytes(s.shape, layout, stage, rank, how="even", weight_dtype=s.weight_dtype, granule=granule),
             kv_bytes_per_token(s.shape, layout, stage, rank),
@@ -137,6 +142,3 @@ class HostSearch(Search):
                 left = ranks // tp
                 found += [Layout(tp, pp, left // pp) for pp in range(1, left + 1) if left % pp == 0 and pp <= shape.num_layers]
         return found
-
-    def all(self, wanted: Callable[[Layout], bool] = lambda _: True) -> list[Candidate]:
-        return [self.of_chunks(layout) for layout in self.layouts if wanted(layout)]

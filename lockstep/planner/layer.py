@@ -1,7 +1,7 @@
 """The terms of one decoder layer on one rank: products, attention, experts, and the messages between ranks.
 
-Everything is priced on the rank with the largest shares (rank 0: first ranks get one atom more). docs/planner.md has the
-table of formulas.
+Everything is priced on the rank with the largest shares: the most heads of any, and of the rest those of rank 0 (first ranks get
+one atom more). docs/planner.md has the table of formulas.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lockstep.distributed.partition import head_shard, shard
+from lockstep.distributed.partition import shard
 from lockstep.planner import collectives, ops
 from lockstep.planner.hardware import DTYPE_BYTES, Cluster, Device
 from lockstep.planner.layout import Layout, Span, cp_span, ep_span, tp_span
+from lockstep.planner.memory import most_heads
 from lockstep.planner.model import ModelShape
 from lockstep.planner.price import Price
 from lockstep.planner.terms import Term
@@ -79,12 +80,28 @@ class Groups(NamedTuple):
 
 def layer_terms(s: Setting, layout: Layout, groups: Groups, work: Work, routed: bool, window: int) -> list[Term]:
     """Every term of one layer."""
-    here = work.tokens if work.decode else -(-work.tokens // layout.cp)  # tokens that this rank computes
+    return [*attention_terms(s, layout, groups, work, window), *mlp_terms(s, layout, groups, work, routed)]
+
+
+def tokens_here(layout: Layout, work: Work) -> int:
+    """Tokens that each rank computes: context ranks share a prompt's chunk."""
+    return work.tokens if work.decode else -(-work.tokens // layout.cp)
+
+
+def attention_terms(s: Setting, layout: Layout, groups: Groups, work: Work, window: int) -> list[Term]:
+    """The half of a layer up to the sum after attention. The same whatever the expert group is: a search keeps its price."""
+    here = tokens_here(layout, work)
     expanded = here if work.decode else here + round(work.context)
     terms = [*_projections(s, layout, here, expanded), *_attention(s, layout, groups, work, here, window)]
+    terms.append(all_reduce(s, groups.tp, here * s.shape.hidden_size * s.shape.itemsize, "all-reduce after attention"))
+    return [t for t in terms if t.seconds > 0]
+
+
+def mlp_terms(s: Setting, layout: Layout, groups: Groups, work: Work, routed: bool) -> list[Term]:
+    """The other half, with the small kernels of both. Of `work` only how many tokens count, and whether they are prompts'."""
+    here = tokens_here(layout, work)
     wide = here * s.shape.hidden_size * s.shape.itemsize
-    terms.append(all_reduce(s, groups.tp, wide, "all-reduce after attention"))
-    terms += _routed(s, layout, groups, work, here) if routed else _dense(s, layout, groups, here)
+    terms = [*(_routed(s, layout, groups, work, here) if routed else _dense(s, layout, groups, here))]
     columns = s.shape.moe.columns * s.shape.moe.per_token if routed and s.shape.moe else s.shape.intermediate_size
     moved = 8.0 * wide + 3.0 * here * columns / layout.tp * s.shape.itemsize
     seconds = ops.elementwise_s(s.device, moved, LAUNCHES)
@@ -121,11 +138,10 @@ def _projections(s: Setting, layout: Layout, tokens: int, expanded: int) -> Iter
     """expanded: of a latent model, the tokens whose latents become whole heads; a chunk of a prompt does it for all before it."""
     shape, tp = s.shape, layout.tp
     if shape.mla is None:
-        heads = head_shard(shape.num_heads, shape.num_kv_heads, tp, 0)
-        q = heads.q.size
-        yield product(s, "QKV projection", tokens, (q + 2 * heads.kv.size) * shape.head_dim, shape.hidden_size)
+        q, kv = _heads(s, tp)
+        yield product(s, "QKV projection", tokens, (q + 2 * kv) * shape.head_dim, shape.hidden_size)
     else:
-        mla, q = shape.mla, shard(shape.num_heads, tp, 0).size
+        mla, (q, _) = shape.mla, _heads(s, tp)
         if mla.q_rank:
             yield product(s, "QKV projection", tokens, mla.q_rank, shape.hidden_size)
         yield product(s, "QKV projection", tokens, q * (mla.nope_dim + mla.rope_dim), mla.q_rank or shape.hidden_size)
@@ -142,11 +158,8 @@ def _attention(s: Setting, layout: Layout, groups: Groups, work: Work, here: int
 
 
 def _heads(s: Setting, tp: int) -> tuple[int, int]:
-    """(query, KV) heads of a rank; a latent is one KV head that all query heads read."""
-    if s.shape.mla is not None:
-        return shard(s.shape.num_heads, tp, 0).size, 1
-    heads = head_shard(s.shape.num_heads, s.shape.num_kv_heads, tp, 0)
-    return heads.q.size, heads.kv.size
+    """(query, KV) heads of the rank that has most of them."""
+    return most_heads(s.shape, tp)
 
 
 def _prefill_attention(s: Setting, layout: Layout, groups: Groups, work: Work, here: int, window: int) -> Iterator[Term]:

@@ -62,7 +62,7 @@ class Workload:
     @property
     def longest(self) -> int:
         """Tokens of the longest request that is let in."""
-        return self.max_model_len or self.tokens
+        return self.tokens if self.max_model_len is None else self.max_model_len
 
     @property
     def ttft_limit_s(self) -> float:

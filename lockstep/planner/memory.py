@@ -181,8 +181,8 @@ def weight_bytes(shape: ModelShape, layout: Layout, stage: int = 0, rank: int = 
 def stage_bytes(
     shape: ModelShape, layout: Layout, routed: Mapping[bool, int], rank: int, weight_dtype: str, *, first: bool, last: bool
 ) -> int:
-    """`weight_bytes` of a stage with so many layers with experts (True) and without."""
-    local = expert_shard(shape, layout, rank)
+    """`weight_bytes` of a stage with so many layers with experts (True) and without. rank: in the expert group, if there is one."""
+    local, rank = expert_shard(shape, layout, rank), rank % layout.tp
     experts = None if local is None else local.size
     layers = sum(count * layer_bytes(shape, layout.tp, rank, experts, kind, weight_dtype) for kind, count in routed.items())
     rows = vocab_shard(shape.vocab_size, layout.tp, rank).size * shape.hidden_size
@@ -202,6 +202,36 @@ def kv_elements(shape: ModelShape, tp: int, rank: int = 0) -> int:
     if shape.mla is not None:
         return shape.mla.cached
     return 2 * head_shard(shape.num_heads, shape.num_kv_heads, tp, rank).kv.size * shape.head_dim
+
+
+@lru_cache(maxsize=4096)
+def held(shape: ModelShape, tp: int, rank: int) -> tuple[int, ...]:
+    """What TP rank `rank` has of all that is cut: query heads, KV heads, columns of the MLP and of experts, rows of the vocabulary."""
+    moe, latent = shape.moe, shape.mla is not None
+    heads = head_shard(shape.num_heads, shape.num_heads if latent else shape.num_kv_heads, tp, rank)
+    cut = (shape.intermediate_size, *((moe.columns, moe.shared_columns) if moe else ()))
+    columns = (shard(size, tp, rank).size if size >= tp else 0 for size in cut)
+    return (heads.q.size, 1 if latent else heads.kv.size, *columns, vocab_shard(shape.vocab_size, tp, rank).size)
+
+
+@lru_cache(maxsize=1024)
+def fullest_ranks(shape: ModelShape, tp: int) -> tuple[int, ...]:
+    """TP ranks one of which is the fullest, whatever counts most: mostly rank 0 alone, which gets what does not divide. Where a cut
+    falls inside a KV head's group, another rank may keep one KV head more."""
+    found: dict[tuple[int, ...], int] = {}
+    for rank in range(tp):
+        found.setdefault(held(shape, tp, rank), rank)
+    return tuple(
+        rank for mine, rank in found.items()
+        if not any(other != mine and all(a >= b for a, b in zip(other, mine, strict=True)) for other in found)
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def most_heads(shape: ModelShape, tp: int) -> tuple[int, int]:
+    """The most (query, KV) heads of any TP rank; a latent is one KV head that all query heads read."""
+    every = [held(shape, tp, rank) for rank in fullest_ranks(shape, tp)]
+    return max(each[0] for each in every), max(each[1] for each in every)
 
 
 def activation_bytes(shape: ModelShape, layout: Layout, tokens: int) -> int:

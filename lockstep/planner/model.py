@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from lockstep.config.errors import ConfigError
+from lockstep.config.errors import ConfigError, UnsupportedError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.planner.hardware import DTYPE_BYTES
+
+UNPRICED = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "hidden_act", "hidden_activation")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class ModelShape:
     moe: Moe | None = None
     quantized: str = ""  # how the public checkpoint is stored, where not in `dtype`
     spec: ModelSpec | None = None  # where the engine itself can read this model
+    lacks: str = ""  # what of it the engine does not compute, where it knows the architecture
 
     @property
     def q_head_dim(self) -> int:
@@ -192,9 +195,26 @@ def from_config(raw: dict[str, Any], name: str) -> ModelShape:
     names = raw.get("architectures") or []
     if any(n in SUPPORTED_ARCHITECTURES for n in names):
         plain = {k: v for k, v in raw.items() if k != "quantization_config"}
-        return replace(from_spec(spec_of(plain, Path(name)), name), quantized=method)
+        try:
+            return replace(from_spec(spec_of(plain, Path(name)), name), quantized=method)
+        except UnsupportedError as e:
+            lacks = e.what
+        try:  # with what has no price left out, the architecture's own defaults count
+            return replace(from_spec(spec_of(_priced(plain), Path(name)), name), quantized=method, spec=None, lacks=lacks)
+        except UnsupportedError:
+            return replace(_wide(_flat(raw, name), name), quantized=method, lacks=lacks)
+    return replace(_wide(_flat(raw, name), name), quantized=method)
+
+
+def _flat(raw: dict[str, Any], name: str) -> Keys:
     inner = raw.get("text_config")
-    return replace(_wide(Keys({**raw, **inner} if isinstance(inner, dict) else raw, name), name), quantized=method)
+    return Keys({**raw, **inner} if isinstance(inner, dict) else raw, name)
+
+
+def _priced(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config without the keys that change what is computed, and not how long it takes."""
+    kept = {key: value for key, value in raw.items() if key not in UNPRICED}
+    return kept | ({"text_config": _priced(kept["text_config"])} if isinstance(kept.get("text_config"), dict) else {})
 
 
 def _wide(c: Keys, name: str) -> ModelShape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -61,18 +62,31 @@ class Asked:
         )
 
 
-def frontier(marks: Iterable[Mark]) -> list[Mark]:
+class Frontier:
     """Marks that no other beats in both, from the fastest for a user to the most for a device."""
-    found: list[Mark] = []
-    for mark in sorted(marks, key=lambda m: (-m.user, -m.device)):
-        if not found or mark.device > found[-1].device:
-            found.append(mark)
-    return found
+
+    def __init__(self, marks: Iterable[Mark] = ()) -> None:
+        self.marks: list[Mark] = []
+        for mark in marks:
+            self.add(mark)
+
+    def beats(self, user: float, device: float) -> bool:
+        """Whether some mark is at least as good as this in both."""
+        i = bisect_right(self.marks, -user, key=lambda m: -m.user)
+        return i > 0 and self.marks[i - 1].device >= device
+
+    def add(self, mark: Mark) -> None:
+        """Take the mark in where none beats it, and leave out those that it beats."""
+        if self.beats(mark.user, mark.device):
+            return
+        start = bisect_left(self.marks, -mark.user, key=lambda m: -m.user)
+        end = bisect_right(self.marks, mark.device, start, key=lambda m: m.device)
+        self.marks[start:end] = [mark]
 
 
 def changes(marks: list[Mark]) -> list[Mark]:
     """The first point of every run of one layout along the line: where the best layout changes."""
-    return [mark for before, mark in zip([None, *marks[:-1]], marks, strict=True) if before is None or before.layout != mark.layout]
+    return [mark for i, mark in enumerate(marks) if i == 0 or marks[i - 1].layout != mark.layout]
 
 
 def as_text(marks: list[Mark], chosen: Mark | None = None, asked: Asked | None = None, width: int = 64, height: int = 14) -> str:

@@ -1,4 +1,4 @@
-"""The trade-off as a picture: SVG by hand, PNG where matplotlib is installed."""
+"""The trade-off as a picture: SVG by hand, PNG with matplotlib (the `plot` extra)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _round_up(value: float) -> float:
 
 
 def write_png(marks: list[Mark], chosen: Mark | None, title: str, path: str, asked: Asked | None = None) -> None:
-    """The same by matplotlib, where it is installed. Raises ImportError where it is not."""
+    """The same by matplotlib. Raises ImportError where the `plot` extra is not installed."""
     from matplotlib.figure import Figure
 
     asked, figure = asked or Asked(), Figure(figsize=(9, 5.5))

@@ -11,6 +11,7 @@ from lockstep.planner.words import count, dollars, ms, rate_of, wrapped
 from lockstep.utils.sizes import size
 
 MOST_LINES, SHOWN_LINES = 8, 3  # commands that are all printed; of more, the first ones that are
+MOST_RANKS = 6  # kinds of ranks
 INDENT = 16  # of what goes on below a named line
 DRAWING = 64  # characters across, where the terminal is wide enough
 SYMBOLS = """\
@@ -127,7 +128,19 @@ def memory(plan: Plan) -> str:
     rows = [("weights", m.weights), ("KV cache", plan.kv_bytes), ("activations", m.activations), ("buffers", m.buffers)]
     lines = [f"  {name:<13} {amount:>16,} B  {size(amount)}" for name, amount in rows]
     lines.append(f"  {'room for KV':<13} {plan.kv_room:>16,} B  {size(plan.kv_room)}, {m.kv_per_token:,} B a token")
-    return "\n".join([f"memory of the fullest rank ({plan.limits.max_num_seqs} requests of {plan.work.tokens} tokens)", *lines])
+    requests = f"{count(plan.limits.max_num_seqs, 'request')} of {count(plan.work.tokens, 'token')}"
+    return "\n".join([f"memory of the fullest rank ({requests})", *lines, *_ranks(plan)])
+
+
+def _ranks(plan: Plan) -> list[str]:
+    """A line for ranks that hold the same, where not all do."""
+    if len(plan.ranks) == 1:
+        return []
+    rows = [(str(group), group.memory.fixed, group.memory.kv_per_token) for group in plan.ranks]
+    width = max(len(name) for name, _, _ in rows[:MOST_RANKS])
+    lines = [f"  {name:<{width}} {fixed:>16,} B without KV cache, {each:,} B a token" for name, fixed, each in rows[:MOST_RANKS]]
+    left = len(rows) - MOST_RANKS
+    return ["of each rank", *lines, *([f"  ... and {left} more kinds: --json has all"] if left > 0 else [])]
 
 
 def admitted(plan: Plan) -> str:

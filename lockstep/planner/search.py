@@ -15,8 +15,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from heapq import heapify, heappop, heappush
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from lockstep.planner import memory
 from lockstep.planner.hardware import DTYPE_BYTES
@@ -24,6 +25,7 @@ from lockstep.planner.layer import Setting
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Point, Replica, Serving, Workload
 from lockstep.planner.memory import BLOCK_TOKENS, RankMemory
+from lockstep.planner.ranks import RankGroup, alike
 from lockstep.planner.space import deployments, deployments_at_once
 from lockstep.planner.step import Pricer
 
@@ -75,6 +77,14 @@ class Candidate:
         return Layout(a.tp, a.pp, a.dp * count, a.ep, a.cp, a.dcp)
 
 
+class Kept(NamedTuple):
+    """What a rank keeps, whatever the load: bytes of weights, bytes of each cached token, and whether it is on the last stage."""
+
+    weights: int
+    kv_per_token: int
+    last: bool
+
+
 @dataclass(frozen=True)
 class Search:
     """What is asked of a search."""
@@ -93,19 +103,47 @@ class Search:
         """(bytes free for KV, memory) of the rank of the pipeline with room for the fewest tokens."""
         s = self.pricer.setting
         capacity = int(s.device.capacity_bytes * self.memory_share)
-        tokens = chunk + rows  # a step holds a chunk beside the running requests
-        activations = memory.activation_bytes(s.shape, layout, tokens)
-        width = memory.kv_elements(s.shape, layout.tp) * DTYPE_BYTES[s.kv_dtype or s.shape.dtype]
-        found = []
-        for stage in set(self.pricer.stages(layout.pp)):
-            routed: dict[bool, int] = {}
-            for (kind, _), count in stage.kinds:
-                routed[kind] = routed.get(kind, 0) + count
-            weights = memory.stage_bytes(s.shape, layout, routed, 0, s.weight_dtype, first=stage.first, last=stage.last)
-            buffers = memory.buffer_bytes(s.shape, rows) if stage.last else memory.LIBRARY_BYTES
-            rank = RankMemory(weights, int(sum(routed.values()) * width), activations, buffers)
-            found.append((capacity - rank.fixed, rank))
-        return min(found, key=lambda each: each[0] / each[1].kv_per_token)
+        found = [self._with_work(layout, kept, chunk, rows) for kept in self._fullest(layout)]
+        return min(((capacity - rank.fixed, rank) for rank in found), key=lambda each: each[0] / each[1].kv_per_token)
+
+    @cached_property
+    def _kept(self) -> dict[tuple[int, int, int], list[Kept]]:
+        return {}
+
+    def _fullest(self, layout: Layout) -> list[Kept]:
+        """Of each kind of stage, the ranks one of which is the fullest. Kept: chunk, load and context ranks do not change it."""
+        key = (layout.tp, layout.pp, layout.ep)
+        if key not in self._kept:
+            stages = [each.place for each in self.pricer.different(layout.pp)]
+            ranks = memory.fullest_ranks(self.pricer.setting.shape, layout.tp)
+            self._kept[key] = [self._of(layout, stage, rank) for stage in stages for rank in ranks]
+        return self._kept[key]
+
+    def _of(self, layout: Layout, stage: int, rank: int) -> Kept:
+        """Whatever the load, what a rank of a stage keeps. rank: in the expert group, if there is one."""
+        s, part, routed = self.pricer.setting, self.pricer.stages(layout.pp)[stage], dict[bool, int]()
+        for (kind, _), count in part.kinds:
+            routed[kind] = routed.get(kind, 0) + count
+        width = memory.kv_elements(s.shape, layout.tp, rank % layout.tp) * DTYPE_BYTES[s.kv_dtype or s.shape.dtype]
+        weights = memory.stage_bytes(s.shape, layout, routed, rank, s.weight_dtype, first=part.first, last=part.last)
+        return Kept(weights, int(sum(routed.values()) * width), part.last)
+
+    def _with_work(self, layout: Layout, kept: Kept, chunk: int, rows: int) -> RankMemory:
+        """With what it needs for a step that has a chunk beside the running requests."""
+        shape = self.pricer.setting.shape
+        buffers = memory.buffer_bytes(shape, rows) if kept.last else memory.LIBRARY_BYTES
+        return RankMemory(kept.weights, kept.kv_per_token, memory.activation_bytes(shape, layout, chunk + rows), buffers)
+
+    def ranks(self, layout: Layout, chunk: int, rows: int) -> list[RankGroup]:
+        """What every rank of a deployment holds: TP ranks of each stage, or those of its expert group."""
+        shape = self.pricer.setting.shape
+
+        def kind(rank: int) -> object:
+            local = memory.expert_shard(shape, layout, rank)
+            return memory.held(shape, layout.tp, rank % layout.tp), local and local.size
+
+        stages, ranks = alike(self.pricer.stages(layout.pp)), alike(map(kind, range(max(layout.tp, layout.ep))))
+        return [RankGroup(a, b, self._with_work(layout, self._of(layout, a[0], b[0]), chunk, rows)) for a in stages for b in ranks]
 
     def room(self, layout: Layout, chunk: int) -> tuple[int, int]:
         """(requests of the asked lengths that fit in a replica, bytes that are missing for the longest one that is let in)."""
@@ -119,11 +157,17 @@ class Search:
             rows = -(-fits // layout.pp)
         return fits, 0
 
-    def candidate(self, layout: Layout, chunk: int) -> Candidate:
-        """The layout's memory, and the largest of a few loads that keeps the promises."""
+    def candidate(self, layout: Layout, chunk: int, near: int = 1) -> Candidate:
+        """The layout's memory, and the largest of a few loads that keeps the promises. near: as `largest` takes it."""
         fits, lacking = self.room(layout, chunk)
-        best, until, bound = self.largest(self.replica(layout, chunk), fits) if fits else (None, 1, 0.0)
+        best, until, bound = self.largest(self.replica(layout, chunk), fits, near) if fits else (None, 1, 0.0)
         return Candidate(layout, chunk, fits, lacking, best, self.at_most(layout), self.devices(layout), until, bound * layout.dp)
+
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        """The whole space."""
+        s = self.pricer.setting
+        return list(deployments(s.shape, s.cluster, self.work.input_len))
 
     def at_most(self, layout: Layout) -> int:
         """Deployments that the cluster has room for."""
@@ -137,10 +181,11 @@ class Search:
         """The same search in another setting."""
         return replace(self, pricer=Pricer(setting))
 
-    def largest(self, replica: Replica, fits: int) -> tuple[Point | None, int, float]:
+    def largest(self, replica: Replica, fits: int, near: int = 1) -> tuple[Point | None, int, float]:
         """(the largest of a few loads within the promises, the first one that is none or does not fit, the most that any can carry).
 
         Times grow with the load, so n times as many requests make n times the rate at most, and less than a larger batch.
+        near: about how many requests a micro-batch has then; a good guess saves prices.
         """
         fits = min(fits, replica.most)
         sizes = loads(replica.layout.pp, fits)
@@ -150,7 +195,7 @@ class Search:
             points[i] = replica.at(sizes[i])
             return bool(self.work.misses(points[i]))
 
-        found = bisect_left(range(len(sizes)), True, key=bad) - 1
+        found = last_good(bad, len(sizes), bisect_left(sizes, near * replica.layout.pp))
         if found < 0:
             return None, 1, 0.0
         until = sizes[found + 1] if found + 1 < len(sizes) else fits + 1
@@ -192,14 +237,23 @@ class Search:
 
     def all(self, wanted: Callable[[Layout], bool] = lambda _: True) -> list[Candidate]:
         """Every layout of the space that `wanted` lets through, one candidate each: that of the chunk that carries most."""
-        s = self.pricer.setting
-        return [self.of_chunks(layout) for layout in deployments(s.shape, s.cluster, self.work.input_len) if wanted(layout)]
+        return self.of_layouts(layout for layout in self.layouts if wanted(layout))
 
-    def of_chunks(self, layout: Layout) -> Candidate:
+    def of_layouts(self, layouts: Iterable[Layout]) -> list[Candidate]:
+        """A candidate of each. Layouts beside each other are similar, and so are their loads."""
+        found, near = [], 1
+        for layout in layouts:
+            c = self.of_chunks(layout, near)
+            near = c.best.concurrency // layout.pp if c.best else near
+            found.append(c)
+        return found
+
+    def of_chunks(self, layout: Layout, near: int = 1) -> Candidate:
         """The layout with the chunk that carries most at the loads tried; others that may carry more are its rivals."""
         chunks = self.chunks()
-        first = self.candidate(layout, chunks[0])  # the smallest activations: where it does not fit, none does
-        found = [first, *(self.candidate(layout, c) for c in chunks[1:])] if first.fits else [first]
+        first = self.candidate(layout, chunks[0], near)  # the smallest activations: where it does not fit, none does
+        near = first.best.concurrency // layout.pp if first.best else near
+        found = [first, *(self.candidate(layout, c, near) for c in chunks[1:])] if first.fits else [first]
         best = max(found, key=lambda c: (c.rate, c.fits > 0, -c.chunk))
         rivals = tuple(c for c in found if c is not best and c.bound > best.rate)
         return replace(best, rivals=rivals, bound=max(c.bound for c in found)) if rivals else best
@@ -257,6 +311,20 @@ class Search:
         if c.best.rate < rate / (count * c.layout.dp):
             return c.best
         return self.at_rate(replica, c.best.concurrency, rate / (count * c.layout.dp))
+
+
+def last_good(bad: Callable[[int], bool], count: int, guess: int) -> int:
+    """The last of `count` indices that is not bad, -1 where all are; `bad` stays true once it is. Few calls where the guess is near."""
+    low, high, step = -1, count, 1
+    i = min(guess, count - 1)
+    while high - low > 1:
+        if bad(i):
+            high, beyond = i, i - step
+        else:
+            low, beyond = i, i + step
+        step *= 2
+        i = beyond if low < beyond < high else (low + high) // 2
+    return low
 
 
 def request_blocks(tokens: int, layout: Layout) -> int:

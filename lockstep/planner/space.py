@@ -1,8 +1,10 @@
 """The space of layouts on a cluster, without those that cannot win.
 
-Left out, and why: depths that leave the largest stage as large as a smaller depth does (more devices, no faster); groups that
-do not lie evenly on nodes; context groups that leave a rank fewer than 256 tokens of a prompt; DCP where no rank repeats
-another's KV heads.
+TP is tried at every size up to a node, and over any number of whole nodes; context groups and replicas that share experts are
+powers of two. Left out, and why: depths that leave the largest stage as large as a smaller depth does (more devices, no faster);
+replicas over nodes that leave devices of them idle, or whose TP or context groups a node's border cuts (each of their sums would
+wait for the slower link with ranks to spare inside); context groups that leave a rank fewer than 256 tokens of a prompt; DCP where
+its ranks do not all repeat the same KV heads. `lacking` names the one of these rules that refuses an axis.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from collections.abc import Iterator
 
 from lockstep.planner.hardware import Cluster
 from lockstep.planner.layout import Layout
-from lockstep.planner.memory import kv_elements
 from lockstep.planner.model import ModelShape
 
 TOKENS_PER_CONTEXT_RANK = 256
@@ -22,13 +23,10 @@ def deployments(shape: ModelShape, cluster: Cluster, input_len: int) -> Iterator
     """Every layout of one deployment: one replica, or the replicas that share experts."""
     for tp in tp_sizes(shape, cluster):
         for cp in powers(min(MOST_CONTEXT, input_len // TOKENS_PER_CONTEXT_RANK, cluster.devices // tp)):
-            stage = tp * cp
-            if not lies_evenly(stage, cluster.devices_per_node):
-                continue
-            for pp in depths(shape, cluster.devices // stage):
-                if not replica_fits(stage * pp, cluster):
+            for pp in depths(shape, cluster.devices // (tp * cp)):
+                if not replica_fits(tp, cp, pp, cluster):
                     continue
-                for dcp in (n for n in powers(repeats(shape, tp)) if tp % n == 0):
+                for dcp in (n for n in powers(repeats(shape, tp)) if repeats(shape, tp) % n == 0):
                     yield Layout(tp, pp, 1, 1, cp, dcp)
                     yield from _with_experts(shape, cluster, tp, pp, cp, dcp)
 
@@ -43,11 +41,9 @@ def _with_experts(shape: ModelShape, cluster: Cluster, tp: int, pp: int, cp: int
 
 
 def tp_sizes(shape: ModelShape, cluster: Cluster) -> list[int]:
-    """Sizes that divide a node or are whole nodes, up to the model's heads."""
+    """Every size up to a node, and any number of whole nodes, up to the model's heads."""
     d, most = cluster.devices_per_node, min(shape.num_heads, shape.intermediate_size, cluster.devices)
-    inside = [n for n in range(1, d + 1) if d % n == 0]
-    across = [d * n for n in powers(cluster.nodes) if n > 1]
-    return [n for n in inside + across if n <= most]
+    return [*range(1, min(d, most) + 1), *range(2 * d, most + 1, d)]
 
 
 def depths(shape: ModelShape, most: int) -> list[int]:
@@ -61,8 +57,10 @@ def depths(shape: ModelShape, most: int) -> list[int]:
 
 
 def repeats(shape: ModelShape, tp: int) -> int:
-    """How many TP ranks keep the same part of the KV cache."""
-    return max(1, round(tp * kv_elements(shape, tp) / shape.kv_elements_per_token))
+    """How many TP ranks keep the same part of the KV cache: a latent is on all of them; 1 where their KV heads differ."""
+    if shape.mla is not None:
+        return tp
+    return tp // shape.num_kv_heads if tp % shape.num_kv_heads == 0 else 1
 
 
 def powers(most: int) -> list[int]:
@@ -70,14 +68,15 @@ def powers(most: int) -> list[int]:
     return [1 << i for i in range(max(1, most).bit_length())]
 
 
-def lies_evenly(stage: int, devices_per_node: int) -> bool:
-    """A stage is a part of a node that divides it, or whole nodes."""
-    return (devices_per_node % stage if stage <= devices_per_node else stage % devices_per_node) == 0
+def lies_evenly(group: int, devices_per_node: int) -> bool:
+    """A group of consecutive ranks is a part of a node that divides it, or whole nodes: on no node's border."""
+    return (devices_per_node % group if group <= devices_per_node else group % devices_per_node) == 0
 
 
-def replica_fits(size: int, cluster: Cluster) -> bool:
-    """A replica is inside a node, or on whole nodes."""
-    return size <= cluster.devices and (size <= cluster.devices_per_node or size % cluster.devices_per_node == 0)
+def replica_fits(tp: int, cp: int, pp: int, cluster: Cluster) -> bool:
+    """A replica is inside a node, or on whole nodes with its TP groups and its stages cut up by no node's border."""
+    size, d = tp * cp * pp, cluster.devices_per_node
+    return size <= d or (size <= cluster.devices and size % d == 0 and lies_evenly(tp, d) and lies_evenly(tp * cp, d))
 
 
 def replicas_at_once(size: int, cluster: Cluster) -> int:

@@ -36,7 +36,7 @@ def missing(setting: Setting, layout: Layout) -> list[str]:
     shape, stored, device = setting.shape, setting.weight_dtype, setting.device
     found = [name for name, there in (("MoE", shape.moe), ("MLA", shape.mla)) if there is not None]
     if not found and shape.spec is None:
-        found.append(shape.architecture)
+        found.append(shape.lacks or shape.architecture)
     found += axes_missing({"ep": layout.ep, "cp": layout.cp, "dcp": layout.dcp})
     if shape.quantized or stored in ("fp8", "mxfp4"):
         found.append(f"{shape.quantized or stored} weights")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lockstep.distributed.partition import vocab_shard
 from lockstep.planner import collectives, ops
-from lockstep.planner.layer import LINK, MEMORY, MESSAGES, Groups, Setting, Work, layer_terms, product, term
+from lockstep.planner.layer import LINK, MEMORY, MESSAGES, Groups, Setting, Work, attention_terms, layer_terms, mlp_terms, product, term
 from lockstep.planner.layout import Layout, crossings
 from lockstep.planner.memory import stages
 from lockstep.planner.terms import Term, merge, total_s
@@ -26,6 +26,14 @@ class Stage(NamedTuple):
     kinds: tuple[tuple[Kind, int], ...]  # (kind, number of its layers)
     first: bool
     last: bool
+
+
+class Alike(NamedTuple):
+    """Stages that hold the same: one of them, where it is, and how many there are."""
+
+    stage: Stage
+    place: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class Pricer:
         self._layers: dict[tuple[object, ...], float] = {}
         self._steps: dict[tuple[object, ...], Step] = {}
         self._stages: dict[int, tuple[Stage, ...]] = {}
+        self._different: dict[int, tuple[Alike, ...]] = {}
         self._groups: dict[Layout, Groups] = {}
 
     def groups(self, layout: Layout) -> Groups:
@@ -74,6 +83,14 @@ class Pricer:
             )
         return self._stages[pp]
 
+    def different(self, pp: int) -> tuple[Alike, ...]:
+        """The stages, those that are alike once."""
+        found = self._different.get(pp)
+        if found is None:
+            stages = self.stages(pp)
+            found = self._different[pp] = tuple(Alike(stage, stages.index(stage), count) for stage, count in Counter(stages).items())
+        return found
+
     def step(self, layout: Layout, work: Work) -> Step:
         """The times of one step."""
         groups = self.groups(layout)
@@ -85,19 +102,27 @@ class Pricer:
 
     def _step(self, layout: Layout, groups: Groups, work: Work) -> Step:
         ends = {True: self._end_s(layout, work, first=True), False: self._end_s(layout, work, first=False)}
-        times = {}
-        for stage in set(self.stages(layout.pp)):
-            layers = sum(count * self._layer_s(layout, groups, work, kind) for kind, count in stage.kinds)
-            times[stage] = layers + (ends[True] if stage.first else 0.0) + (ends[False] if stage.last else 0.0)
+        total, beat = 0.0, 0.0
+        for stage, _, number in self.different(layout.pp):
+            seconds = sum([count * self._layer_s(layout, groups, work, kind) for kind, count in stage.kinds])
+            seconds += (ends[True] if stage.first else 0.0) + (ends[False] if stage.last else 0.0)
+            total, beat = total + number * seconds, max(beat, seconds)
         hop = total_s(hop_terms(self.setting, layout, groups, work))
-        return Step(sum(times[stage] for stage in self.stages(layout.pp)) + hop, max(times.values()), hop)
+        return Step(total + hop, beat, hop)
 
     def _layer_s(self, layout: Layout, groups: Groups, work: Work, kind: Kind) -> float:
-        key = (layout.tp, layout.cp, layout.dcp, layout.ep if kind[0] else 1, groups.ep if kind[0] else None, work, kind)
-        found = self._layers.get(key)
-        if found is None:
-            found = self._layers[key] = sum(t.seconds for t in layer_terms(self.setting, layout, groups, work, *kind))
-        return found
+        """A layer's two halves: what differs in experts alone has the same attention, and the MLP does not see the context."""
+        routed, window = kind
+        one = (layout.tp, layout.cp, layout.dcp, work, window)
+        attention = self._layers.get(one)
+        if attention is None:
+            attention = self._layers[one] = sum(t.seconds for t in attention_terms(self.setting, layout, groups, work, window))
+        experts = (layout.ep, groups.ep) if routed else None
+        two = (layout.tp, layout.cp, experts, work.decode, work.tokens)
+        mlp = self._layers.get(two)
+        if mlp is None:
+            mlp = self._layers[two] = sum(t.seconds for t in mlp_terms(self.setting, layout, groups, work, routed))
+        return attention + mlp
 
     def _end_s(self, layout: Layout, work: Work, *, first: bool) -> float:
         key = (layout.tp, layout.cp, work, first)

@@ -36,7 +36,8 @@ WARM_UP = 1.25  # residence times that are left out: one to fill the replica, an
 LEAST = 0.25  # residence times that the steady middle has at least
 MOST_TOKENS, TOO_MANY = 600_000, 1_500_000  # generated in a run: beyond the first the middle is shorter, beyond the second it is refused
 CONTEXT_GRAIN = 64  # contexts are priced to so many tokens, so that steps that cost alike are priced once
-SERVER_ONLY = ("arrival", "queue", "prefill beyond its own steps")  # terms of the TTFT of a real server
+SERVER_ONLY = ("arrival", "prefill beyond its own steps")  # terms of the TTFT of a real server that nothing simulated has
+QUEUE = "queue"  # is one too where clients ask again when they are answered; at a rate requests come at random, and queue here too
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Simulated:
     @property
     def analytic_ttft_s(self) -> float:
         """The plan's TTFT without what a real server adds, which a simulated one does not."""
-        return math.fsum(t.seconds for t in self.plan.ttft_terms if t.name not in SERVER_ONLY)
+        left = SERVER_ONLY if self.plan.work.rate is not None else (*SERVER_ONLY, QUEUE)
+        return math.fsum(t.seconds for t in self.plan.ttft_terms if t.name not in left)
 
     @property
     def overloaded(self) -> bool:
@@ -102,7 +104,7 @@ class Simulated:
             "seconds": w.until_s - w.since_s,
             "requests_of_a_replica": len(w.ended),
             "ttft_s": {name: w.ttft_s(share) for name, share in shares.items()},
-            "tpot_s": {name: w.tpot_s(share) for name, share in shares.items()},
+            "tpot_s": {name: w.tpot_s(share) if self.plan.work.streams else None for name, share in shares.items()},
             "analytic_ttft_without_server_s": self.analytic_ttft_s,
             "rate": w.rate * replicas,
             "output_tokens_per_s": w.throughput * replicas,
@@ -115,7 +117,7 @@ class Simulated:
     def misses(self) -> list[str]:
         """Promises that a percentile breaks, in words."""
         w, work, found = self.window, self.plan.work, []
-        for name, asked, of in (("TTFT", work.ttft_s, w.ttft_s), ("TPOT", work.tpot_s, w.tpot_s)):
+        for name, asked, of in (("TTFT", work.ttft_s, w.ttft_s), ("TPOT", work.tpot_s if work.streams else None, w.tpot_s)):
             broken = [(label, of(share)) for label, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)) if asked and of(share) > asked]
             if asked and broken:
                 found.append(f"{broken[0][0]} {name} {ms(broken[0][1])} misses {ms(asked)}")
@@ -125,6 +127,7 @@ class Simulated:
         """The figures as text."""
         w, replicas, work = self.window, self.plan.layout.dp, self.plan.work
         one = f"one of {replicas} equal replicas, " if replicas > 1 else ""
+        server = "a server's arrival" + " and queue" * (work.rate is None)
         busy = [f"stages busy   {', '.join(f'{share:.0%}' for share in self.report.stage_usage())}"] if work.rate is None else []
         return "\n".join(
             [
@@ -132,10 +135,9 @@ class Simulated:
                 f"simulated     {one}{w.until_s - w.since_s:,.0f} s after a warm-up of {w.since_s:,.0f} s, {len(w.ended)} requests"
                 + (" (fewer than would be steady: more would take too long here)" if self.short else ""),
                 f"TTFT          {_shares(w.ttft_s)}",
-                f"  analytic    {ms(self.analytic_ttft_s)} without a server's arrival and queue, which nothing here has; "
-                f"hold {ms(self.plan.ttft_s)}, with both, against a promise",
-                f"TPOT          {_shares(w.tpot_s)}",
-                f"  analytic    {ms(self.plan.tpot_s)}",
+                f"  analytic    {ms(self.analytic_ttft_s)} without {server}, which nothing here has; "
+                f"hold {ms(self.plan.ttft_s)}, with all of it, against a promise",
+                *([f"TPOT          {_shares(w.tpot_s)}", f"  analytic    {ms(self.plan.tpot_s)}"] if work.streams else ["TPOT          -"]),
                 f"throughput    {rate_of(w.rate * replicas)} requests/s, {w.throughput * replicas:,.1f} output tokens/s in all",
                 *(["overloaded    requests come faster than they are answered: a queue grows, and TTFT with it"] * self.overloaded),
                 f"preemptions   {sum(r.preemptions for r in self.report.requests)}",

@@ -15,7 +15,7 @@ from lockstep.planner.catalogue import cluster
 from lockstep.planner.find import find_model
 from lockstep.planner.layer import Setting
 from lockstep.planner.load import Serving, Workload
-from lockstep.planner.pareto import Mark, as_text, frontier
+from lockstep.planner.pareto import Frontier, Mark, as_text
 from lockstep.planner.search import Search
 from lockstep.planner.step import Pricer
 from lockstep.planner.terms import total_s
@@ -148,8 +148,8 @@ def test_the_search_finds_what_trying_everything_finds():
 
 def test_nothing_on_the_frontier_is_beaten():
     marks = [Mark("", i, user, device, 0.0) for i, (user, device) in enumerate([(1, 9), (2, 9), (5, 5), (4, 4), (9, 1), (9, 0.5), (3, 6)])]
-    assert [(m.user, m.device) for m in frontier(marks)] == [(9, 1), (5, 5), (3, 6), (2, 9)]
-    assert as_text(frontier(marks), marks[3]).count("X") == 2  # the legend names it, and it is there
+    assert [(m.user, m.device) for m in Frontier(marks).marks] == [(9, 1), (5, 5), (3, 6), (2, 9)]
+    assert as_text(Frontier(marks).marks, marks[3]).count("X") == 2  # the legend names it, and it is there
 
 
 def test_a_model_of_a_folder_a_file_and_a_changed_config(tmp_path):
