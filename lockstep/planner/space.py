@@ -32,9 +32,9 @@ def deployments(shape: ModelShape, cluster: Cluster, input_len: int) -> Iterator
 
 
 def _with_experts(shape: ModelShape, cluster: Cluster, tp: int, pp: int, cp: int, dcp: int) -> Iterator[Layout]:
-    if shape.moe is None:
-        return
     stage = tp * cp
+    if shape.moe is None or stage > shape.moe.experts:
+        return
     for replicas in powers(min(shape.moe.experts // stage, replicas_at_once(stage * pp, cluster))):
         if stage * replicas > 1 and deployments_at_once(stage * pp, replicas, cluster):
             yield Layout(tp, pp, replicas, stage * replicas, cp, dcp)

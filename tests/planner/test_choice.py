@@ -9,9 +9,12 @@ from lockstep.planner.catalogue import cluster
 from lockstep.planner.choose import EQUAL, runs
 from lockstep.planner.find import find_model
 from lockstep.planner.layer import Setting
+from lockstep.planner.layout import Layout
 from lockstep.planner.load import Serving, Workload
-from lockstep.planner.search import Search
+from lockstep.planner.pareto import Mark
+from lockstep.planner.search import Search, last_good, loads
 from lockstep.planner.step import Pricer
+from lockstep.planner.tradeoff import trade_off
 
 UNEVEN = 1e-3  # one request more than full micro-batches may carry a little less: bisection passes over such a step
 W = {"input_len": 2000, "output_len": 300}
@@ -75,6 +78,57 @@ def test_the_nearest_plan_misses_by_least_and_is_of_use():
     assert found.rate > min(p.rate for p in points)
     best = min(p.tpot_s for p in points)
     assert any(f"cannot be kept at any load (best {best * 1e3:.3g} ms at one request)" in miss for miss in found.misses)
+
+
+def test_where_what_runs_goes_first_the_others_say_that_they_do_not_run():
+    found = plan("llama-3.1-70b", "2x8xH100", **W, rate=1.0, ttft=0.02, tpot=0.04, margin=0.3)
+    better = [r for r in found.runners if not runs(r.layout)]
+    assert not found.meets and runs(found.layout) and better
+    assert all("this version does not run context parallelism" in r.reason for r in better)
+    kept = plan("llama-3.1-70b", "2x8xH100", **W, rate=1.0, ttft=0.5, tpot=0.04)
+    assert not any("does not run" in r.reason for r in kept.runners), "that decided nothing here"
+
+
+@pytest.mark.parametrize("tp", [3, 5, 6, 7])
+def test_tp_of_any_size_is_looked_at(tp):
+    layouts = {c.layout for c in search_of("llama-3.1-70b", "8xH100", **W).all()}
+    assert Layout(tp=tp) in layouts
+
+
+def test_tp_of_three_is_chosen_where_it_needs_fewest_devices(tmp_path):
+    ask = {"rate": 1.7, "ttft": 0.5, "tpot": 0.035}
+    small = tmp_path / "three.yaml"
+    small.write_text("device: H100\ndevices_per_node: 3\n")
+    for where in ("8xH100", str(small)):
+        found = plan("llama-3.1-70b", where, **W, **ask)
+        assert found.meets and found.devices == 3 and found.layout == Layout(tp=3), where
+        assert " -tp 3 " in found.commands[0].line
+    assert plan("llama-3.1-70b", "3x8xH100", **W, fixed={"tp": 24}).layout.tp == 24
+
+
+def test_the_trade_off_is_that_of_pricing_every_load():
+    search = search_of("qwen3-8b", "1x4xH100", **W, ttft=1.0, tpot=0.05)
+    everything, marks = search.all(), []
+    for c in everything:
+        r = search.replica(c.layout, c.chunk)
+        for p in map(r.at, loads(c.layout.pp, min(c.fits, r.most))):
+            marks.append(Mark(str(c.layout), p.concurrency, 1 / p.tpot_s, p.rate * W["output_len"] * c.layout.dp / c.devices, p.ttft_s))
+    both = {(m.user, m.device) for m in marks}
+    best = sorted(m for m in both if not any(a >= m[0] and b >= m[1] and (a, b) != m for a, b in both))
+    assert sorted((m.user, m.device) for m in trade_off(search, everything)) == best and len(best) > 5
+
+
+@pytest.mark.parametrize("good", range(6))
+def test_the_last_good_one_is_found_from_any_guess(good):
+    for guess in range(9):
+        asked: list[int] = []
+
+        def bad(i: int, asked: list[int] = asked) -> bool:
+            asked.append(i)
+            return i >= good
+
+        assert last_good(bad, 5, guess) == min(good, 5) - 1
+        assert len(set(asked)) == len(asked) <= 5 and all(0 <= i < 5 for i in asked)
 
 
 def test_with_one_token_there_is_no_time_between_tokens():

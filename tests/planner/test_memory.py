@@ -1,6 +1,7 @@
 """Bytes per rank: the reference table, the models' parameter counts, and the engine's own shard map."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,24 @@ from lockstep.config.hf import spec_of
 from lockstep.config.model_spec import read_config_json
 from lockstep.config.source import DEMO_FOLDER
 from lockstep.distributed.partition import ShardMap, stage_layers
-from lockstep.planner.answer import pricer_of
+from lockstep.planner.answer import plan, pricer_of
 from lockstep.planner.catalogue import cluster
 from lockstep.planner.find import catalogue, find_model
 from lockstep.planner.layer import Setting
 from lockstep.planner.layout import Layout
-from lockstep.planner.memory import kv_bytes_per_token, rank_params, rank_parts, stages, weight_bytes
+from lockstep.planner.memory import (
+    fullest_ranks,
+    kv_bytes_per_token,
+    kv_elements,
+    most_heads,
+    part_bytes,
+    rank_params,
+    rank_parts,
+    stages,
+    weight_bytes,
+)
 from lockstep.planner.model import from_config
+from lockstep.planner.report import report
 from lockstep.planner.startable import assumed, weight_dtype
 
 TABLE = list(csv.DictReader((Path(__file__).parent / "data" / "memory_per_rank.csv").open()))
@@ -118,3 +130,33 @@ def test_fp8_is_multiplied_in_fp8_only_where_the_device_does():
     assert [Setting(shape, cluster(name), "fp8").compute for name in ("H100", "A100")] == ["fp8", "bfloat16"]
     experts = Setting(find_model("gpt-oss-20b")[0], cluster("H100"), "mxfp4")
     assert (experts.compute, experts.stored, experts.experts) == ("bfloat16", "bfloat16", "mxfp4")
+
+
+def test_every_distinct_rank_is_in_the_answer_and_the_fullest_is_one_of_them():
+    odd, spread = {"tp": 3}, {"tp": 2, "pp": 2, "ep": 4, "dp": 4}
+    for model, where, fixed in (("llama-3.1-70b", "2x8xH100", odd), ("deepseek-v3", "2x8xH200", spread)):
+        found = plan(model, where, fixed=fixed, input_len=500)
+        shape = find_model(model)[0]
+        assert found.memory in [group.memory for group in found.ranks] and len(found.ranks) > 1
+        seen = [(stage, rank) for group in found.ranks for stage in group.stages for rank in group.ranks]
+        assert sorted(seen) == [(s, r) for s in range(found.layout.pp) for r in range(max(found.layout.tp, found.layout.ep))]
+        stored = "fp8" if shape.quantized else ""
+        for group in found.ranks:
+            for stage, rank in ((s, r) for s in group.stages for r in group.ranks):
+                parts = rank_parts(shape, found.layout, stage, rank % found.layout.tp, ep_rank=rank)
+                assert group.memory.weights == sum(part_bytes(part, shape.dtype, stored) for part in parts), (stage, rank)
+        data = found.to_json()
+        assert [g["memory"]["weights"] for g in data["ranks"]] == [g.memory.weights for g in found.ranks]
+        assert max(g["memory"]["kv"] for g in data["ranks"]) >= data["kv_bytes"] > 0
+        assert "of each rank" in report(found) and str(found.ranks[0]) in report(found)
+    assert "of each rank" not in report(plan("llama-3.1-8b", "1xH100"))
+
+
+def test_the_fullest_rank_is_not_the_first_where_a_cut_falls_inside_a_kv_head_s_group():
+    shape = find_model("qwen3-0.6b")[0]
+    three = replace(shape, num_heads=12, num_kv_heads=2)
+    kv = [kv_elements(three, 3, rank) for rank in range(3)]
+    assert kv[1] > kv[0] and fullest_ranks(three, 3) == (0, 1) and most_heads(three, 3)[1] == 2
+    found = plan(three, "3xH100", fixed={"tp": 3})
+    assert found.memory.kv_per_token == max(kv) * three.num_layers * 2
+    assert fullest_ranks(shape, 2) == (0,)

@@ -40,12 +40,25 @@ def test_simulate_is_printed_after_the_plan(capsys):
     shown = out[out.index("on a virtual clock") :]
     assert "20 requests/s, at random" in shown and "stages busy" not in shown, "one request at a time keeps a stage as busy as many do"
     data = json.loads(run(capsys, "--rate", "20", "--tpot", "0.002", "--json"))
-    simulation, added = data["simulation"], [t["seconds"] for t in data["ttft_terms"] if t["name"] in ("arrival", "queue")]
-    assert simulation["analytic_ttft_without_server_s"] == pytest.approx(data["ttft_s"] - sum(added)) and len(added) == 2
-    assert f"{ms(simulation['analytic_ttft_without_server_s'])} without a server's arrival and queue" in shown
+    simulation, added = data["simulation"], [t["seconds"] for t in data["ttft_terms"] if t["name"] == "arrival"]
+    assert simulation["analytic_ttft_without_server_s"] == pytest.approx(data["ttft_s"] - sum(added)) and len(added) == 1
+    assert f"{ms(simulation['analytic_ttft_without_server_s'])} without a server's arrival, which" in shown, "at random they queue here too"
     assert simulation["rate_simulated"] == simulation["rate_asked"] == 20 and simulation["seconds"] >= 60
     assert simulation["requests_of_a_replica"] >= 300 and not simulation["short"]
     assert simulation["misses"] == [] and "p50, p90 and p99 keep them" in shown
+
+
+def test_without_a_rate_nothing_simulated_has_a_server_s_queue(capsys):
+    data = json.loads(run(capsys, "--tpot", "0.002", "--json"))
+    added = [t["seconds"] for t in data["ttft_terms"] if t["name"] in ("arrival", "queue")]
+    assert data["simulation"]["analytic_ttft_without_server_s"] == pytest.approx(data["ttft_s"] - sum(added)) and len(added) == 2
+    assert "without a server's arrival and queue" in run(capsys, "--tpot", "0.002")
+
+
+def test_one_token_has_no_time_between_tokens_here_either(capsys):
+    out = run(capsys, "--rate", "20", "--output-len", "1", "--tpot", "1e-9")
+    assert "TPOT          -" in out[out.index("on a virtual clock") :] and "p50, p90 and p99 keep them" in out
+    assert set(json.loads(run(capsys, "--rate", "20", "--output-len", "1", "--json"))["simulation"]["tpot_s"].values()) == {None}
 
 
 def test_percentiles_are_held_against_the_promises():

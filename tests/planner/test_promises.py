@@ -1,6 +1,7 @@
 """What the report promises, for whom, at what cost, and that it can be read on a narrow terminal."""
 
 import json
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -67,6 +68,7 @@ def test_several_clusters_make_a_table_and_a_list(capsys):
     assert data[2]["cluster"] == "1xH100" and "does not fit" in data[2]["error"]
     assert main(argv) == 0
     rows = capsys.readouterr().out.splitlines()
+    assert "error of them" in rows[0] and "50%, 20%" in rows[2] and "kernels measured" in rows[2] and "the H100's" in rows[1]
     assert rows[0].split()[:3] == ["cluster", "plan", "devices"] and rows[1].startswith("8xH200") and rows[2].startswith("2x8xH100")
     assert ms(single.tpot_s) in rows[2] and rows[2].endswith("yes") and any("does not fit" in row for row in rows)
 
@@ -80,7 +82,7 @@ def test_several_clusters_make_a_table_and_a_list(capsys):
         (["--cluster", "8xH100,8xH200", "--price", "1,2,3"], "--price='1,2,3'"),
         (["--cluster", "8xH100,8xH200", "--rate", "0"], "--rate=0 must be more than 0"),
         (["--price", "free"], "--price='free'"),
-        (["--price", "0"], "above 0"),
+        (["--price", "2,x"], "--price='2,x'"),
         (["--margin", "1"], "--margin=1 must be at least 0 and below 1"),
         (["--max-model-len", "100"], "--max-model-len=100 is less than"),
         (["--max-model-len", "999999"], "--max-model-len=999999 is more than the 131072 positions"),
@@ -122,6 +124,43 @@ def test_costs_are_of_the_devices_and_of_whole_nodes():
 def test_what_the_constants_come_from_is_said_of_each_kind(where, words):
     found = plan("qwen3-0.6b", cluster(where))
     assert all(word in found.basis for word in words) and ("calibrate`" in found.basis) == (where == "cpu")
+
+
+def test_a_device_like_another_says_whose_constants_it_has(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("device: {like: H100, memory_bandwidth: 4TB/s}\n")
+    changed = plan("qwen3-0.6b", str(path))
+    assert "no kernel was measured on this device" in changed.basis and "constants of the H100" in changed.basis
+    assert changed.constants == "the H100's" and not changed.calibrated
+    path.write_text("device: {like: H100, name: Ours, price_per_hour: 3}\n")
+    assert "kernels as measured on H100s" in plan("qwen3-0.6b", str(path)).basis
+    path.write_text("device: {like: A100, price_per_hour: 3}\n")
+    assert "decode attention" in plan("qwen3-0.6b", str(path)).basis.split(";")[1]
+
+
+def test_servers_that_know_nothing_of_each_other_ask_for_a_load_balancer():
+    found = plan("deepseek-v3", "2x8xH200", quantization="fp8", fixed={"ep": 8, "dp": 16})
+    servers = sum("--headless" not in c.line for c in found.commands)
+    assert servers == 2 and any(f"start {servers} servers" in note and "load balancer" in note for note in found.notes)
+    assert not any("load balancer" in note for note in plan("llama-3.1-8b", "2x8xH100").notes), "one server, and replicas that others keep"
+
+
+def test_a_picture_of_one_token_answers_and_png(tmp_path, capsys, monkeypatch):
+    """Nothing streams, so nothing is traded; a .png is drawn by matplotlib, or its absence names the extra."""
+    argv = ["plan", "llama-3.1-8b", "--cluster", "8xH100", "--no-draw"]
+    assert main([*argv, "--output-len", "1", "--ttft", "1", "--plot", str(tmp_path / "one.svg")]) == 0
+    assert ET.fromstring((tmp_path / "one.svg").read_text()).findall(f"{SVG}circle")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    capsys.readouterr()
+    assert main([*argv, "--plot", str(tmp_path / "x.png")]) == 2
+    assert "pip install 'lockstep[plot]'" in capsys.readouterr().err
+
+
+def test_a_png_is_drawn_by_matplotlib(tmp_path):
+    """The other side of the last test: `figure` is called as the library has it."""
+    pytest.importorskip("matplotlib")
+    assert main(["plan", "llama-3.1-8b", "--cluster", "8xH100", "--no-draw", "--plot", str(tmp_path / "x.png"), "--tpot", "0.02"]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def test_longer_requests_are_let_in_where_one_has_room():

@@ -15,6 +15,7 @@ from lockstep.planner.layout import Layout
 from lockstep.planner.load import Replica, Serving, Workload
 from lockstep.planner.step import Pricer, Step
 from lockstep.planner.terms import total_s
+from lockstep.planner.words import ms
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = [Layout(), Layout(tp=8), Layout(tp=16), Layout(tp=4, pp=3), Layout(tp=8, pp=2), Layout(tp=4, cp=2), Layout(tp=16, dcp=2)]
@@ -82,6 +83,20 @@ def test_tp_in_a_node_and_pp_across_is_a_result_and_flips_with_the_fabric(capsys
     assert slow.from_requests == REQUESTS[0] and slow.rows[-1][1] / slow.rows[-1][2] > here.rows[-1][1] / here.rows[-1][2]
     print(here, flipped, quick, sep="\n")
     assert "sooner" in capsys.readouterr().out
+
+
+def test_the_crossover_is_named_to_one_request_with_what_was_compared():
+    reference = cluster("2x8xH100")
+    large = tp_or_pp(Pricer(Setting(find_model("llama-3.1-405b")[0], reference)), 2150)
+    start = large.from_requests
+    (before, after), (last, first) = (next((tp, pp) for n, tp, pp in large.rows if n == at) for at in (start - 1, start))
+    assert start not in REQUESTS and before <= after and first < last
+    assert f"from {start} running requests on (steps without prompts: " in str(large)
+    slow = crossover(reference)
+    assert "at every load up to 256 running requests" in str(slow) and "if messages between nodes took no time, only from" in str(slow)
+    assert ms(slow.rows[0][1]) in str(slow) and slow.free[0][1] < slow.free[0][2] < slow.rows[0][1]
+    quicker = crossover(reference.with_links(inter=Link(0.0, 0.0, reference.inter.bandwidth)))
+    assert quicker.from_requests > REQUESTS[0] and "below, the TP group over both nodes does" in str(quicker)
 
 
 def test_a_window_bounds_what_a_layer_reads():
