@@ -23,7 +23,7 @@ def refusal(search: Search, everything: list[Candidate], wanted: Mapping[str, in
 def _no_layout(search: Search, wanted: Mapping[str, int]) -> str:
     s = search.pricer.setting
     sizes = {axis: wanted.get(axis, 1) for axis in AXES}
-    given = ", ".join(f"{axis}={n}" for axis, n in wanted.items() if n > 1) or "one device"
+    given = ", ".join(f"{axis}={n}" for axis, n in wanted.items()) or "one device"
     rules = [*_of_axes(search, **sizes), *(_of_nodes if search.grows else _of_ranks)(search, **sizes)]
     rule = rules[0] if rules else "each of the axes is possible, but not all of them together; give fewer of them."
     return f"no layout of {s.shape.name} on {s.cluster} has {given}: {rule}"
