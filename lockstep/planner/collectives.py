@@ -85,13 +85,13 @@ def reduce_scatter_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_byt
 
 
 def all_to_all_s(cluster: Cluster, ranks_per_node: int, nodes: int, size_bytes: float) -> float:
-    """Each rank sends 1/n of its `size_bytes` to each of n ranks; what leaves the node goes over the outer link at the same time."""
+    """Each rank sends 1/n of its `size_bytes` to each of n ranks, at once; what leaves the node goes over the outer link meanwhile."""
     r, n = ranks_per_node, ranks_per_node * nodes
     inside = _inside(cluster, "all_to_all", r, size_bytes / nodes)
     if nodes == 1:
         return inside
     outside = (n - r) / n * size_bytes
-    return max(inside, cluster.inter.seconds(outside, outside, nodes - 1))
+    return max(inside, cluster.inter.seconds(outside, outside))
 
 
 def p2p_s(cluster: Cluster, size_bytes: float, where: Literal["inside", "between"] = "inside") -> float:
@@ -128,7 +128,30 @@ def combine_s(
 
 def _expert_exchange(cluster: Cluster, op: str, ranks_per_node: int, nodes: int, tokens: int, hidden: int, topk: int, dtype: str) -> float:
     size = tokens * hidden * topk * DTYPE_BYTES[dtype]
-    whole_nodes = ranks_per_node == cluster.device.per_node
-    if whole_nodes and nodes in cluster.device.collectives.get(op, {}):
+    counts = cluster.device.collectives.get(op, {}) if ranks_per_node == cluster.device.per_node else {}
+    if nodes in counts:
         return measured_s(cluster.device, op, nodes, size)
-    return all_to_all_s(cluster, ranks_per_node, nodes, size)
+    if nodes > 1 and max(counts, default=1) > 1:
+        return _of_other_counts(cluster.device, op, nodes, size, topk)
+    once = leaving(op, nodes, topk) / leaving(DEEPEP["low_latency"], nodes, topk) if nodes > 1 else 1.0
+    return all_to_all_s(cluster, ranks_per_node, nodes, size * once)
+
+
+def leaving(op: str, nodes: int, topk: int) -> float:
+    """Of the `topk` copies of a token, the share that crosses to other nodes: a low-latency exchange sends one to each expert, a
+    normal one sends one to each node that has any, and the node passes it on."""
+    if op.startswith(DEEPEP["normal"]):
+        return (nodes - 1) * (1 - (1 - 1 / nodes) ** topk) / topk
+    return (nodes - 1) / nodes
+
+
+def _of_other_counts(device: Device, op: str, nodes: int, size: float, topk: int) -> float:
+    """An exchange over a number of nodes that was not measured: between two that were, on logarithms; beyond the largest (or below the
+    smallest), by its constants, with as many more bytes as cross to other nodes."""
+    counts = sorted(n for n in device.collectives[op] if n > 1)
+    low, high = max((n for n in counts if n < nodes), default=0), min((n for n in counts if n > nodes), default=0)
+    if not (low and high):
+        near = low or high
+        return measured_s(device, op, near, size * leaving(op, nodes, topk) / leaving(op, near, topk))
+    share = math.log(nodes / low) / math.log(high / low)
+    return math.pow(measured_s(device, op, low, size), 1 - share) * math.pow(measured_s(device, op, high, size), share)

@@ -32,6 +32,7 @@ from lockstep.planner.hardware import (
     PrefillFit,
     Roofline,
     Tried,
+    measured_inside,
 )
 
 LIKE = "H100"
@@ -90,7 +91,8 @@ def from_entry(entry: Mapping[str, Any], lookup: Callable[[str], Device]) -> Dev
 
 def _changed(base: Device, entry: Mapping[str, Any]) -> dict[str, Any]:
     """A whole entry of another device with this entry's numbers. What was measured on it stays where it is about something else."""
-    found = {**to_entry(base), "name": f"MY-{base.name}", "source": f"{base.name} with other numbers", **entry, "like": ""}
+    kept = replace(base, collectives=measured_inside(base.collectives)) if "scale_out" in entry else base
+    found = {**to_entry(kept), "name": f"MY-{base.name}", "source": f"{base.name} with other numbers", **entry, "like": ""}
     if "scale_up" in entry:
         found["fits"] = {**found["fits"], "collectives": {}}
     if {"flops", "memory_bandwidth", "scale_up", "cores"} & set(entry):

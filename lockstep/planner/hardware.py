@@ -100,7 +100,7 @@ class DecodeFit:
 
 @dataclass(frozen=True)
 class MoeFit(Roofline):
-    """A roofline over the experts that are expected to be hit, plus a pass over all rows, this rank's or not.
+    """A roofline over the experts that are expected to be hit, plus a pass over all rows that a rank has, its own experts' or not.
 
     The pass (activation and the sum over experts) reaches `pass_efficiency` of the memory bandwidth. Routing that is not
     even loads the fullest of n expert ranks n ** skew times the mean.
@@ -217,12 +217,14 @@ class Cluster:
 
     def with_links(self, intra: Link | None = None, inter: Link | None = None) -> Cluster:
         """The same cluster over another fabric; what was measured over the old one is dropped with it."""
-        kept = {
-            op: {n: link for n, link in by_ranks.items() if inter is None or not op.startswith("deepep") or n == 1}
-            for op, by_ranks in ({} if intra else self.device.collectives).items()
-        }
+        kept = {} if intra else measured_inside(self.device.collectives) if inter else self.device.collectives
         device = replace(self.device, collectives=kept)
         return replace(self, device=device, intra=intra or self.intra, inter=inter or self.inter)
+
+
+def measured_inside(collectives: Mapping[str, Mapping[int, Link]]) -> Mapping[str, Mapping[int, Link]]:
+    """Those that no other fabric between nodes makes wrong: all but the exchanges of experts over several nodes."""
+    return {op: {n: link for n, link in fits.items() if not op.startswith("deepep") or n == 1} for op, fits in collectives.items()}
 
 
 def make_cluster(device: Device, nodes: int = 1, devices_per_node: int | None = None) -> Cluster:

@@ -91,7 +91,7 @@ def tokens_here(layout: Layout, work: Work) -> int:
 def attention_terms(s: Setting, layout: Layout, groups: Groups, work: Work, window: int) -> list[Term]:
     """The half of a layer up to the sum after attention. The same whatever the expert group is: a search keeps its price."""
     here = tokens_here(layout, work)
-    expanded = here if work.decode else here + round(work.context)
+    expanded = here if work.decode else work.tokens + work.prompts * round(work.context)  # of all context ranks: gathered as latents
     terms = [*_projections(s, layout, here, expanded), *_attention(s, layout, groups, work, here, window)]
     terms.append(all_reduce(s, groups.tp, here * s.shape.hidden_size * s.shape.itemsize, "all-reduce after attention"))
     return [t for t in terms if t.seconds > 0]
@@ -135,7 +135,8 @@ def all_reduce(s: Setting, span: Span, size: float, name: str) -> Term:
 
 
 def _projections(s: Setting, layout: Layout, tokens: int, expanded: int) -> Iterator[Term]:
-    """expanded: of a latent model, the tokens whose latents become whole heads; a chunk of a prompt does it for all before it."""
+    """expanded: of a latent model, the tokens whose latents become whole heads; a chunk of a prompt does it for all before it,
+    and each context rank for the tokens of all of them."""
     shape, tp = s.shape, layout.tp
     if shape.mla is None:
         q, kv = _heads(s, tp)
@@ -173,10 +174,29 @@ def _prefill_attention(s: Setting, layout: Layout, groups: Groups, work: Work, h
     flops, moved = ops.prefill_work(prompts, here, q, kv, width, context, dtype, limit)
     seconds = ops.prefill_attention_s(s.device, prompts, here, q, kv, width, context, dtype, limit)
     yield term(s, "attention", seconds, flops, moved, "t0 + max(4 pairs heads dim / (F e_f), bytes / (BW e_b))", ATTENTION)
+    if layout.cp * layout.dcp > 1:
+        yield from _gathered(s, layout, groups, work, 1.0 if s.shape.mla else kv / s.shape.num_kv_heads, window)
+
+
+def _gathered(s: Setting, layout: Layout, groups: Groups, work: Work, share: float, window: int) -> Iterator[Term]:
+    """Keys and values (or latents) that the other context ranks hold: of older tokens from the DCP ranks, then, with those of the
+    chunk, from the CP ranks. share: of a layer's KV heads, those of this rank."""
+    elements = share * s.shape.kv_elements_per_token
+    older = work.prompts * min(work.context, window or work.context) * elements * DTYPE_BYTES[s.kv_dtype or s.shape.dtype]
+    name, formula = "KV all-gather over the context group", f"{LINK} + (n-1)/n S / B"
+    if layout.dcp > 1 and older:
+        size = older / layout.cp
+        seconds = collectives.all_gather_s(s.cluster, *_dcp_span(layout, groups), size)
+        yield term(s, name, seconds, 0.0, size, formula, MESSAGES)
     if layout.cp > 1:
-        size = work.tokens * s.shape.kv_elements_per_token * s.shape.itemsize * (1 if s.shape.mla else kv / s.shape.num_kv_heads)
-        seconds = collectives.all_gather_s(s.cluster, *groups.cp, size)
-        yield term(s, "KV all-gather over the context group", seconds, 0.0, size, f"{LINK} + (n-1)/n S / B", MESSAGES)
+        size = work.tokens * elements * s.shape.itemsize + older
+        yield term(s, name, collectives.all_gather_s(s.cluster, *groups.cp, size), 0.0, size, formula, MESSAGES)
+
+
+def _dcp_span(layout: Layout, groups: Groups) -> Span:
+    """The DCP group: neighbours in the TP group."""
+    inside = min(layout.dcp, groups.tp.ranks_per_node)
+    return Span(inside, layout.dcp // inside)
 
 
 def _decode_attention(s: Setting, layout: Layout, groups: Groups, work: Work, window: int) -> Iterator[Term]:
@@ -208,8 +228,7 @@ def _merge(s: Setting, layout: Layout, groups: Groups, batch: int, heads: int) -
     query = batch * heads * s.shape.q_head_dim * s.shape.itemsize
     seconds = 0.0
     if layout.dcp > 1:
-        inside = min(layout.dcp, groups.tp.ranks_per_node)
-        span = Span(inside, layout.dcp // inside)
+        span = _dcp_span(layout, groups)
         seconds += collectives.all_gather_s(s.cluster, *span, query) + collectives.reduce_scatter_s(s.cluster, *span, result)
     if layout.cp > 1:
         seconds += collectives.all_reduce_s(s.cluster, *groups.cp, result)
@@ -239,7 +258,7 @@ def _routed(s: Setting, layout: Layout, groups: Groups, work: Work, tokens: int)
     args = (together, shape.hidden_size, moe.columns, moe.experts, moe.per_token, tp, layout.ep, s.experts)
     flops, moved = ops.moe_work(*args)
     formula = "t0 + max(flop / (F e_f), E(1-(1-k/E)^T) expert bytes / (BW e_b))"
-    yield term(s, "experts", ops.moe_s(s.device, *args, compute=s.compute), flops, moved, formula, MOE)
+    yield term(s, "experts", ops.moe_s(s.device, *args, compute=s.compute, dispatched=senders > 1), flops, moved, formula, MOE)
     wide = tokens * shape.hidden_size * shape.itemsize
     if senders == 1:
         yield all_reduce(s, groups.ep if spread else groups.tp, wide, "all-reduce after the MLP")

@@ -148,8 +148,11 @@ def moe_s(
     dtype: str = "bfloat16",
     routing: str = "uniform",
     compute: str = "",
+    dispatched: bool = False,
 ) -> float:
     """Seconds of one MoE layer's routed experts on one rank; `tokens` are all tokens that the `ep` ranks route together.
+
+    dispatched: each rank is sent the rows of its own experts; else it has all tokens, and passes over the rows of others too.
 
     dtype: in which weights are read; compute: in which they are multiplied, where that is another.
     routing: "balanced", "uniform" (independent even choices) or "skewed" (a power law, as real gates tend to).
@@ -158,10 +161,11 @@ def moe_s(
         return 0.0
     fit = device.experts(routing, moe_shape(hidden, inter, experts))
     flops, weights = moe_work(tokens, hidden, inter, experts, topk, tp, ep, dtype, routing, fit.skew if routing == "skewed" else 0.0)
-    unrouted = tokens * topk * (3 * inter / tp + 2 * hidden) * 2.0  # activations are 16 bits wide whatever the weights are
+    rows = tokens * topk / (ep if dispatched else 1)
+    unrouted = rows * (3 * inter / tp + 2 * hidden) * 2.0  # activations are 16 bits wide whatever the weights are
     passed = unrouted / (device.memory_bandwidth * fit.pass_efficiency)
     seconds = fit.seconds(flops / device.peak(compute or dtype), weights / device.memory_bandwidth) + passed
-    if dtype != "bfloat16" or compute not in ("", dtype):
+    if dispatched or dtype != "bfloat16" or compute not in ("", dtype):  # not what was measured
         return seconds
     measured = f"MoE {'skewed' if routing == 'skewed' else 'balanced'} {moe_shape(hidden, inter, experts)}"
     return device.corrected(measured, seconds, tokens, hidden, inter, experts, topk, tp, ep)

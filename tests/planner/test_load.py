@@ -119,3 +119,42 @@ def test_a_longer_gap_holds_the_prompts_and_the_round():
     r = replica()
     assert r.longest_gap_s(64) > r.pricer.step(r.layout, r.prompt).sum_s + r.round_s(64) - 1e-12
     assert math.isclose(replica(chunk=1000).longest_gap_s(8), r.pricer.step(r.layout, r.prompt).sum_s + r.round_s(8))
+
+
+def gathered(layout, work, model="deepseek-v3", where="2x8xH200", window=0):
+    """Bytes of the keys and values that a rank gets from the other context ranks in a layer."""
+    s = Setting(find_model(model)[0], cluster(where))
+    terms = layer_terms(s, layout, Groups.of(layout, 8), work, s.shape.moe is not None, window)
+    return sum(t.bytes for t in terms if t.name == "KV all-gather over the context group")
+
+
+def test_context_ranks_gather_older_tokens_too():
+    """A chunk attends to all before it, and each rank keeps a part of those; by DCP a part of the older ones alone."""
+    token = 576 * 2
+    first, later = Work(False, 2048, 0.0), Work(False, 2048, 6000.0)
+    assert gathered(Layout(tp=4, cp=2), first) == 2048 * token
+    assert gathered(Layout(tp=4, cp=2), later) == (2048 + 6000) * token
+    assert gathered(Layout(tp=8, dcp=4), first) == 0, "its own tokens are on all ranks"
+    assert gathered(Layout(tp=8, dcp=4), later) == 6000 * token
+    assert gathered(Layout(tp=8, cp=2, dcp=4), later) == 3000 * token + (2048 + 6000) * token, "from the one, then from the other"
+    assert gathered(Layout(tp=8), later) == 0
+
+
+def test_older_tokens_that_are_gathered_are_those_of_the_rank_s_heads_and_of_the_window():
+    head = 2 * 128 * 2
+    assert gathered(Layout(tp=4, cp=2), Work(False, 512, 1000.0), "llama-3.1-70b") == 1512 * 2 * head
+    assert gathered(Layout(tp=16, dcp=2), Work(False, 512, 1000.0), "llama-3.1-70b") == 1000 * head
+    assert gathered(Layout(tp=4, cp=2), Work(False, 512, 1000.0), "gpt-oss-120b", window=128) == (512 + 128) * 2 * 2 * 64 * 2
+
+
+def test_context_ranks_of_a_latent_model_each_expand_all_tokens():
+    """Latents are gathered before they become heads: sharing a prompt out does not make that less."""
+    pricer = Pricer(Setting(find_model("deepseek-v3")[0], cluster("2x8xH200")))
+
+    def expansion(layout, work):
+        return sum(t.flops for t in pricer.terms(layout, work) if t.name == "latent projection")
+
+    for work in (Work(False, 4096, 0.0), Work(False, 4096, 8192.0)):
+        assert expansion(Layout(tp=4, cp=4), work) == expansion(Layout(tp=4), work)
+    two = expansion(Layout(tp=4), Work(False, 1000, 300.0, 2))
+    assert two == pytest.approx(expansion(Layout(tp=4), Work(False, 1600, 0.0))), "each prompt has older tokens of its own"
