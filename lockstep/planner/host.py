@@ -88,7 +88,9 @@ def rows_of(work: Work) -> tuple[list[int], list[int]]:
     """(new tokens, tokens held afterwards) of each request of a step."""
     if work.decode:
         return [1] * work.tokens, [round(work.context) + 1] * work.tokens
-    return [work.tokens], [round(work.context) + work.tokens]
+    each, more = divmod(work.tokens, work.prompts)
+    queries = [each + (i < more) for i in range(work.prompts)]
+    return queries, [round(work.context) + n for n in queries]
 
 
 @dataclass(frozen=True)

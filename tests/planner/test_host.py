@@ -16,14 +16,15 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.serve import ServeOptions
 from lockstep.config.validate import check_values
 from lockstep.planner import calibration, cpu_memory, plan
-from lockstep.planner.answer import pricer_of
+from lockstep.planner.answer import ENGINE_ONLY, pricer_of
 from lockstep.planner.calibration import AttentionRates, Calibration, Line, Mode, ProductRates
 from lockstep.planner.catalogue import cluster
 from lockstep.planner.cpu import CpuModel
-from lockstep.planner.hardware import make_cluster
-from lockstep.planner.host import HostPricer
+from lockstep.planner.hardware import ZERO_CALIBRATION, make_cluster
+from lockstep.planner.host import HostPricer, rows_of
 from lockstep.planner.layer import Work
 from lockstep.planner.layout import Layout
+from lockstep.planner.load import Serving
 from lockstep.planner.memory import LIBRARY_BYTES
 from lockstep.planner.model import from_spec
 from lockstep.planner.terms import total_s
@@ -116,6 +117,35 @@ def test_what_was_not_measured_is_priced_as_any_device(tmp_path: Path):
     assert not isinstance(pricer_of(SHAPE, make_cluster(where.device, 2, 1)), HostPricer), "two machines"
     assert not isinstance(pricer_of(replace(SHAPE, dtype="float32"), where), HostPricer), "another type"
     assert not isinstance(pricer_of("mixtral-8x7b", where), HostPricer), "a model that the engine does not run"
+
+
+def test_an_answer_that_is_not_of_the_machine_s_steps_is_not_calibrated(tmp_path: Path):
+    where = cluster(entry(tmp_path, mode(1), mode(2)))
+    own = plan(SHAPE, where, input_len=64, output_len=32, ttft=100)
+    assert own.calibrated and own.band == {"operation": 0.10, "tpot": 0.15, "ttft": 0.15} and own.promises[0].error == 0.15
+    assert ENGINE_ONLY in own.notes, "the printed command serves over HTTP"
+    for other in (
+        plan(SHAPE, make_cluster(where.device, 2, 1), input_len=64, output_len=32, ttft=100),
+        plan(SHAPE, where, input_len=64, output_len=32, ttft=100, quantization="fp8"),
+        plan(SHAPE, where, input_len=64, output_len=32, ttft=100, quantization="fp8", serving=Serving(calibrated=True)),
+    ):
+        assert not other.calibrated and "not calibrated for this model" in other.basis and ENGINE_ONLY not in other.notes
+        assert (other.band["ttft"], other.band["tpot"]) == (ZERO_CALIBRATION.ttft, ZERO_CALIBRATION.tpot)
+        assert other.promises[0].error == ZERO_CALIBRATION.ttft
+
+
+def test_prompts_that_share_a_step_are_rows_of_their_own(tmp_path: Path):
+    assert rows_of(Work(False, 512, 0.0, 8)) == ([64] * 8, [64] * 8)
+    assert rows_of(Work(False, 96, 32.0)) == ([96], [128])
+    assert rows_of(Work(False, 5, 2.0, 2)) == ([3, 2], [5, 4])
+    pricer = pricer_of(SHAPE, entry(tmp_path, mode(1), mode(2)))
+    together = pricer.step(Layout(), Work(False, 512, 0.0, 8)).sum_s
+    model = CpuModel(pricer.found, SHAPE, Layout(), how="even")
+    assert together == pytest.approx(sum(model.stage_s([64] * 8, [64] * 8, 8)))
+    attention = [
+        next(t.seconds for t in pricer.terms(Layout(), Work(False, 512, 0.0, prompts)) if t.name == "attention") for prompts in (1, 8)
+    ]
+    assert attention[1] < attention[0], "each attends to its own tokens alone"
 
 
 def test_a_calibration_of_another_version_is_named(tmp_path: Path):
