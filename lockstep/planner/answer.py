@@ -18,7 +18,7 @@ from lockstep.planner.crossover import Crossover, tp_or_pp
 from lockstep.planner.entry import KERNELS
 from lockstep.planner.explain import Runner, runners_up
 from lockstep.planner.find import find_model
-from lockstep.planner.hardware import ZERO_CALIBRATION, Cluster, Device, Link
+from lockstep.planner.hardware import Cluster, Device, Link
 from lockstep.planner.host import SERVING as HOST_SERVING
 from lockstep.planner.host import HostPricer, HostSearch
 from lockstep.planner.layer import Setting
@@ -38,6 +38,7 @@ from lockstep.planner.tradeoff import trade_off
 
 LONG_TTFT_S, LONG_TPOT_S = 60.0, 1.0  # promises beyond which the unit is doubted
 ENGINE_ONLY = "times are of the engine alone: what the printed server adds for HTTP, tokenizing and streaming is not in them"
+SCHEDULED = "the formulas of load are rough for stages, and for short answers at a rate: --simulate is nearer, by the same steps"
 
 
 @dataclass(frozen=True)
@@ -220,9 +221,9 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     alone = [search.replica(c.layout, c.chunk).at(1) for c in everything if c.fits] if work.misses(point) else []
     broken = misses(work, point, rate, alone)
     lacking = missing(setting, layout)
-    own = isinstance(search, HostSearch)
+    band, own = search.band(layout), isinstance(search, HostSearch)
+    of_engine = ([ENGINE_ONLY, SCHEDULED] if band.tpot > setting.device.band.tpot else [ENGINE_ONLY]) if own else []
     calibrated = setting.device.calibrated and search.serving.calibrated and (own or setting.device.engine is None)
-    band = setting.device.band if own or setting.device.engine is None else ZERO_CALIBRATION  # of the engine's steps, not of six numbers
     operations = operation_error(tpot_terms if work.streams else ttft_terms)
     return Plan(
         model=setting.shape.name, cluster=str(setting.cluster), work=work, layout=layout, devices=best.devices * count,
@@ -240,7 +241,7 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
         band={"tpot": band.tpot, "ttft": band.ttft, "operation": operations},
         pareto=trade_off(search, everything) if work.streams else [],
         crossover=tp_or_pp(search.pricer, work.decode_context) if work.streams else None,
-        considered=len(everything), seconds=0.0, notes=_notes(setting, work, layout, lacking) + [ENGINE_ONLY] * own,
+        considered=len(everything), seconds=0.0, notes=_notes(setting, work, layout, lacking) + of_engine,
         missing=lacking, startable=not lacking, links={"inside a node": setting.cluster.intra, "between nodes": setting.cluster.inter},
     )  # fmt: skip
 

@@ -13,17 +13,23 @@ from typing import ClassVar
 from lockstep.planner import cpu_memory
 from lockstep.planner.calibration import Calibration
 from lockstep.planner.cpu import CpuModel, OpTime
+from lockstep.planner.calibration import MEASURED, Calibration
+from lockstep.planner.cpu import CpuModel
+from lockstep.planner.hardware import ErrorBand
+from lockstep.planner.host_load import ClosedReplica
 from lockstep.planner.layer import Setting, Work
 from lockstep.planner.layout import Layout
-from lockstep.planner.load import Serving
+from lockstep.planner.load import Replica, Serving
 from lockstep.planner.memory import LIBRARY_BYTES, RankMemory, kv_bytes_per_token
 from lockstep.planner.ranks import RankGroup, alike
 from lockstep.planner.search import Search
 from lockstep.planner.step import Pricer, Step
 from lockstep.planner.terms import Term, merge
 
+SHORT = 64  # output tokens
+ROUGH = ErrorBand(operation=MEASURED.operation, tpot=0.50, ttft=0.40)  # of the analytic load against the scheduler's own
 SOURCE = "docs/planner_cpu.md#the-step-of-a-stage"
-SERVING = Serving(arrival_s=0.0, calibrated=True)  # steps hold the engine's own share; nothing is added for the server
+SERVING = Serving(arrival_s=0.0, queue=0.0, calibrated=True)  # steps hold the engine's own share; nothing is added for the server
 PRODUCT = "launch + edge (n + k) + work n k"
 FORMULAS = {
     "qkv": PRODUCT,
@@ -104,6 +110,15 @@ class HostSearch(Search):
         pricer = self.pricer
         assert isinstance(pricer, HostPricer)
         return pricer.found
+
+    def replica(self, layout: Layout, chunk: int) -> Replica:
+        kind = ClosedReplica if self.work.rate is None else Replica
+        return kind(self.pricer, layout, self.work, chunk, self.serving)
+
+    def band(self, layout: Layout) -> ErrorBand:
+        """Wider where the formulas of load are further off than the steps: stages, and short answers at a rate."""
+        rough = layout.pp > 1 or (self.work.rate is not None and self.work.output_len < SHORT)
+        return ROUGH if rough else self.pricer.setting.device.band
 
     def with_setting(self, setting: Setting) -> Search:
         return replace(self, pricer=HostPricer(setting, self.found))

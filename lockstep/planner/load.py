@@ -198,6 +198,12 @@ class Replica:
         busy = busy_share(concurrency, alone / service)
         return busy / (2 * (1 - busy)) * service
 
+    def waiting(self) -> tuple[str, str]:
+        """(name, formula) of `queue_s` among the terms."""
+        if self.work.rate is None:
+            return "queue", "queue * B * occupancy"
+        return "waiting for prompts before it", "rho / (2 (1 - rho)) * service"
+
     def at(self, concurrency: int) -> Point:
         """What so many requests at once see, and the rate that they make."""
         s, out = self.serving, self.work.output_len
@@ -230,7 +236,6 @@ class Replica:
         s = self.serving
         step: Step = self.pricer.step(self.layout, self.prompt)
         prompt, tpot = self.prompt_s(concurrency), self.at(concurrency).tpot_s
-        queue = "queue * B * occupancy" if self.work.rate is None else "rho / (2 (1 - rho)) * service"
         terms = [
             *(t.times(self.chunks) for t in self.pricer.terms(self.layout, self.prompt)),
             _term(
@@ -238,7 +243,7 @@ class Replica:
             ),
             _term("prompts in the same step", prompt - self.prefill_s, "step with x prompts - step with one"),
             _term("running requests in the same steps", self.beside_s(concurrency), "(chunks + p - 1) * slowest stage of a decode step"),
-            _term("queue", self.queue_s(concurrency, tpot), queue),
+            _term(self.waiting()[0], self.queue_s(concurrency, tpot), self.waiting()[1]),
             _term("prefill beyond its own steps", (s.prefill_scale - 1) * prompt, "(scale - 1) * prefill"),
             _term("arrival", s.arrival_s, "constant"),
         ]

@@ -20,7 +20,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any, ClassVar, NamedTuple
 
 from lockstep.planner import memory
-from lockstep.planner.hardware import DTYPE_BYTES
+from lockstep.planner.hardware import DTYPE_BYTES, ZERO_CALIBRATION, ErrorBand
 from lockstep.planner.layer import Setting
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Point, Replica, Serving, Workload
@@ -98,6 +98,11 @@ class Search:
     def replica(self, layout: Layout, chunk: int) -> Replica:
         """A replica of the layout under this workload."""
         return Replica(self.pricer, layout, self.work, chunk, self.serving)
+
+    def band(self, layout: Layout) -> ErrorBand:
+        """How far off predictions of the layout are. What was measured of a machine's engine is of its own steps, not of these prices."""
+        device = self.pricer.setting.device
+        return device.band if device.engine is None else ZERO_CALIBRATION
 
     def fullest(self, layout: Layout, chunk: int, rows: int) -> tuple[int, RankMemory]:
         """(bytes free for KV, memory) of the rank of the pipeline with room for the fewest tokens."""

@@ -127,7 +127,6 @@ class Simulated:
         """The figures as text."""
         w, replicas, work = self.window, self.plan.layout.dp, self.plan.work
         one = f"one of {replicas} equal replicas, " if replicas > 1 else ""
-        server = "a server's arrival" + " and queue" * (work.rate is None)
         busy = [f"stages busy   {', '.join(f'{share:.0%}' for share in self.report.stage_usage())}"] if work.rate is None else []
         return "\n".join(
             [
@@ -135,8 +134,7 @@ class Simulated:
                 f"simulated     {one}{w.until_s - w.since_s:,.0f} s after a warm-up of {w.since_s:,.0f} s, {len(w.ended)} requests"
                 + (" (fewer than would be steady: more would take too long here)" if self.short else ""),
                 f"TTFT          {_shares(w.ttft_s)}",
-                f"  analytic    {ms(self.analytic_ttft_s)} without {server}, which nothing here has; "
-                f"hold {ms(self.plan.ttft_s)}, with all of it, against a promise",
+                f"  analytic    {ms(self.analytic_ttft_s)}{self._server()}",
                 *([f"TPOT          {_shares(w.tpot_s)}", f"  analytic    {ms(self.plan.tpot_s)}"] if work.streams else ["TPOT          -"]),
                 f"throughput    {rate_of(w.rate * replicas)} requests/s, {w.throughput * replicas:,.1f} output tokens/s in all",
                 *(["overloaded    requests come faster than they are answered: a queue grows, and TTFT with it"] * self.overloaded),
@@ -145,6 +143,13 @@ class Simulated:
                 *([f"promises      {'; '.join(self.misses()) or 'p50, p90 and p99 keep them'}"] if work.ttft_s or work.tpot_s else []),
             ]
         )
+
+    def _server(self) -> str:
+        """What the analytic TTFT is without, where the plan's has it."""
+        if math.isclose(self.analytic_ttft_s, self.plan.ttft_s):
+            return ""
+        there = "arrival and queue, which nothing here has" if self.plan.work.rate is None else "arrival, which is not here"
+        return f" without a server's {there}; hold {ms(self.plan.ttft_s)}, with it, against a promise"
 
     def _load(self) -> str:
         work, carried = self.plan.work, self.plan.rate

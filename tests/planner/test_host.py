@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import msgspec
 import pytest
@@ -16,7 +17,7 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.serve import ServeOptions
 from lockstep.config.validate import check_values
 from lockstep.planner import calibration, cpu_memory, plan
-from lockstep.planner.answer import ENGINE_ONLY, pricer_of
+from lockstep.planner.answer import ENGINE_ONLY, SCHEDULED, Plan, pricer_of, search_of
 from lockstep.planner.calibration import AttentionRates, Calibration, Line, Mode, ProductRates
 from lockstep.planner.catalogue import cluster
 from lockstep.planner.cpu import CpuModel
@@ -24,7 +25,7 @@ from lockstep.planner.hardware import ZERO_CALIBRATION, make_cluster
 from lockstep.planner.host import HostPricer, rows_of
 from lockstep.planner.layer import Work
 from lockstep.planner.layout import Layout
-from lockstep.planner.load import Serving
+from lockstep.planner.load import Serving, Workload
 from lockstep.planner.memory import LIBRARY_BYTES
 from lockstep.planner.model import from_spec
 from lockstep.planner.terms import total_s
@@ -35,9 +36,9 @@ SHAPE = from_spec(SPEC, "small")
 SPLITS = {Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2)}
 
 
-def mode(ranks: int, slower: float = 1.0, **more: object) -> Mode:
-    """A rank of one alone takes 1 ns for a weight; one of two 2 ns, `slower` times."""
-    rates = [ProductRates(r, 1e-6, 0.0, [(1e6, slower * ranks * 1e-9 * r)], 0.0, 0.0) for r in (1, 8, 64, 512)]
+def mode(ranks: int, slower: float = 1.0, row: float = 1.0, **more: object) -> Mode:
+    """A rank of one alone takes 1 ns for a weight; one of two 2 ns, `slower` times. row: what each further row adds, of the first."""
+    rates = [ProductRates(r, 1e-6, 0.0, [(1e6, slower * ranks * 1e-9 * (1 + row * (r - 1)))], 0.0, 0.0) for r in (1, 8, 64, 512)]
     flat, line = AttentionRates(1e-6, 1e-10, 1e-12, 0.0), Line(1e-6)
     common = {"rope": line, "angles": line, "embed": line, "norm": line, "choose": line, "step": Line(1e-4)}
     return Mode(ranks=ranks, busy=ranks, threads=2 // ranks, bandwidth=1e10, products=rates, decode=flat, prefill=flat, **common, **more)
@@ -154,3 +155,63 @@ def test_a_calibration_of_another_version_is_named(tmp_path: Path):
     where.write_bytes(msgspec.json.encode({**raw, "engine": {**raw["engine"], "format": 99}}))
     with pytest.raises(ConfigError, match=r"format 99.*lockstep calibrate"):
         plan(SHAPE, str(where), input_len=64, output_len=32)
+
+
+def simulated(found: Plan, where: str) -> tuple[float, float, float, float]:
+    """How far the mean TTFT and TPOT of the analytic answer are off the scheduler's, of these, and what the answer says."""
+    window = simulate_plan(found, pricer_of(SHAPE, where)).window
+    first = [r.ttft_s for r in window.requests if r.token_s and window.since_s < r.token_s[0] <= window.until_s]
+    each = [r.tpot_s for r in window.ended if r.tpot_s is not None]
+    ttft, tpot = (abs(said / mean(times) - 1) for said, times in ((found.ttft_s, first), (found.tpot_s, each)))
+    return ttft, tpot, found.band["ttft"], found.band["tpot"]
+
+
+ROW = 0.1  # weights are read once for all rows: most of a step of few
+LENGTHS = [(32, 2), (100, 16), (256, 2), (256, 4), (256, 64), (700, 8)]
+
+
+@pytest.mark.parametrize("layout", [Layout(), pytest.param(Layout(tp=2), marks=pytest.mark.full)], ids=str)
+def test_the_answer_and_the_scheduler_agree_over_lengths(layout: Layout, tmp_path: Path):
+    """Clients that ask again, answers of a few tokens too: most steps are of prompts then, and a part of the clients waits."""
+    where = entry(tmp_path, mode(1, row=ROW), mode(2, slower=0.6, row=ROW, combine=Line(1e-6)))
+    errors = []
+    for input_len, output_len in LENGTHS:
+        found = plan(SHAPE, where, input_len=input_len, output_len=output_len, fixed={"tp": layout.tp, "pp": 1, "dp": 1})
+        ttft, tpot, said_ttft, said_tpot = simulated(found, where)
+        assert (said_ttft, said_tpot) == (0.15, 0.15) and SCHEDULED not in found.notes
+        assert max(ttft, tpot) < 0.35, (input_len, output_len, found.point)  # a few clients fall into step with each other
+        errors += [ttft, tpot]
+    assert mean(errors) < 0.12
+
+
+@pytest.mark.parametrize(("output_len", "rough"), [(128, False), (8, True)])
+def test_short_answers_at_a_rate_say_that_they_are_rough(output_len: int, rough: bool, tmp_path: Path):
+    where, alone = entry(tmp_path, mode(1, row=ROW), mode(2, row=ROW)), {"tp": 1, "pp": 1, "dp": 1}
+    most = plan(SHAPE, where, input_len=100, output_len=output_len, fixed=alone).admits["both"]
+    found = plan(SHAPE, where, input_len=100, output_len=output_len, fixed=alone, rate=most / 2)
+    ttft, tpot, said_ttft, said_tpot = simulated(found, where)
+    assert ttft < said_ttft and tpot < said_tpot
+    assert (said_tpot == 0.15) is not rough and (SCHEDULED in found.notes) is rough
+
+
+def test_stages_say_that_they_are_rough(tmp_path: Path):
+    where = entry(tmp_path, mode(1, row=ROW), mode(2, row=ROW))
+    for input_len, output_len in ((32, 4), (256, 16)):
+        found = plan(SHAPE, where, input_len=input_len, output_len=output_len, fixed={"tp": 1, "pp": 2, "dp": 1})
+        ttft, tpot, said_ttft, said_tpot = simulated(found, where)
+        assert ttft < said_ttft and tpot < said_tpot and said_tpot > 0.15 and SCHEDULED in found.notes
+
+
+def test_waiting_clients_are_not_in_steps(tmp_path: Path):
+    """One client waits for nobody; of many with answers of two tokens a third does; terms are the whole time."""
+    search = search_of(pricer_of(SHAPE, entry(tmp_path, mode(1), mode(2))), Workload(64, 2))
+    replica = search.replica(Layout(), 512)
+    one, many = replica.at(1), replica.at(12)
+    assert one.tpot_s == pytest.approx(replica.pricer.step(Layout(), Work(True, 1, 65.0)).sum_s)
+    assert replica.chunks_per_step(12) == pytest.approx(12 / 3, rel=0.1)
+    assert many.ttft_s == pytest.approx(2 * many.tpot_s, rel=0.15)
+    assert total_s(replica.ttft_terms(12)) == pytest.approx(many.ttft_s) and total_s(replica.tpot_terms(12)) == pytest.approx(many.tpot_s)
+    full = search.replica(Layout(), 64).at(30)  # one prompt a step, and 30 clients
+    assert full.rate == pytest.approx(30 / (full.ttft_s + full.tpot_s)) and full.ttft_s > 10 * full.tpot_s
+    fresh = replica.with_serving(replace(search.serving, step_overhead_s=1.0)).at(12)
+    assert fresh.tpot_s > 1.0
