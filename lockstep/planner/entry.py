@@ -20,6 +20,7 @@ from typing import Any
 
 from lockstep.config.errors import ConfigError
 from lockstep.planner import quantity, samples
+from lockstep.planner.collectives import BETWEEN
 from lockstep.planner.hardware import (
     DTYPE_BYTES,
     STEP_SHARE,
@@ -51,8 +52,9 @@ def from_entry(entry: Mapping[str, Any], lookup: Callable[[str], Device]) -> Dev
     """The device of an entry; `lookup` finds the one whose constants it borrows. Raises ConfigError naming the key that is wrong."""
     name = str(entry.get("name", "?"))
     if entry.get("like") and any(key not in entry for key in _NEEDED):
-        base = lookup(str(entry["like"]))
-        return _still(base, from_entry(_changed(base, entry), lookup))
+        base, elsewhere = lookup(str(entry["like"])), "scale_out" in entry and "samples" not in entry
+        found = _still(base, from_entry(_changed(base, entry), lookup))
+        return samples.attached(found, without=(BETWEEN,)) if elsewhere else found
     missing = [key for key in _NEEDED if key not in entry]
     unknown = sorted(set(entry) - {*_NEEDED, *_OPTIONAL})
     if missing or unknown:

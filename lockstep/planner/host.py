@@ -11,10 +11,8 @@ from functools import cached_property
 from typing import ClassVar
 
 from lockstep.planner import cpu_memory
-from lockstep.planner.calibration import Calibration
-from lockstep.planner.cpu import CpuModel, OpTime
 from lockstep.planner.calibration import MEASURED, Calibration
-from lockstep.planner.cpu import CpuModel
+from lockstep.planner.cpu import CpuModel, OpTime
 from lockstep.planner.hardware import ErrorBand
 from lockstep.planner.host_load import ClosedReplica
 from lockstep.planner.layer import Setting, Work

@@ -8,7 +8,7 @@ scripts/fit_planner.py, of which docs/planner.md#samples names the sources.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -29,9 +29,9 @@ FOLDER = Path(__file__).parent / "data" / "samples"
 class Tables(Mapping[str, Table]):
     """The tables of a device by family. Corrections are to the formulas of `device`, as it was without them."""
 
-    def __init__(self, device: Device, samples: str | Mapping[str, Any]) -> None:
+    def __init__(self, device: Device, samples: str | Mapping[str, Any], without: Collection[str] = ()) -> None:
         self._device, self._samples = device, samples
-        self._made: dict[str, Table | None] = {}
+        self._made: dict[str, Table | None] = dict.fromkeys(without)
 
     @cached_property
     def _rows(self) -> Mapping[str, Any]:
@@ -65,8 +65,11 @@ class Tables(Mapping[str, Table]):
         return len(self._rows)
 
 
-def attached(device: Device) -> Device:
-    """The device with the tables of its samples. Raises ConfigError for a family that is none, or a file that is not there."""
+def attached(device: Device, without: Collection[str] = ()) -> Device:
+    """The device with the tables of its samples, but of families `without`: those of another link.
+
+    Raises ConfigError for a family that is none, or a file that is not there.
+    """
     if not device.samples:
         return device
     if isinstance(device.samples, str):
@@ -79,7 +82,7 @@ def attached(device: Device) -> Device:
     else:
         for family, rows in device.samples.items():
             checked(device.name, family, rows)
-    return replace(device, tables=Tables(replace(device, tables={}), device.samples))
+    return replace(device, tables=Tables(replace(device, tables={}), device.samples, without))
 
 
 def checked(device: str, family: str, rows: Any) -> list[list[float]]:

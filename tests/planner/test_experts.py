@@ -104,3 +104,5 @@ def test_another_fabric_between_nodes_reaches_the_exchange_of_experts(fabric):
     assert all(there > 20 * here for here, there in zip(exchange(4), exchange(4, on=slow), strict=True))
     assert exchange(4, on=slow) == exchange(4, on=make_cluster(H100, 4).with_links(inter=device.scale_out))
     assert exchange(1, on=slow) == exchange(1), "inside a node nothing changed"
+    message = collectives.p2p_s(slow, 1 << 24, "between")
+    assert message == pytest.approx(device.scale_out.seconds(1 << 24, 1 << 24)), "messages do not follow samples of the old one"
