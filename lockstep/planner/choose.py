@@ -46,11 +46,11 @@ def choose(search: Search, everything: list[Candidate]) -> Choice:
 
 
 def stretched(search: Search, fitting: list[Candidate]) -> Workload:
-    """The workload with the promises that one request keeps on the layouts that come nearest."""
+    """The workload with the promises that one request keeps on the layout that comes nearest to both, and a little more."""
     work = search.work
     points = [search.replica(c.layout, c.chunk).at(1) for c in fitting]
     alone = [max(1.0, min(each)) for each in zip(*map(work.excess, points), strict=True)]  # each by the layout that is best at it
-    together = min(max(e / a for e, a in zip(work.excess(p), alone, strict=True)) for p in points)  # both by one layout
-    factors = [1.0 if a * together <= 1 else a * max(1.0, together) * EQUAL for a in alone]
+    nearest = min((work.excess(p) for p in points), key=lambda each: max(e / a for e, a in zip(each, alone, strict=True)))
+    factors = [1.0 if e <= 1 else e * EQUAL for e in nearest]
     ttft, tpot = (None if asked is None else asked * f for asked, f in zip((work.ttft_s, work.tpot_s), factors, strict=True))
     return replace(work, ttft_s=ttft, tpot_s=tpot)

@@ -37,11 +37,17 @@ def ring_s(link: Link, ranks: int, size_bytes: float, rounds: int) -> float:
 
 
 def _inside(cluster: Cluster, op: str, ranks: int, size_bytes: float) -> float:
-    """One collective among `ranks` devices of a node, by its own constants for that many ranks or else by the bare link."""
+    """One collective among `ranks` devices of a node: by its own constants for that many ranks, between those of fewer and of more,
+    or else by the bare link."""
     if ranks <= 1 or size_bytes <= 0:
         return 0.0
-    if ranks in cluster.device.collectives.get(op, {}):
+    counts = cluster.device.collectives.get(op, {})
+    if ranks in counts:
         return measured_s(cluster.device, op, ranks, size_bytes)
+    below, above = max((n for n in counts if n < ranks), default=0), min((n for n in counts if n > ranks), default=0)
+    if below and above:  # 3 ranks are between 2 and 4, not what a bare link would make of them
+        fewer, more = (measured_s(cluster.device, op, n, size_bytes) for n in (below, above))
+        return fewer * math.pow(more / fewer, math.log(ranks / below) / math.log(above / below))
     ring = ring_s(cluster.intra, ranks, size_bytes, ROUNDS[op])
     return min(ring, *direct_s(cluster.intra, ranks, size_bytes)) if op == "all_reduce" else ring
 

@@ -122,3 +122,15 @@ def test_exchanges_of_experts_follow_the_fabric_and_the_kernel(two_nodes):
     assert many[1] < many[0], "many tokens have kernels of their own"
     slow = two_nodes.with_links(inter=Link(1e-3, 1e-3, 1e9))
     assert collectives.dispatch_s(slow, 8, 2, 128, 7168, 8) > 2 * few
+
+
+@pytest.mark.parametrize("size", [1 << 16, 1 << 25])
+@pytest.mark.parametrize("name", ["8xH100", "8xL40S"])
+def test_a_number_of_ranks_that_was_not_measured_lies_between_those_that_were(name: str, size: int) -> None:
+    cluster = catalogue.cluster(name)
+    seconds = {n: collectives.all_reduce_s(cluster, n, 1, size) for n in range(2, 9)}
+    for below, between, above in ((2, (3,), 4), (4, (5, 6, 7), 8)):
+        low, high = sorted((seconds[below], seconds[above]))
+        assert all(low <= seconds[n] <= high for n in between)
+        line = [seconds[n] for n in (below, *between, above)]
+        assert line in (sorted(line), sorted(line, reverse=True)), "one way from one to the other"
