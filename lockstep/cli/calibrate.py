@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 SIZES = (256, 2048, 16384, 131072, 1048576, 8388608)
 COLLECTIVES_S = 4.0
-ROWS, PROMPT, TOKENS, ROUNDS = (1, 4, 16, 32), 64, 40, 5  # of the embedded model through the engine
+BATCHES = ((1, 64), (4, 64), (16, 64), (32, 64), (1, 512), (4, 512))  # (prompts, tokens) of the embedded model through the engine
+MOST_ROWS, MOST_PROMPT, TOKENS, ROUNDS = 32, 512, 40, 5
 LEAST_S = 4.0  # for the operations, however busy the machine
 STARTS_S = 36.0  # processes started, models made: not spent on measuring
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -89,20 +90,21 @@ def whole_steps(ranks: int, dtype: str) -> Steps:
     from lockstep.llm import LLM
     from lockstep.simulation.calibrate import Run, Steps
 
-    room = {"max_model_len": PROMPT + TOKENS, "max_num_seqs": max(ROWS), "num_gpu_blocks_override": max(ROWS) * (PROMPT + TOKENS) // 8}
-    batch = {"max_num_batched_tokens": max(ROWS) * PROMPT, "enable_prefix_caching": False}
+    most, longest = max(rows * prompt for rows, prompt in BATCHES), MOST_PROMPT + TOKENS
+    room = {"max_model_len": longest, "max_num_seqs": MOST_ROWS, "num_gpu_blocks_override": (most + MOST_ROWS * longest) // 8}
+    batch = {"max_num_batched_tokens": most, "enable_prefix_caching": False}
     with LLM("", tensor_parallel_size=ranks, dtype=dtype, device="cpu", **room, **batch) as llm:
-        rounds = [[_generate(llm, rows) for rows in ROWS] for _ in range(1 + ROUNDS)][1:]
-        runs = [Run(rows, min(f for f, _ in each), min(s for _, s in each)) for rows, *each in zip(ROWS, *rounds, strict=True)]
-        return Steps(llm.spec, PROMPT, TOKENS, runs)
+        rounds = [[_generate(llm, rows, prompt) for rows, prompt in BATCHES] for _ in range(1 + ROUNDS)][1:]
+        best = [(min(f for f, _ in each), min(s for _, s in each)) for each in zip(*rounds, strict=True)]
+        return Steps(llm.spec, TOKENS, [Run(*batch, *seconds) for batch, seconds in zip(BATCHES, best, strict=True)])
 
 
-def _generate(llm: LLM, rows: int) -> tuple[float, float]:
+def _generate(llm: LLM, rows: int, prompt: int) -> tuple[float, float]:
     """(seconds to the first tokens of `rows` prompts at once, median seconds of a step after them)."""
     from lockstep.protocol import SamplingParams
 
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=0.0, detokenize=False)
-    prompts = [{"prompt_token_ids": [(7 * i + j) % llm.spec.vocab_size for j in range(PROMPT)]} for i in range(rows)]
+    prompts = [{"prompt_token_ids": [(7 * i + j) % llm.spec.vocab_size for j in range(prompt)]} for i in range(rows)]
     stamps: list[float] = []
     began = time.perf_counter()
     for number, _ in enumerate(llm.stream(prompts, params), 1):
@@ -158,7 +160,8 @@ def table(found: Calibration) -> str:
     for mode in found.modes:
         busy = f", {mode.busy} at work" if mode.busy != mode.ranks else ""
         lines += ["", f"{mode.ranks} rank(s) of {mode.threads} thread(s){busy}: a rank reads {mode.bandwidth / 1e9:.1f} GB/s"]
-        lines += [f"  step {_line(mode.step)} a request, {mode.prompt_token_s * 1e6:.2f} us a prompt token", _products(mode)]
+        engine = f"{_line(mode.step)} a request, {mode.prompt_s * 1e6:.0f} us a prompt, {mode.prompt_token_s * 1e6:.2f} us a token of it"
+        lines += [f"  step {engine}", _products(mode)]
         for kind, (constants, samples) in mode.tried.items():
             kept = "samples kept" if kind in mode.samples else "constants alone"
             lines.append(f"  {kind}: held-out error {constants:.1%} by constants, {samples:.1%} by other samples too; {kept}")

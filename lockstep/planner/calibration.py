@@ -15,7 +15,7 @@ from lockstep.planner.entry import to_entry
 from lockstep.planner.hardware import DecodeFit, Device, ErrorBand, Link, PrefillFit, Roofline
 from lockstep.utils import env
 
-FORMAT = 2
+FORMAT = 3
 MEASURED = ErrorBand(operation=0.10, tpot=0.15, ttft=0.15)  # on the machine that was measured, see docs/planner_cpu.md
 
 
@@ -72,7 +72,8 @@ class Mode(msgspec.Struct, frozen=True, eq=False):  # compared and hashed by ide
     combine: Line = Line()  # tokens x hidden: what summing over the ranks adds to a row-parallel product
     exchange: Line = Line()  # rows x vocabulary: what the exchange of the best tokens adds
     step: Line = Line()  # rows: what the engine, the executor and the worker add to each step
-    prompt_token_s: float = 0.0  # what they add for each token of a prompt
+    prompt_s: float = 0.0  # what they add for each prompt that begins
+    prompt_token_s: float = 0.0  # and for each of its tokens
     hop: Line = Line()  # bytes: from one pipeline stage to the next
     samples: dict[str, list[list[float]]] = {}  # by kind, as in `cpu_tables.py`: where they predict each other better than the constants
     tried: dict[str, tuple[float, float]] = {}  # by kind: mean errors on held-out samples, of the constants and of the other samples

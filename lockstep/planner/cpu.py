@@ -2,7 +2,7 @@
 
 A stage's step is
 
-    step(rows) + prompt tokens
+    step(rows), on the first + prompts + prompt tokens
     + embedding on the first, + angles + norm
     + layers x (qkv + rope + attention + out + gate and up + down)
     + head and choice on the last
@@ -89,7 +89,7 @@ class CpuModel:
         q, kv = heads.q.size * shape.head_dim, heads.kv.size * shape.head_dim
         columns = shard(shape.intermediate_size, tp, 0).size
         combine = mode.combine.at(tokens * hidden) if tp > 1 else 0.0
-        yield OpTime("engine, executor and worker", mode.step.at(len(queries)) + mode.prompt_token_s * (tokens - len(queries)))
+        yield OpTime("engine, executor and worker", mode.step.at(len(queries)) + (self._prompts_s(queries, contexts) if first else 0.0))
         if first:
             yield OpTime("embedding", mode.embed.at(tokens * hidden) + combine)
         yield OpTime("angles and first norm", mode.angles.at(tokens * shape.head_dim) + mode.norm.at(tokens * hidden))
@@ -109,6 +109,11 @@ class CpuModel:
             rows = vocab_shard(shape.vocab_size, tp, 0).size
             yield self._product("head", sampled, rows, hidden, stage, count=1, gated=False, row=False)
             yield OpTime("choice", mode.choose.at(sampled * rows) + (mode.exchange.at(sampled * rows) if tp > 1 else 0.0))
+
+    def _prompts_s(self, queries: Sequence[int], contexts: Sequence[int]) -> float:
+        """What the engine does for the prompts of a step, once however many stages there are."""
+        begun = sum(n == c > 1 for n, c in zip(queries, contexts, strict=True))
+        return self.mode.prompt_s * begun + self.mode.prompt_token_s * (sum(queries) - len(queries))
 
     def _product(self, name: str, rows: int, n: int, k: int, stage: int, *, count: int, gated: bool, row: bool) -> OpTime:
         narrow = self.weight_dtype == "int8" and name != "head"

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import msgspec
 
@@ -32,7 +31,7 @@ from lockstep.simulation.measure import DECODE, MODELS, PREFILL, Answer
 
 TINY = measure.model(128, 384, 2, 4, 2, 32, 1024)
 MOST_ROWS, MOST_TOKENS = 32, 2048  # of a step that is asked for
-STEP_OPERATIONS_S = 1.0
+STEP_OPERATIONS_S = 1.5
 PASSES = 2
 SHARES = (0.1, 0.15, 0.25, 0.5)  # of the time, for each of the models
 Say = Callable[[str], None]
@@ -41,19 +40,19 @@ Bandwidth = Callable[[int], float]  # threads -> bytes/s of all together
 
 @dataclass(frozen=True)
 class Run:
-    """`rows` prompts at once through the whole engine: seconds to their first tokens, and of a step after them."""
+    """`rows` prompts of `prompt` tokens at once through the whole engine: seconds to their first tokens, and of a step after them."""
 
     rows: int
+    prompt: int
     first_s: float
     step_s: float
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Runs of a model: prompts of `prompt` tokens, answers of `tokens`."""
+    """Runs of a model, with answers of `tokens`."""
 
     spec: ModelSpec
-    prompt: int
     tokens: int
     runs: list[Run]
 
@@ -89,7 +88,7 @@ def machine_modes(
         if ranks > 1:
             single = measure.mode_of(lone, ranks=ranks, busy=1, threads=threads, bandwidth=bandwidth(threads), cache_bytes=cache_bytes)
             found.append(msgspec.structs.replace(single, combine=mode.combine, exchange=mode.exchange, step=mode.step,
-                                                 prompt_token_s=mode.prompt_token_s))  # fmt: skip
+                                                 prompt_s=mode.prompt_s, prompt_token_s=mode.prompt_token_s))  # fmt: skip
     say(f"operations and steps took {time.monotonic() - begun:.0f} s")
     return found
 
@@ -134,20 +133,19 @@ def _nowhere() -> Iterator[None]:
 
 
 def with_steps(mode: Mode, executor: Executor, measured: Steps) -> Mode:
-    """The mode, and what a step of the whole engine costs beyond its operations: by requests, and by tokens of prompts."""
-    rows = [each.rows for each in measured.runs]
-    cases = [(n, 1, measured.prompt + measured.tokens // 2) for n in rows] + [(n, measured.prompt, measured.prompt) for n in rows]
+    """The mode, and what a step of the whole engine costs beyond its operations: by requests, by prompts, and by tokens of prompts."""
+    runs = measured.runs
+    cases = [(run.rows, 1, run.prompt + measured.tokens // 2) for run in runs] + [(run.rows, run.prompt, run.prompt) for run in runs]
     answer = measure.joined(
         [measure.ask(executor, measured.spec, cases, STEP_OPERATIONS_S, tp=mode.ranks, alone=False) for _ in range(PASSES)]
     )
     used = [measure.step_of(answer, times) for times in answer.times]
-    step = rates_fit.line((float(run.rows), max(run.step_s - s, 1e-6)) for run, s in zip(measured.runs, used, strict=False))
-    beyond = [
-        max(run.first_s - s - step.at(run.rows), 0.0) / (run.rows * (measured.prompt - 1))
-        for run, s in zip(measured.runs, used[len(rows) :], strict=True)
-        if s > 0
-    ]
-    return msgspec.structs.replace(mode, step=step, prompt_token_s=median(beyond) if beyond else 0.0)
+    step = rates_fit.line((float(run.rows), max(run.step_s - s, 1e-6)) for run, s in zip(runs, used, strict=False))
+    found = [(run, run.first_s - s - step.at(run.rows)) for run, s in zip(runs, used[len(runs) :], strict=True) if s > 0]
+    features = [(float(run.rows), float(run.rows * (run.prompt - 1))) for run, _ in found]
+    beyond, whole = [left for _, left in found], [run.first_s for run, _ in found]
+    prompt_s, token_s = rates_fit.fit(features, beyond, of=whole) if found else (0.0, 0.0)
+    return msgspec.structs.replace(mode, step=step, prompt_s=prompt_s, prompt_token_s=token_s)
 
 
 def with_messages(mode: Mode, all_reduce: Sequence[tuple[int, float]], send_recv: Sequence[tuple[int, float]], itemsize: int) -> Mode:

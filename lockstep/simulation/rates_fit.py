@@ -13,17 +13,18 @@ F64 = npt.NDArray[np.float64]
 ROUNDS = 400  # of coordinate descent; the columns are few and scaled
 
 
-def fit(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+def fit(features: Sequence[Sequence[float]], seconds: Sequence[float], of: Sequence[float] | None = None) -> list[float]:
     """w >= 0 that makes sum(((x w - t) / t) ** 2) small: coordinate descent on the normal equations (Lawson and Hanson's problem).
 
-    Columns may differ by any scale; one that is all zero gets 0.
+    Columns may differ by any scale; one that is all zero gets 0. of: what errors are relative to, where t is a part of that.
     """
-    t = np.asarray(seconds, np.float64)
-    x: F64 = np.asarray(features, np.float64) / t[:, None]
+    whole = np.asarray(seconds if of is None else of, np.float64)
+    target = np.asarray(seconds, np.float64) / whole
+    x: F64 = np.asarray(features, np.float64) / whole[:, None]
     scale = np.linalg.norm(x, axis=0)
     scale[scale == 0] = 1.0
     x = x / scale
-    gram, right = x.T @ x, x.T @ np.ones(len(t))
+    gram, right = x.T @ x, x.T @ target
     w = np.zeros(x.shape[1])
     for _ in range(ROUNDS):
         for j in range(len(w)):

@@ -34,7 +34,7 @@ def operation_seconds(
     spec: dict[str, Any], cases: Sequence[Case], seconds: float, *, groups: ParallelGroups, dtype: torch.dtype, block_size: int,
     quantization: str | None = None, meeting: GroupCoordinator | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """For each case the median seconds of one operation of each kind, and "head" (logits and the choice of a token).
+    """For each case the typical seconds of one operation of each kind, and "head" (logits and the choice of a token).
 
     seconds: about how long all cases may take; one for which there is no time any more is empty. Small cases should come first.
     meeting: the ranks that measure at the same time, case by case; by default those of the TP group.
@@ -89,7 +89,7 @@ class Rehearsal:
         if (runs := int(min(MOST_RUNS, seconds / once - 1))) > 0:
             self.meeting.barrier()  # what others read from memory meanwhile is part of the answer
             took = [self._once(ids, batch, rows) for _ in range(runs)]
-        return {kind: median(one[kind] for one in took) for kind in took[0]}, once * (1 + max(runs, 0))
+        return {kind: _typical([one[kind] for one in took], tokens) for kind in took[0]}, once * (1 + max(runs, 0))
 
     def _slowest(self, seconds: float) -> float:
         """The longest of the ranks' times: all must come to the same number of runs."""
@@ -109,3 +109,8 @@ class Rehearsal:
             kinds[_LAYER.sub("", name).partition(".")[0]].append(stop - start)
         found = {kind: sum(values) / len(values) for kind, values in kinds.items()}
         return found | {"head": ended - middle}
+
+
+def _typical(seconds: list[float], tokens: int) -> float:
+    """The median for single tokens, which wait for memory; of prompts the lower quartile: computing is only ever slowed."""
+    return median(seconds) if tokens == 1 else sorted(seconds)[len(seconds) // 4]
