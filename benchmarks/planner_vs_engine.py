@@ -143,7 +143,7 @@ def predict(llm: LLM, setting: Setting, found: Calibration, scale: float) -> dic
     layout = Layout(tp=setting.tp, pp=setting.pp, dp=setting.dp)
     busy = min(setting.batch, setting.pp * setting.dp) * setting.tp
     model = CpuModel(found, from_spec(llm.spec, setting.model), layout, bandwidth_scale=scale, alone=busy == setting.tp)
-    limits = limits_of(llm.config, llm.spec, llm._client.memory, serving=setting.dp > 1)  # replicas are as a server's
+    limits = limits_of(llm.config, llm.spec, llm._client.memory)
     report = simulate(
         lambda clock: Scheduler(limits, prefix_caching=False, stages=setting.pp, clock=clock),
         CalibratedCost(model),

@@ -15,9 +15,6 @@ MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.9}  # of free memory on CPU, of the device
 MIN_BUDGET = 512
 MAX_BUDGET = {"cpu": 2048, "cuda": 8192}
 MAX_SEQS = 256
-# Tokens of prompts in a step of a server from which on it computes no faster: another prompt there would only keep the first one
-# waiting. CPU: 512 to 4,096 tokens of llama-0.5b were equally fast. Elsewhere the budget is the bound.
-ENOUGH_PROMPT_TOKENS = {"cpu": 512}
 ACTIVATION_SHARE = 1 / 16  # of a rank's memory, that the activations of one step may take
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -19,7 +19,6 @@ class Limits:
     vocab_size: int
     num_blocks: int
     block_size: int
-    enough_prompt_tokens: int = 0  # of prompts in one step, with which no other prompt begins there; 0: as many as there is room for
     chunked_prefill: bool = True
     by_priority: bool = False
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from lockstep.config.defaults import ENOUGH_PROMPT_TOKENS, default_token_budget
+from lockstep.config.defaults import default_token_budget
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.engine.admission import Limits, check_request
@@ -49,14 +49,14 @@ class EngineCore:
     ) -> None:
         """just_in_time: for a caller that hears of requests while steps run, between its calls of `step`. The next step is then
         planned when the one that runs is about to end, not at once, so that a request need not wait for two. (In a pipeline,
-        where every stage has a step, there is no such moment.) And a step has no more prompts than the device needs to be fast.
+        where every stage has a step, there is no such moment.)
         """
         self.memory, self.config = size_engine(config, spec, executor)
         self.executor = executor
         self.failure: ExecutorError | None = None
         executor.initialize_kv_cache(self.memory.num_blocks)
         self.scheduler = Scheduler(
-            limits_of(self.config, spec, self.memory, serving=just_in_time),
+            limits_of(self.config, spec, self.memory),
             prefix_caching=config.cache.enable_prefix_caching,
             hash_seed=config.model.seed,
             stages=config.parallel.pipeline_parallel_size,
@@ -286,8 +286,8 @@ def size_engine(config: EngineConfig, spec: ModelSpec, executor: Executor) -> tu
     )
 
 
-def limits_of(config: EngineConfig, spec: ModelSpec, memory: MemoryPlan, *, serving: bool = False) -> Limits:
-    """The scheduler's numbers, from a configuration without Nones. serving: a first token soon is worth more than few steps."""
+def limits_of(config: EngineConfig, spec: ModelSpec, memory: MemoryPlan) -> Limits:
+    """The scheduler's numbers, from a configuration without Nones."""
     scheduler = config.scheduler
     assert scheduler.max_num_seqs and scheduler.max_num_batched_tokens and config.model.max_model_len
     return Limits(
@@ -297,7 +297,6 @@ def limits_of(config: EngineConfig, spec: ModelSpec, memory: MemoryPlan, *, serv
         vocab_size=spec.vocab_size,
         num_blocks=memory.num_blocks,
         block_size=config.cache.block_size,
-        enough_prompt_tokens=ENOUGH_PROMPT_TOKENS.get(config.runtime.device, 0) if serving else 0,
         chunked_prefill=scheduler.enable_chunked_prefill,
         by_priority=scheduler.scheduling_policy == "priority",
     )

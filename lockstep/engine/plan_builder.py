@@ -20,23 +20,10 @@ class ScheduledStep:
 class PlanBuilder:
     """Collects the rows of one step under its token budget."""
 
-    __slots__ = (
-        "arrived",
-        "budget",
-        "new",
-        "new_blocks",
-        "num_computed",
-        "num_tokens",
-        "prompt_tokens",
-        "rows",
-        "sampled",
-        "samples",
-        "slots",
-    )
+    __slots__ = ("arrived", "budget", "new", "new_blocks", "num_computed", "num_tokens", "rows", "sampled", "samples", "slots")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # tokens left
-        self.prompt_tokens = 0  # of rows with more than one token
         self.rows: list[Request] = []
         self.sampled: list[Request] = []
         self.slots: list[int] = []
@@ -51,7 +38,6 @@ class PlanBuilder:
         """Let the step compute the request up to token `end`; if it samples (or pools), a placeholder token is in flight from now on."""
         start = request.num_computed
         self.budget -= end - start
-        self.prompt_tokens += end - start if end - start > 1 else 0
         self.rows.append(request)
         self.slots.append(request.slot)
         self.num_computed.append(start)

@@ -7,8 +7,7 @@ decoding request is one token behind, a new one its whole prompt, a preempted on
 One `schedule` call:
   1. running requests in order, each as many tokens as it is behind and the budget allows; when blocks run out, the last
      running request is preempted: it loses its blocks and waits again, to recompute them later;
-  2. if nobody was preempted, waiting requests in order, while slots, budget and blocks last, and until the step has prompts enough
-     (`Limits.enough_prompt_tokens`): where a device computes no faster with more, they would only wait for each other.
+  2. if nobody was preempted, waiting requests in order, while slots, budget and blocks last.
 `schedule` may be called again before the results of earlier plans have arrived. Each such step in flight has left a
 placeholder token on every request that sampled in it, so lengths are known ahead though tokens are not.
 
@@ -183,8 +182,6 @@ class Scheduler:
         """Step 2, up to `rows` rows that sample. Stops at the first that must wait for memory, so that none is overtaken for ever."""
         at = 0
         while at < len(self.waiting) and self._free_slots and plan.budget > 0 and len(plan.sampled) < rows:
-            if 0 < self.limits.enough_prompt_tokens <= plan.prompt_tokens:
-                break
             request = self.waiting.items[at]
             if request.in_flight:
                 break  # preempted while its token was in flight: its length is not known to be final yet

@@ -11,7 +11,6 @@ and a request sees the prompts of the B - 1 others. At a rate the formulas are t
 
 from __future__ import annotations
 
-from lockstep.config.defaults import ENOUGH_PROMPT_TOKENS
 from lockstep.planner.layer import Work
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Replica, Serving, Workload
@@ -25,9 +24,7 @@ class ClosedReplica(Replica):
 
     def __init__(self, pricer: Pricer, layout: Layout, work: Workload, chunk: int, serving: Serving) -> None:
         super().__init__(pricer, layout, work, chunk, serving)
-        enough = -(-ENOUGH_PROMPT_TOKENS["cpu"] // self.prompt.tokens)
-        self.together = min(self.together, enough)
-        self.most_chunks = max(1.0, min(chunk / self.prompt.tokens, enough))  # of a step
+        self.most_chunks = max(1.0, chunk / self.prompt.tokens)  # of a step
         self._chunks: dict[int, float] = {}  # of a step, by requests at once
 
     def with_serving(self, serving: Serving) -> Replica:

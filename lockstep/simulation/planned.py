@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.config.defaults import ENOUGH_PROMPT_TOKENS
 from lockstep.config.errors import ConfigError
 from lockstep.engine.admission import Limits
 from lockstep.engine.scheduler import Scheduler
@@ -197,7 +196,6 @@ def simulate_plan(plan: Plan, pricer: Pricer) -> Simulated:
         max_num_batched_tokens=plan.limits.max_num_batched_tokens,
         max_model_len=plan.limits.max_model_len,
         vocab_size=pricer.setting.shape.vocab_size,
-        enough_prompt_tokens=ENOUGH_PROMPT_TOKENS["cpu"] if isinstance(pricer, HostPricer) else 0,
     )
     report = simulate(
         lambda clock: Scheduler(limits, prefix_caching=False, stages=layout.pp, clock=clock),

@@ -112,28 +112,6 @@ def test_a_prompt_gets_on_by_a_token_even_where_more_run_than_the_budget_holds()
     assert s.schedule().plan.num_tokens == [1]
 
 
-def test_a_step_with_prompts_enough_takes_no_other_one():
-    s = scheduler(budget=64, enough_prompt_tokens=16)
-    add(s, request("a", 6), request("b", 6, first=20), request("c", 12, first=40), request("d", 3, first=60))
-    first = s.schedule()
-    assert first is not None and names(first) == ["a", "b", "c"] and first.plan.num_tokens == [6, 6, 12], "none is cut for it"
-    finish(s, first)
-    second = s.schedule()
-    assert second is not None and names(second) == ["a", "b", "c", "d"]
-
-
-def test_a_prompt_that_goes_on_is_prompt_enough():
-    s = scheduler(budget=20, enough_prompt_tokens=8)
-    add(s, request("a", 38), request("b", 4, first=50))
-    steps = []
-    for _ in range(3):
-        step = s.schedule()
-        assert step is not None
-        steps.append(names(step))
-        finish(s, step)
-    assert steps == [["a"], ["a"], ["a", "b"]]
-
-
 def test_without_chunking_a_prompt_waits_until_it_fits_the_step_whole():
     s = scheduler(budget=8, chunked_prefill=False)
     add(s, request("a", 6), request("b", 6, first=30))
