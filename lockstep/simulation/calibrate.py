@@ -140,7 +140,8 @@ def with_steps(mode: Mode, executor: Executor, measured: Steps) -> Mode:
         [measure.ask(executor, measured.spec, cases, STEP_OPERATIONS_S, tp=mode.ranks, alone=False) for _ in range(PASSES)]
     )
     used = [measure.step_of(answer, times) for times in answer.times]
-    step = rates_fit.line((float(run.rows), max(run.step_s - s, 1e-6)) for run, s in zip(runs, used, strict=False))
+    steps = [(float(run.rows), run.step_s - s, run.step_s) for run, s in zip(runs, used, strict=False)]
+    step = Line(*rates_fit.fit([(1.0, rows) for rows, _, _ in steps], [left for _, left, _ in steps], of=[whole for *_, whole in steps]))
     found = [(run, run.first_s - s - step.at(run.rows)) for run, s in zip(runs, used[len(runs) :], strict=True) if s > 0]
     features = [(float(run.rows), float(run.rows * (run.prompt - 1))) for run, _ in found]
     beyond, whole = [left for _, left in found], [run.first_s for run, _ in found]
