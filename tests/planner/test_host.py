@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
@@ -18,7 +18,7 @@ from lockstep.config.serve import ServeOptions
 from lockstep.config.validate import check_values
 from lockstep.planner import calibration, cpu_memory, plan
 from lockstep.planner.answer import ENGINE_ONLY, SCHEDULED, Plan, pricer_of, search_of
-from lockstep.planner.calibration import AttentionRates, Calibration, Line, Mode, ProductRates
+from lockstep.planner.calibration import MEASURED, AttentionRates, Calibration, Line, Mode, ProductRates
 from lockstep.planner.catalogue import cluster
 from lockstep.planner.cpu import CpuModel
 from lockstep.planner.hardware import ZERO_CALIBRATION, make_cluster
@@ -123,7 +123,7 @@ def test_what_was_not_measured_is_priced_as_any_device(tmp_path: Path):
 def test_an_answer_that_is_not_of_the_machine_s_steps_is_not_calibrated(tmp_path: Path):
     where = cluster(entry(tmp_path, mode(1), mode(2)))
     own = plan(SHAPE, where, input_len=64, output_len=32, ttft=100)
-    assert own.calibrated and own.band == {"operation": 0.10, "tpot": 0.15, "ttft": 0.15} and own.promises[0].error == 0.15
+    assert own.calibrated and own.band == asdict(MEASURED) and own.promises[0].error == MEASURED.ttft
     assert ENGINE_ONLY in own.notes, "the printed command serves over HTTP"
     for other in (
         plan(SHAPE, make_cluster(where.device, 2, 1), input_len=64, output_len=32, ttft=100),
@@ -178,7 +178,7 @@ def test_the_answer_and_the_scheduler_agree_over_lengths(layout: Layout, tmp_pat
     for input_len, output_len in LENGTHS:
         found = plan(SHAPE, where, input_len=input_len, output_len=output_len, fixed={"tp": layout.tp, "pp": 1, "dp": 1})
         ttft, tpot, said_ttft, said_tpot = simulated(found, where)
-        assert (said_ttft, said_tpot) == (0.15, 0.15) and SCHEDULED not in found.notes
+        assert (said_ttft, said_tpot) == (MEASURED.ttft, MEASURED.tpot) and SCHEDULED not in found.notes
         assert max(ttft, tpot) < 0.35, (input_len, output_len, found.point)  # a few clients fall into step with each other
         errors += [ttft, tpot]
     assert mean(errors) < 0.12
@@ -191,7 +191,7 @@ def test_short_answers_at_a_rate_say_that_they_are_rough(output_len: int, rough:
     found = plan(SHAPE, where, input_len=100, output_len=output_len, fixed=alone, rate=most / 2)
     ttft, tpot, said_ttft, said_tpot = simulated(found, where)
     assert ttft < said_ttft and tpot < said_tpot
-    assert (said_tpot == 0.15) is not rough and (SCHEDULED in found.notes) is rough
+    assert (said_tpot == MEASURED.tpot) is not rough and (SCHEDULED in found.notes) is rough
 
 
 def test_stages_say_that_they_are_rough(tmp_path: Path):
@@ -199,7 +199,7 @@ def test_stages_say_that_they_are_rough(tmp_path: Path):
     for input_len, output_len in ((32, 4), (256, 16)):
         found = plan(SHAPE, where, input_len=input_len, output_len=output_len, fixed={"tp": 1, "pp": 2, "dp": 1})
         ttft, tpot, said_ttft, said_tpot = simulated(found, where)
-        assert ttft < said_ttft and tpot < said_tpot and said_tpot > 0.15 and SCHEDULED in found.notes
+        assert ttft < said_ttft and tpot < said_tpot and said_tpot > MEASURED.tpot and SCHEDULED in found.notes
 
 
 def test_waiting_clients_are_not_in_steps(tmp_path: Path):
