@@ -19,7 +19,7 @@ from lockstep.engine.stats import EngineReport, EngineStats, StepTotals
 from lockstep.protocol import RankLive
 
 SLOW_RATIO, SLOW_S = 1.25, 0.001  # of its peers' own work per step, and by at least so much
-JUDGED_STEPS = 10  # fewer say little: the first ones after a load, or one that the machine held up
+JUDGED_STEPS = 8  # fewer say little: the first ones after a load, or one that the machine held up
 RECENT_S = 5.0  # who is slow is told of work no older than this
 GAUGES = ("running", "waiting", "steps_in_flight", "kv_blocks", "kv_blocks_used")
 

@@ -47,7 +47,8 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./missing", "/no/such/folder", "a/b/c", "../x", "~/nothing-here"])
-def test_a_path_that_is_not_there_is_never_asked_of_the_hub(name: str) -> None:
+def test_a_path_that_is_not_there_is_never_asked_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
         source.find_folder(name)
 

@@ -141,7 +141,7 @@ def test_one_report_makes_nobody_slow() -> None:
 
 def test_a_few_steps_make_nobody_slow_and_are_not_forgotten() -> None:
     live = book()
-    assert [heard(live, steps, True)[1] for steps in (1, 4, 7, 10, 13, 16, 19, 22, 25, 28)] == [False] * 8 + [True] * 2
+    assert [heard(live, steps, True)[1] for steps in (1, 4, 7, 10, 13, 16, 19, 22, 25, 28)] == [False] * 6 + [True] * 4
 
 
 def test_a_rank_that_was_slow_in_a_former_life_is_asked_anew() -> None:
