@@ -39,6 +39,21 @@ def row(result: dict[str, Any]) -> str:
     return f"| {result['engine']} | {result['metric']} | {result['value']:g} {result['unit']}{more} | {spread} | {shape} |"
 
 
+SETTINGS = {"round", "tp", "dp", "concurrency", "streams", "phases", "output_tokens", "failed", "other_cores"}  # of a load, not found by it
+
+
+def wide(result: dict[str, Any]) -> list[str]:
+    """The rows of a result that has many figures by name, some of them with percentiles."""
+    who, found = result.get("engine", "lockstep"), []
+    shape = " ".join(f"{k}={result[k]}" for k in ("model", "tp", "concurrency", "streams", "round") if k in result)
+    for name, value in result.items():
+        several = {f"{name} {part}": each for part, each in value.items()} if isinstance(value, dict) else {name: value}
+        for label, each in several.items() if name not in SETTINGS | {"machine"} else ():
+            if isinstance(each, int | float):
+                found.append(f"| {who} | {result['metric']}: {label} | {each:g} | | {shape} |")
+    return found
+
+
 def page() -> str:
     """The whole page."""
     parts, last = [HEAD], ""
@@ -49,7 +64,7 @@ def page() -> str:
             parts.append(f"\n## {name}\n\n{where}\n\n    {result['command']}\n")
             parts.append("| engine | metric | median | min - max | what |\n|---|---|---|---|---|")
             last = name
-        parts.append(row(result))
+        parts += [row(result)] if "value" in result else wide(result)
     return "\n".join(parts) + "\n"
 
 
