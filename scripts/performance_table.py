@@ -18,10 +18,10 @@ in turn; machines differ, and so does one machine from hour to hour.
 """
 
 
-def results() -> list[tuple[str, dict[str, Any]]]:
-    """(file name, result) for every line of every result file, in order."""
+def results() -> list[tuple[str, list[dict[str, Any]]]]:
+    """(file name, result of every line) for every result file, in order."""
     files = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
-    return [(f.stem, json.loads(line)) for f in files for line in f.read_text().splitlines() if line.strip()]
+    return [(f.stem, [json.loads(line) for line in f.read_text().splitlines() if line.strip()]) for f in files]
 
 
 def row(result: dict[str, Any]) -> str:
@@ -39,13 +39,25 @@ def row(result: dict[str, Any]) -> str:
     return f"| {result['engine']} | {result['metric']} | {result['value']:g} {result['unit']}{more} | {spread} | {shape} |"
 
 
-SETTINGS = {"round", "tp", "dp", "concurrency", "streams", "phases", "output_tokens", "failed", "other_cores"}  # of a load, not found by it
+# of a load, not found by it
+SETTINGS = {"round", "tp", "dp", "concurrency", "streams", "phases", "seconds", "output_tokens", "failed", "other_cores"}
 
 
-def wide(result: dict[str, Any]) -> list[str]:
-    """The rows of a result that has many figures by name, some of them with percentiles."""
+def shape_of(result: dict[str, Any]) -> str:
+    """Of what load the many figures of a result are."""
+    return " ".join(f"{k}={result[k]}" for k in ("model", "tp", "concurrency", "streams", "round") if k in result)
+
+
+def runs(found: list[dict[str, Any]]) -> list[int]:
+    """Which of those that cannot be told apart each result with many figures is, from 1 on; 0 where it is the only one."""
+    keys = [(r.get("engine"), r["metric"], shape_of(r)) if "value" not in r else None for r in found]
+    return [keys[: i + 1].count(key) if key and keys.count(key) > 1 else 0 for i, key in enumerate(keys)]
+
+
+def wide(result: dict[str, Any], run: int) -> list[str]:
+    """The rows of a result that has many figures by name, some of them with percentiles. run: its number among several alike, or 0."""
     who, found = result.get("engine", "lockstep"), []
-    shape = " ".join(f"{k}={result[k]}" for k in ("model", "tp", "concurrency", "streams", "round") if k in result)
+    shape = shape_of(result) + (f" run={run}" if run else "")
     for name, value in result.items():
         several = {f"{name} {part}": each for part, each in value.items()} if isinstance(value, dict) else {name: value}
         for label, each in several.items() if name not in SETTINGS | {"machine"} else ():
@@ -56,15 +68,14 @@ def wide(result: dict[str, Any]) -> list[str]:
 
 def page() -> str:
     """The whole page."""
-    parts, last = [HEAD], ""
-    for name, result in results():
-        if name != last:
-            machine = result["machine"]
-            where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}"
-            parts.append(f"\n## {name}\n\n{where}\n\n    {result['command']}\n")
-            parts.append("| engine | metric | median | min - max | what |\n|---|---|---|---|---|")
-            last = name
-        parts += [row(result)] if "value" in result else wide(result)
+    parts = [HEAD]
+    for name, found in results():
+        machine = found[0]["machine"]
+        where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}"
+        parts.append(f"\n## {name}\n\n{where}\n\n    {found[0]['command']}\n")
+        parts.append("| engine | metric | median | min - max | what |\n|---|---|---|---|---|")
+        for result, run in zip(found, runs(found), strict=True):
+            parts += [row(result)] if "value" in result else wide(result, run)
     return "\n".join(parts) + "\n"
 
 
