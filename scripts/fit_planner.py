@@ -256,11 +256,19 @@ def files() -> dict[Path, bytes]:
     return {SHIPPED: (json.dumps(found, indent=1) + "\n").encode(), **{samples.FOLDER / name: data for data, name in names.items()}}
 
 
+def is_shipped(path: Path, data: bytes) -> bool:
+    """Whether a file says what `data` says. Packed ones are compared by their rows: another build of zlib packs these otherwise."""
+    if not path.exists():
+        return False
+    there = path.read_bytes()
+    return samples.unpacked(there) == samples.unpacked(data) if path.suffix == ".gz" else there == data
+
+
 def main() -> int:
     """Write the files; with --check, only say whether they are what the tables give (exit 1 when not)."""
     made = files()
     if "--check" in sys.argv:
-        return 0 if all(path.exists() and path.read_bytes() == data for path, data in made.items()) else 1
+        return 0 if all(is_shipped(path, data) for path, data in made.items()) else 1
     samples.FOLDER.mkdir(exist_ok=True)
     for path, data in made.items():
         path.write_bytes(data)

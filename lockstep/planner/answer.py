@@ -120,8 +120,9 @@ class Plan:
 
     @property
     def by_samples(self) -> float:
-        """The share of their time that measured samples priced."""
-        return sum(term.table_s for term in self.operations) / total_s(self.operations)
+        """The share of their time that measured samples priced; 0 where none of them says how far off it is."""
+        known = self.operations
+        return sum(term.table_s for term in known) / total_s(known) if known else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data; TPOT is null where an answer is one token. Each term says by which method it was priced."""

@@ -78,9 +78,17 @@ def _tokens(name: str, value: Any) -> None:
 
 
 def _number(value: Any) -> bool:
-    """Whether it is a finite number; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number that a float can hold; True and False are none."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else repr(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return repr(value)
+    try:
+        return f"{value:g}"
+    except OverflowError:  # a whole number with more digits than anybody wants to see
+        return f"{'-' * (value < 0)}1e+{math.log10(abs(value)):.0f}"

@@ -83,7 +83,7 @@ def from_entry(entry: Mapping[str, Any], lookup: Callable[[str], Device]) -> Dev
     )
     like = entry.get("like", LIKE)
     try:
-        band = ErrorBand(**entry["band"]) if "band" in entry else ZERO_CALIBRATION
+        band = _band(where, entry["band"]) if "band" in entry else ZERO_CALIBRATION
         tried = {str(family): Tried(**errors) for family, errors in entry.get("tried", {}).items()}
         whole = _with_fits(replace(_borrow(bare, lookup(like)) if like and like != name else bare, band=band), entry.get("fits", {}))
     except (TypeError, AttributeError, KeyError) as error:
@@ -112,6 +112,12 @@ def _still(base: Device, changed: Device) -> Device:
     if base.calibrated and not changed.calibrated:
         return replace(changed, like=base.name, borrowed=tuple(KERNELS.values()))
     return replace(changed, like=base.like if base.borrowed else base.name, borrowed=base.borrowed)
+
+
+def _band(where: str, raw: Any) -> ErrorBand:
+    """Expected errors, each more than none: a price without one is taken for what nobody knows the error of."""
+    found = quantity.mapping(where, "band", raw, "operation: 0.2, tpot: 0.3, ttft: 0.5")
+    return ErrorBand(**{key: quantity.read(where, f"band {key}", value, quantity.SHARE) for key, value in found.items()})
 
 
 def _price(where: str, value: Any) -> float | None:

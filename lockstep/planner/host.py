@@ -36,7 +36,7 @@ FORMULAS = {
     "down": PRODUCT + " + finish n",
     "head": PRODUCT,
     "attention": "base + bytes of keys and values + pairs x head width x heads",
-    "engine, executor and worker": "base + per request + per prompt token",
+    "engine, executor and worker": "base + per request + per prompt that begins + per prompt token",
     "sums over the ranks": "base + per value",
 }
 

@@ -32,6 +32,7 @@ BYTES = Rule(0.0, math.inf, "bytes")
 PRICE = Rule(0.0, math.inf, "dollars per hour")
 COUNT = Rule(1, math.inf, "a whole number")
 FACTOR = Rule(1e-3, 1e3, "a factor, as in 0.5")
+SHARE = Rule(0.0, 1.0, "a share, as in 0.2")
 
 
 def read(where: str, key: str, value: Any, rule: Rule) -> float:
@@ -56,7 +57,10 @@ def mapping(where: str, key: str, value: Any, example: str) -> Mapping[str, Any]
 
 def _number(value: Any) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number that no float can hold
+            return math.inf
     found = _RATE.fullmatch(value.strip()) if isinstance(value, str) else None
     if not found or (found[3] and not found[2]):
         return None

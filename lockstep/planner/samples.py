@@ -111,9 +111,14 @@ def rows_of(found: Sequence[Sample]) -> list[list[float]]:
 
 def read(path: Path) -> dict[str, msgspec.Raw]:
     """Rows by family of a packed file."""
-    return msgspec.json.decode(gzip.decompress(path.read_bytes()), type=dict[str, msgspec.Raw])
+    return unpacked(path.read_bytes())
+
+
+def unpacked(data: bytes) -> dict[str, msgspec.Raw]:
+    """Rows by family of what `packed` made, on this machine or on another."""
+    return msgspec.json.decode(gzip.decompress(data), type=dict[str, msgspec.Raw])
 
 
 def packed(rows: Mapping[str, Sequence[Sequence[float]]]) -> bytes:
-    """The file of these rows; the same for the same rows."""
+    """The file of these rows; the same for the same rows, and the same build of zlib."""
     return gzip.compress(msgspec.json.encode(rows), mtime=0)

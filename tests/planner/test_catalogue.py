@@ -177,7 +177,13 @@ def test_a_file_may_say_that_nodes_are_larger(tmp_path):
         ("device: {like: H100, memory_bandwidth: 2.0}\n", r"memory_bandwidth is 2.0: it must be at least 1e\+09; its unit is bytes/s"),
         ("device: {like: H100, capacity_bytes: 80}\n", "capacity_bytes is 80: it must be at least"),
         ("device: {like: H100, flops: {bfloat16: 989}}\n", "flops of bfloat16 is 989: it must be at least"),
-        ("device: {like: H100, band: 3}\n", "band, fits or tried"),
+        ("device: {like: H100, band: 3}\n", "band is 3: write it like {operation: 0.2"),
+        ("device: {like: H100, band: {operation: 0, tpot: 0.3, ttft: 0.5}}\n", "band operation is 0: it must be a number above 0"),
+        (
+            "device: {like: H100, band: {operation: 0.1, tpot: 30, ttft: 0.5}}\n",
+            "band tpot is 30: it must be at most 1; its unit is a share",
+        ),
+        ("device: {like: H100, band: {operation: 0.1}}\n", "band, fits or tried"),
         ("device: {like: H999}\n", "'H999' is not in the catalogue"),
     ],
 )
@@ -204,7 +210,7 @@ def test_units(value, rule, number):
     assert quantity.read("x", "y", value, rule) == pytest.approx(number, rel=1e-12)
 
 
-@pytest.mark.parametrize("value", ["64iB", "1.2.3", "fast", "", None, True, float("nan"), float("inf"), -1, "64GiBs"])
+@pytest.mark.parametrize("value", ["64iB", "1.2.3", "fast", "", None, True, float("nan"), float("inf"), -1, 10**400, "64GiBs"])
 def test_what_is_no_size(value):
     with pytest.raises(ConfigError, match="must be a number above 0"):
         quantity.read("x", "y", value, quantity.CAPACITY)

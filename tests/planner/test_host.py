@@ -73,6 +73,14 @@ def test_it_is_calibrated_and_its_terms_are_the_machine_s_steps(tmp_path: Path):
     assert found.runners and not any("nodes" in runner.reason for runner in found.runners)
 
 
+def test_the_engine_s_own_term_says_all_that_is_in_it(tmp_path: Path):
+    """A prompt that begins, and its tokens, cost the engine something of their own."""
+    pricer = pricer_of(SHAPE, entry(tmp_path, mode(1, prompt_s=1e-3, prompt_token_s=1e-5)))
+    term = next(t for t in pricer.terms(Layout(), Work(False, 64, 0.0, 2)) if t.name == "engine, executor and worker")
+    assert term.seconds == pytest.approx(1e-4 + 2 * 1e-3 + 62 * 1e-5), "each prompt's last token is its request's row"
+    assert term.formula == "base + per request + per prompt that begins + per prompt token"
+
+
 def test_ranks_that_pay_win_and_ranks_that_do_not_lose(tmp_path: Path):
     """Two ranks that are as fast together as one alone add nothing but sums; twice as fast, they carry more."""
     ask = {"input_len": 64, "output_len": 32}

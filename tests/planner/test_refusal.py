@@ -64,6 +64,24 @@ def test_what_python_may_hand_over_is_checked_as_the_command_line_is(ask, words)
     assert words in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "digits", "words"),
+    [
+        ("rate", 400, "rate=1e+400 must be more than 0 and finite"),
+        ("tpot", 400, "tpot=1e+400 must be more than 0 and finite"),
+        ("price", 309, "price=1e+309 must be 0 or more and finite"),
+        ("margin", 5000, "margin=1e+5000 must be at least 0 and below 1"),
+        ("memory_share", 400, "gpu_memory_utilization=1e+400 must be greater than 0 and at most 1"),
+    ],
+)
+def test_numbers_that_no_float_can_hold_are_refused_in_few_digits(name: str, digits: int, words: str):
+    with pytest.raises(ConfigError) as e:
+        plan("llama-3.1-8b", "2x8xH100", **{name: 10**digits})
+    assert words in str(e.value)
+    with pytest.raises(ConfigError, match=f"{words.partition('=')[0]}=-1e\\+{digits} "):
+        plan("llama-3.1-8b", "2x8xH100", **{name: -(10**digits)})
+
+
 def test_a_path_is_a_model_and_nothing_costs_nothing(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(catalogue()["llama-3.1-8b"]["config"]))
     found = plan(tmp_path, "1xH100", price=0)

@@ -11,10 +11,11 @@ from lockstep.config.errors import ConfigError
 from lockstep.planner import catalogue, collectives, families, ops, plan, samples
 from lockstep.planner.entry import from_entry, to_entry
 from lockstep.planner.find import find_model
-from lockstep.planner.hardware import Tried, make_cluster
+from lockstep.planner.hardware import ErrorBand, Tried, make_cluster
 from lockstep.planner.layer import Setting, Work
 from lockstep.planner.layout import Layout
 from lockstep.planner.price import Price
+from lockstep.planner.report import report
 from lockstep.planner.step import Pricer
 from lockstep.planner.tables import Table, rising
 from lockstep.planner.terms import operation_error, total_s
@@ -134,6 +135,13 @@ def test_a_plan_says_how_much_of_it_was_measured():
     data = known.to_json()
     assert {term["method"] for term in data["tpot_terms"]} >= {"table", "formula"} and data["by_samples"] == known.by_samples
     json.dumps(data)
+
+
+def test_where_nobody_knows_an_error_nothing_is_measured():
+    device = replace(catalogue.device_shipped("MI300X"), band=ErrorBand(operation=0.0, tpot=0.3, ttft=0.5))
+    found = plan("llama-3.1-8b", make_cluster(device, 1, 8), input_len=500, output_len=100, fixed={"tp": 2})
+    assert found.operations == [] and found.by_samples == found.band["operation"] == 0.0
+    assert "0% of their time in a token priced by measured samples" in report(found)
 
 
 def test_nothing_is_read_before_a_price_is_asked_for(monkeypatch):
