@@ -147,6 +147,7 @@ class FakeFuture:
 
     def result(self, timeout: float | None = None) -> StepResult:
         if not self._delivered:
+            self._executor.wait(self._plan, timeout)
             self._result = self._executor.deliver(self, self._plan, self._result)
             self._delivered = True
         return self._result
@@ -210,8 +211,11 @@ class FakeExecutor(Executor):
         self._pending.append(future)
         return future
 
+    def wait(self, plan: StepPlan, timeout: float | None) -> None:
+        """A step is waited for. One with a clock lets its time pass, and raises TimeoutError where `timeout` is over before."""
+
     def deliver(self, future: FakeFuture, plan: StepPlan, result: StepResult) -> StepResult:
-        """A step is waited for."""
+        """A step has been waited for."""
         self.check_health()
         if plan.step == self.fail_at_step:
             self.fail(ExecutorError(f"rank 0 died in step {plan.step}", rank=0, phase=f"step {plan.step}", exitcode=-9))

@@ -105,17 +105,14 @@ class Timed(FakeExecutor):
         future = super().execute_model(plan)
         self.ends_s = max(self.ends_s, self.now_s) + self.takes_s
         self.issued_s.append((self.now_s, self.ends_s))
-        deliver, ends_s = future.result, self.ends_s
-
-        def result(timeout: float | None = None):
-            if timeout is not None and self.now_s + timeout < ends_s:
-                self.now_s += timeout + 1e-6
-                raise TimeoutError
-            self.now_s = max(self.now_s, ends_s)
-            return deliver()
-
-        future.result = result
         return future
+
+    def wait(self, plan: StepPlan, timeout: float | None) -> None:
+        _, ends_s = self.issued_s[plan.step]
+        if timeout is not None and self.now_s + timeout < ends_s:
+            self.now_s += timeout + 1e-6
+            raise TimeoutError
+        self.now_s = max(self.now_s, ends_s)
 
 
 def timed(**options) -> tuple[EngineCore, Timed]:

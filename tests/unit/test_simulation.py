@@ -14,7 +14,7 @@ from lockstep.config.tree import CacheConfig, EngineConfig, ModelConfig, Paralle
 from lockstep.engine.admission import Limits
 from lockstep.engine.core import EngineCore, limits_of
 from lockstep.engine.scheduler import Scheduler
-from lockstep.protocol import StepPlan, StepResult
+from lockstep.protocol import StepPlan
 from lockstep.simulation.arrivals import Arrival, as_request, at_once, poisson, trace
 from lockstep.simulation.cost import FunctionCost, StepWork
 from lockstep.simulation.report import Report, quantile
@@ -145,6 +145,7 @@ class TimedExecutor(FakeExecutor):
     def __init__(self, clock: FakeClock, cost: FunctionCost, depth: int) -> None:
         super().__init__(vocab_size=SPEC.vocab_size, max_concurrent_batches=depth, stages=cost.stages)
         self.clock, self.cost, self.free_s, self.done_s = clock, cost, [0.0] * cost.stages, {}
+        self.left_early = 0  # waits that were over before their step
 
     def execute_model(self, plan: StepPlan) -> FakeFuture:
         work, at_s = StepWork.of(plan), self.clock()
@@ -154,33 +155,70 @@ class TimedExecutor(FakeExecutor):
         self.done_s[plan.step] = at_s
         return super().execute_model(plan)
 
-    def deliver(self, future: FakeFuture, plan: StepPlan, result: StepResult) -> StepResult:
-        self.clock.advance(max(0.0, self.done_s[plan.step] - self.clock()))
-        return super().deliver(future, plan, result)
+    def wait(self, plan: StepPlan, timeout: float | None) -> None:
+        left_s = max(0.0, self.done_s[plan.step] - self.clock())
+        self.clock.advance(left_s if timeout is None else min(left_s, timeout + 1e-9))
+        if timeout is not None and timeout < left_s:
+            self.left_early += 1
+            raise TimeoutError
 
 
-@pytest.mark.parametrize(("stages", "depth"), [(1, 1), (1, 2), (2, 2), (3, 3)])
-@pytest.mark.parametrize("blocks", [400, 22], ids=["roomy", "preempting"])
-def test_the_engine_under_a_fake_clock_agrees(stages: int, depth: int, blocks: int):
-    """The same requests at the same times: every token of every request at the same moment."""
-    cost = FunctionCost(lambda w: 0.5 + 0.125 * w.tokens + sum(w.contexts) / 1024, stages=stages, hop=0.25 if stages > 1 else 0.0)
-    arrivals = [Arrival(0.0, 40 + 7 * i, 20 + 3 * i) for i in range(9)]
+def engine_and_simulation(
+    arrivals: list[Arrival], cost: FunctionCost, depth: int, *, simulated_depth: int, blocks: int = 400, just_in_time: bool
+) -> tuple[list[list[float]], Report, EngineCore]:
+    """When the engine gives each request's tokens, its executor under a fake clock, and what the simulation says of the same."""
     clock = FakeClock(0.0)
     config = EngineConfig(
         model=ModelConfig(max_model_len=256, dtype="float32"),
-        parallel=ParallelConfig(pipeline_parallel_size=stages),
+        parallel=ParallelConfig(pipeline_parallel_size=cost.stages),
         cache=CacheConfig(num_gpu_blocks_override=blocks, enable_prefix_caching=False),
         scheduler=SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=64, async_scheduling=depth > 1),
     )
-    core = EngineCore(config, SPEC, TimedExecutor(clock, cost, depth), clock=clock)
-    for number, arrival in enumerate(arrivals):
-        core.add_request(as_request(number, arrival, SPEC.vocab_size))
+    core = EngineCore(config, SPEC, TimedExecutor(clock, cost, depth), just_in_time=just_in_time, clock=clock)
     times: dict[str, list[float]] = {}
-    while core.has_unfinished():
+    told = 0
+    while told < len(arrivals) or core.has_unfinished():
+        if not core.has_unfinished():
+            clock.advance(max(0.0, arrivals[told].at_s - clock()))
+        while told < len(arrivals) and arrivals[told].at_s <= clock():
+            core.add_request(as_request(told, arrivals[told], SPEC.vocab_size))
+            told += 1
         for output in core.step():
             times.setdefault(output.request_id, []).extend([clock()] * len(output.new_token_ids))
     limits = limits_of(core.config, SPEC, core.memory)
-    report = simulate(lambda c: Scheduler(limits, prefix_caching=False, stages=stages, clock=c), cost, arrivals, depth=depth)
-    assert [r.token_s for r in report.requests] == [pytest.approx(times[str(i)]) for i in range(len(arrivals))]
+    report = simulate(lambda c: Scheduler(limits, prefix_caching=False, stages=cost.stages, clock=c), cost, arrivals, depth=simulated_depth)
+    return [times[str(i)] for i in range(len(arrivals))], report, core
+
+
+def linear(work: StepWork) -> float:
+    return 0.5 + 0.125 * work.tokens + sum(work.contexts) / 1024
+
+
+@pytest.mark.parametrize("just_in_time", [False, True], ids=["at once", "just in time"])
+@pytest.mark.parametrize(("stages", "depth"), [(1, 1), (1, 2), (2, 2), (3, 3)])
+@pytest.mark.parametrize("blocks", [400, 22], ids=["roomy", "preempting"])
+def test_the_engine_under_a_fake_clock_agrees(stages: int, depth: int, just_in_time: bool, blocks: int):
+    """The same requests at the same times: every token of every request at the same moment, of a served replica's engine too."""
+    cost = FunctionCost(linear, stages=stages, hop=0.25 if stages > 1 else 0.0)
+    arrivals = [Arrival(0.0, 40 + 7 * i, 20 + 3 * i) for i in range(9)]
+    times, report, core = engine_and_simulation(arrivals, cost, depth, simulated_depth=depth, blocks=blocks, just_in_time=just_in_time)
+    assert [r.token_s for r in report.requests] == [pytest.approx(each) for each in times]
     assert (core.stats().preemptions > 0) == (blocks == 22)
     assert report.replicas[0].steps == core.stats().steps
+    assert isinstance(core.executor, TimedExecutor)
+    assert (core.executor.left_early > 0) == (just_in_time and stages == 1 < depth), "where there are stages, each has a step"
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.1])
+def test_a_served_replica_is_simulated_with_one_step_in_flight(rate: float):
+    """It plans a step when the one before it is about to end: who comes by then is in it, as in the simulation."""
+    arrivals = poisson(rate, 200, 30, 12, spread=0.5, seed=5)
+    first, each = {}, {}
+    for depth in (1, 2):
+        times, report, _ = engine_and_simulation(arrivals, FunctionCost(linear), 2, simulated_depth=depth, just_in_time=True)
+        told = [t[0] - arrival.at_s for t, arrival in zip(times, arrivals, strict=True)]
+        beyond = [t[-1] - t[0] for t in times]
+        first[depth] = math.fsum(told) / math.fsum(r.ttft_s for r in report.requests) - 1
+        each[depth] = math.fsum(beyond) / math.fsum(r.token_s[-1] - r.token_s[0] for r in report.requests) - 1
+    assert 0 < first[1] < 0.03 and abs(each[1]) < 0.02
+    assert first[2] < -0.03, "were the next step planned at once, a request would wait for two"
