@@ -112,17 +112,10 @@ class EngineKeeper:
                 procs.kill_group(handle.pid)
             handle.close()
             self._closing = None
-            self._end_below(handle.below)
+            until_s = time.monotonic() + BELOW_S
+            while not _ended(handle.below, until_s):
+                time.sleep(0.005)
         self._finalizer()
-
-    @staticmethod
-    def _end_below(below: list[tuple[int, int]]) -> None:
-        """Processes whose parent was killed end by themselves, in a moment."""
-        until_s = time.monotonic() + BELOW_S
-        while (left := [pid for pid, born in below if procs.alive(pid, born)]) and time.monotonic() < until_s:
-            time.sleep(0.005)
-        for pid in left:
-            procs.kill_group(pid)
 
     def _start(self) -> None:
         place = (self._folder.path, self.secret)
@@ -184,11 +177,8 @@ class EngineKeeper:
 
     def _start_when_due(self) -> None:
         life, now_s = self._supervisor.lives[0], time.monotonic()
-        left = [pid for pid, born in self._below if procs.alive(pid, born)]
-        if now_s < life.due_s or (left and now_s < life.since_s + BELOW_S):
+        if now_s < life.due_s or not _ended(self._below, life.since_s + BELOW_S):
             return
-        for pid in left:
-            procs.kill_group(pid)
         self._below = []
         if self._supervisor.due(now_s):
             try:
@@ -196,6 +186,16 @@ class EngineKeeper:
             except OSError as e:  # no process or descriptor to be had just now
                 self._supervisor.failed(0, now_s)
                 _log.warning("the engine's process could not be started: %s", e)
+
+
+def _ended(below: list[tuple[int, int]], until_s: float) -> bool:
+    """Whether these processes, whose parent was killed, are gone: by themselves, or from `until_s` on (monotonic) by being killed."""
+    left = [pid for pid, born in below if procs.alive(pid, born)]
+    if left and time.monotonic() < until_s:
+        return False
+    for pid in left:
+        procs.kill_group(pid)
+    return True
 
 
 def _end(folder: RunFolder, pipe: tuple[int, int]) -> None:

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import pytest
 
 from lockstep.cluster.replica import ReplicaProcess
@@ -94,24 +93,7 @@ def test_a_rank_of_a_replica_dies() -> None:
         tokens = streamed(llm, once(150, lambda: os.kill(ranks[1], signal.SIGKILL)))
         assert tokens == undisturbed()
         everyone = [pid for replica in client(llm).pids() if replica for pid in processes(replica)]
-    assert not left((*everyone, *ranks))
-
-
-def left(pids: Iterable[int], within_s: float = 10.0) -> list[int]:
-    """Those that have not ended in that time: letting go of their memory takes them a moment."""
-    gone_by_s = time.monotonic() + within_s
-    while found := [pid for pid in pids if lives(pid)]:
-        if time.monotonic() > gone_by_s:
-            break
-        time.sleep(0.05)
-    return found
-
-
-def lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != "zombie"
-    except psutil.NoSuchProcess:
-        return False
+    assert procs.wait_gone([*everyone, *ranks], 10) == []
 
 
 def kill(llm: LLM, replica: int) -> None:
@@ -258,11 +240,11 @@ def test_a_start_that_fails_is_tried_again(two: LLM, monkeypatch: pytest.MonkeyP
     both_ready(two)
     real, refused = ReplicaProcess.__init__, []
 
-    def once_not(self: ReplicaProcess, *args: Any) -> None:
+    def once_not(self: ReplicaProcess, *args: Any, **told: Any) -> None:
         if not refused:
             refused.append(1)
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        real(self, *args)
+        real(self, *args, **told)
 
     monkeypatch.setattr(ReplicaProcess, "__init__", once_not)
     kill(two, 1)
@@ -281,7 +263,7 @@ def test_a_replica_that_is_stopped_is_replaced(two: LLM, caplog: pytest.LogCaptu
     victim = engine.pids()[1]
     assert streamed(two, once(100, lambda: os.kill(victim, signal.SIGSTOP))) == undisturbed()
     assert f"replica 1 (pid {victim}) was stopped" in caplog.text
-    assert not left([victim])
+    assert procs.wait_gone([victim], 10) == []
     both_ready(two)
 
 
@@ -394,7 +376,7 @@ def test_fifty_rounds_of_kill_9_at_random_moments() -> None:
         )
         print(f"median {found[len(found) // 2]:.3f} s, p99 {found[int(len(found) * 0.99)]:.3f} s, longest {found[-1]:.3f} s")
         everyone = [pid for replica in client(llm).pids() if replica for pid in processes(replica)]
-    assert not left(everyone)
+    assert procs.wait_gone(everyone, 10) == []
 
 
 PROGRAM = """

@@ -93,15 +93,6 @@ def all_ready(llm: LLM, timeout_s: float = 60.0) -> None:
         client(llm).step()
 
 
-def gone(pids: list[int], timeout_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def plain(text: str) -> str:
     """Without line breaks and runs of spaces."""
     return re.sub(r"\s+", " ", text)

@@ -24,8 +24,9 @@ from lockstep.engine.stats import EngineStats
 from lockstep.executor.contract import ExecutorError
 from lockstep.llm import LLM
 from lockstep.protocol import SamplingParams
+from lockstep.utils import procs
 from tests.chaos.replica_jobs import PARAMS, PROMPTS, SMALL, once, streamed
-from tests.distributed.dp_hosts_jobs import KEY, ROOT, KeeperProcess, all_ready, client, free_port, gone, leader, plain
+from tests.distributed.dp_hosts_jobs import KEY, ROOT, KeeperProcess, all_ready, client, free_port, leader, plain
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -100,7 +101,7 @@ def test_kill_9_of_the_keeper_is_not_seen(hosts: Hosts) -> None:
     all_ready(hosts.llm)
     everyone = hosts.keeper.everyone()
     assert streamed(hosts.llm, once(200, hosts.keeper.kill)) == undisturbed()
-    assert gone(everyone), "a replica outlived its keeper"
+    assert procs.wait_gone(everyone, 10) == [], "a replica outlived its keeper"
     (there,) = hosts.llm.generate(PROMPTS[0], PARAMS[0], use_tqdm=False, data_parallel_rank=1)
     assert list(there.outputs[0].token_ids) == undisturbed()[0], "what asks for it meanwhile runs elsewhere"
     hosts.again()
@@ -131,7 +132,7 @@ def test_ctrl_c_on_the_keeper_is_not_seen(hosts: Hosts) -> None:
     everyone = hosts.keeper.everyone()
     tokens = streamed(hosts.llm, once(200, lambda: hosts.keeper.process.send_signal(signal.SIGINT)))
     assert tokens == undisturbed()
-    assert hosts.keeper.end() == 130 and gone(everyone)
+    assert hosts.keeper.end() == 130 and procs.wait_gone(everyone, 10) == []
     hosts.again()
     all_ready(hosts.llm)
 
@@ -186,7 +187,7 @@ def test_the_leaders_end_is_the_keepers(hosts: Hosts) -> None:
     everyone = hosts.keeper.everyone()
     hosts.llm.shutdown()
     assert hosts.keeper.end() == 0, hosts.keeper.said()
-    assert gone(everyone)
+    assert procs.wait_gone(everyone, 10) == []
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", hosts.port)) != 0, "the port is still held"
 
@@ -204,7 +205,7 @@ def test_a_leader_that_is_killed_is_named() -> None:
         other.kill()
         assert keeper.end() == 1
         assert f"the leader at 127.0.0.1:{port} is gone" in plain(keeper.said())
-        assert gone(everyone)
+        assert procs.wait_gone(everyone, 10) == []
     finally:
         other.kill()
         other.wait(10)
@@ -283,6 +284,6 @@ def test_a_partition_in_the_middle(other_host: tuple[str, str], monkeypatch: pyt
             all_ready(llm)
             assert streamed(llm) == undisturbed()
             everyone = keeper.everyone()
-        assert keeper.end() == 0 and gone(everyone)
+        assert keeper.end() == 0 and procs.wait_gone(everyone, 10) == []
     finally:
         keeper.kill()

@@ -17,6 +17,7 @@ import pytest
 
 from lockstep.testing.executors import wait_for
 from lockstep.testing.server import ROOT, RunningServer, running_server
+from lockstep.utils import procs
 
 HANGS = """import signal, time
 def hang_for_ever(*_):
@@ -122,4 +123,4 @@ def test_the_only_one_that_hangs_ends_with_its_stack(tmp_path: Path) -> None:
         os.kill(server.pid, signal.SIGUSR2)
         assert server.wait(60) == 1, server.said()
         assert "its event loop has not turned for" in server.said() and "hang_for_ever" in server.said()
-        assert wait_for(lambda: not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in below), 30)
+        assert procs.wait_gone(below, 30) == []

@@ -19,6 +19,7 @@ import pytest
 
 from lockstep.testing.executors import wait_for
 from lockstep.testing.server import RunningServer, running_server
+from lockstep.utils import procs
 
 ENDLESS = {"prompt": "def f(", "max_tokens": 2000, "stream": True, "ignore_eos": True, "temperature": 0}
 
@@ -63,10 +64,6 @@ class Reader(threading.Thread):
         return [c["finish_reason"] for chunk in chunks for c in chunk.get("choices", []) if c.get("finish_reason")]
 
 
-def gone(pids: list[int]) -> bool:
-    return wait_for(lambda: not any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in pids), 15)
-
-
 @pytest.fixture(params=["1", "2"], ids=["one process", "two processes"])
 def server(request: pytest.FixtureRequest) -> Iterator[RunningServer]:
     with running_server("-asc", request.param, tp=1) as found:
@@ -90,7 +87,7 @@ def test_told_once_what_runs_finishes_and_the_code_is_0() -> None:
             assert not reader.broken and reader.reasons == ["length"]
             text = "".join(c["text"] for e in reader.events if e != "[DONE]" for c in json.loads(e)["choices"])
             assert text == alone["choices"][0]["text"]
-        assert gone(processes)
+        assert procs.wait_gone(processes, 15) == []
 
 
 def test_told_once_nothing_new_is_taken_and_what_takes_too_long_is_ended(server: RunningServer) -> None:
@@ -113,7 +110,7 @@ def test_told_once_nothing_new_is_taken_and_what_takes_too_long_is_ended(server:
     assert server.wait(30) == 0, server.said()
     reader.join(10)
     assert not reader.broken and reader.reasons in (["abort"], ["length"])
-    assert gone(processes)
+    assert procs.wait_gone(processes, 15) == []
 
 
 def test_told_twice_it_ends_at_once(server: RunningServer) -> None:
@@ -124,7 +121,7 @@ def test_told_twice_it_ends_at_once(server: RunningServer) -> None:
     time.sleep(0.3)
     server.process.send_signal(signal.SIGTERM)
     assert server.wait(20) == 128 + signal.SIGTERM, server.said()
-    assert gone(processes)
+    assert procs.wait_gone(processes, 15) == []
 
 
 def test_an_engine_that_is_back_is_said_to_be() -> None:
@@ -150,7 +147,7 @@ def test_when_the_engine_dies_requests_are_told_and_the_code_is_not_0(server: Ru
         reader.join(10)
         assert not reader.broken, reader.broken  # a last event, not a cut connection
         assert reader.reasons in (["error"], ["length"], []) and reader.events
-    assert gone(processes)
+    assert procs.wait_gone(processes, 15) == []
 
 
 def test_when_the_parent_is_killed_nothing_is_left(server: RunningServer) -> None:
@@ -158,7 +155,7 @@ def test_when_the_parent_is_killed_nothing_is_left(server: RunningServer) -> Non
     assert processes
     server.process.kill()
     server.process.wait()
-    assert gone(processes)
+    assert procs.wait_gone(processes, 15) == []
 
 
 def test_an_http_process_that_dies_is_replaced_and_what_it_ran_is_aborted(tmp_path: Path) -> None:
