@@ -9,6 +9,8 @@ Files of this machine only: whoever gives a name of a file shall not thereby hav
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
 import sys
 import tempfile
@@ -183,7 +185,7 @@ class BatchOutput:
     """
 
     def __init__(self, name: str) -> None:
-        """Raises ConfigError where it cannot be written, or the part file of another run is there."""
+        """Raises ConfigError where it cannot be written, another run writes it, or the part file has what one had done."""
         self._name, self._path = name, Path(name)
         self._part: Path | None = None
         self._file: IO[bytes]
@@ -203,7 +205,7 @@ class BatchOutput:
         """At the start, so that of two runs to one file the second ends before it has loaded anything."""
         self._path = self._path.resolve()
         self._part = self._path.with_name(f"{self._path.name}.part")
-        self._file = open(self._part, "xb")  # noqa: SIM115 - closed at the end
+        self._file = _held(self._part)
 
     def __enter__(self) -> BatchOutput:
         return self
@@ -212,9 +214,9 @@ class BatchOutput:
         if self._name == PIPE:
             return
         with contextlib.suppress(OSError):  # what could not be written has been told
+            if self._part is not None and not self._file.closed and _is_at(self._file, self._part) and not _size(self._file):
+                self._part.unlink()  # nobody needs it; still held: nobody has taken it over
             self._file.close()
-        if self._part is not None and self._part.exists() and not self._part.stat().st_size:
-            self._part.unlink()  # it would be in the way of the next run, for nothing
 
     @property
     def where(self) -> str:
@@ -243,9 +245,61 @@ class BatchOutput:
         self._part = None
 
     def _unwritable(self, error: OSError) -> ConfigError:
+        if isinstance(error, _HeldError):
+            return ConfigError(
+                f"output_file={self._name!r}: another run writes it now, to {self._part}: give another one, or wait for that."
+            )
         if isinstance(error, FileExistsError):
             return ConfigError(
-                f"output_file={self._name!r}: {self._part} is there: another run writes it now, or has ended early and this is what it had "
-                "done; move it away, or remove it."
+                f"output_file={self._name!r}: {self._part} is there, with what a run had done that ended early: move it away, or remove it."
             )
         return ConfigError(f"output_file={self._name!r} cannot be written: {error.strerror or error}: give another one, or make room.")
+
+
+class _HeldError(OSError):
+    """Another process has the file."""
+
+
+def _held(path: Path) -> IO[bytes]:
+    """The file, made here or found empty as a killed run leaves it, and locked: the lock ends with this process, however that ends.
+
+    Raises FileExistsError where something is in it, _HeldError where another process has it.
+    """
+    while True:
+        made, file = _opened_to_write(path)
+        if file is None:
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if isinstance(e, BlockingIOError) or not made:  # else a file system without locks: it is whose who made it
+                file.close()
+                raise _HeldError from None
+        if not _is_at(file, path):  # whose it was has just ended, and moved it
+            file.close()
+        elif _size(file):
+            file.close()
+            raise FileExistsError
+        else:
+            return file
+
+
+def _opened_to_write(path: Path) -> tuple[bool, IO[bytes] | None]:
+    """(whether it was made here, the file); None where it was there, and is gone."""
+    try:
+        return True, open(path, "xb")
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
+            return False, open(path, "r+b")
+    return False, None
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether the open file is the one that the path names now."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+def _size(file: IO[bytes]) -> int:
+    return os.fstat(file.fileno()).st_size

@@ -349,6 +349,30 @@ def test_of_two_runs_to_one_file_the_second_is_refused_at_once(tmp_path: Path) -
     assert part.read_bytes().count(b"\n") == 1
 
 
+KILLED = "import os, sys; from lockstep.server.batch_file import BatchOutput; out = BatchOutput(sys.argv[1]); os.kill(os.getpid(), 9)"
+
+
+def test_an_empty_part_file_of_a_killed_run_is_taken_over(tmp_path: Path) -> None:
+    name, part = str(tmp_path / "out"), tmp_path / "out.part"
+    assert subprocess.run([sys.executable, "-c", KILLED, name]).returncode == -signal.SIGKILL
+    assert part.exists() and not part.stat().st_size
+    with BatchOutput(name) as out:
+        with pytest.raises(ConfigError, match="another run writes it now"):
+            BatchOutput(name)
+        out.write(result_of(read_line(1, b"no json")))
+        out.finish()
+    assert (tmp_path / "out").read_bytes().count(b"\n") == 1 and not part.exists()
+
+
+def test_a_run_that_ends_leaves_alone_what_is_not_its_own(tmp_path: Path) -> None:
+    name, part = str(tmp_path / "out"), tmp_path / "out.part"
+    with BatchOutput(name) as first:
+        part.unlink()
+        with BatchOutput(name):
+            first.__exit__()
+            assert part.exists(), "the second run's"
+
+
 def test_a_device_has_no_part_file(tmp_path: Path) -> None:
     with BatchOutput("/dev/null") as out:
         out.write(batch_file.result_of(read_line(1, b"no json")))
