@@ -4,8 +4,9 @@
 /health, /ready, /readyz, /startupz     503, "starting", and what it is at
 anything else                           503 with Retry-After, an error as any other
 
-It lets go of the port before the server takes it: who comes between the two waits in the system's queue. Whoever it has let in
-before is answered still, and no connection is kept for a second request.
+It lets go of the port before the server takes it: who comes between the two waits in the system's queue. Of several API processes the
+first takes it at once, and this lets go in the next turn of the process that started them: for that moment either may answer, one that
+the server starts, the other as the server. Whoever it has let in before is answered still, and no connection is kept for a second request.
 """
 
 from __future__ import annotations
