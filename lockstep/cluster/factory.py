@@ -13,15 +13,16 @@ from lockstep.engine.core import EngineCore
 from lockstep.executor.factory import make_executor
 
 
-def make_supervised(config: EngineConfig, spec: ModelSpec, folder: Path) -> EngineClient:
+def make_supervised(config: EngineConfig, spec: ModelSpec, folder: Path, *, replaced: bool = False) -> EngineClient:
     """As `make_client`, and even a single replica is a process of its own, which is started again when it dies.
 
-    But for a replica whose ranks others placed: Ray, or a launcher.
+    But for a replica whose ranks others placed: Ray, or a launcher. replaced: this process is followed by another when it fails,
+    already while it starts.
     """
     if default_backend(config.parallel) in ("uni", "mp"):
         from lockstep.cluster.router import DataParallelClient
 
-        return DataParallelClient(config, spec, folder)
+        return DataParallelClient(config, spec, folder, replaced=replaced)
     return make_client(config, spec, folder)
 
 
@@ -37,6 +38,9 @@ def make_client(config: EngineConfig, spec: ModelSpec, folder: Path) -> EngineCl
     executor = make_executor(config, spec, folder)
     try:
         return LocalClient(EngineCore(config, spec, executor))
+    except Exception as e:
+        executor.give_up(e)
+        raise
     except BaseException:
         executor.shutdown()
         raise

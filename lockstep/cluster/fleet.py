@@ -64,8 +64,13 @@ Event = Said | Lost
 class Fleet:
     """The replicas behind one router. One thread calls it."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, policy: RestartPolicy | None) -> None:
-        """Start every replica of this host, and wait at the door for the others. Raises ConfigError when there can be no door."""
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, folder: Path, policy: RestartPolicy | None, *, replaced: bool = False
+    ) -> None:
+        """Start every replica of this host, and wait at the door for the others. Raises ConfigError when there can be no door.
+
+        replaced: should a first start fail, this process is followed by another that tries it anew.
+        """
         self._owner = os.getpid()
         actors = None
         if config.parallel.data_parallel_backend == "ray":
@@ -90,6 +95,7 @@ class Fleet:
         self._replicas: list[ReplicaHandle | None] = [None] * count
         self._waiting: dict[int, Arrival] = {}  # that have come before they may start
         self._causes: dict[int, str] = {}  # of those that are given up
+        self._replaced = replaced
         self._look_s = 0.0  # when to ask Ray again
         everything = (self._owner, self._replicas, self._waiting, self._doorman, self._death_pipe, actors)
         self._finalizer = weakref.finalize(self, _end_all, *everything)
@@ -174,7 +180,7 @@ class Fleet:
     def late(self) -> str:
         """Who is not ready, in words, for when it should be; "" when all are."""
         late = [i for i, life in enumerate(self.supervisor.lives) if life.state is not State.READY]
-        limit_s = self._config.runtime.startup_timeout_seconds
+        limit_s = self._config.start_limit_s
         given_up = [self._causes[i] for i in late if i in self._causes]
         if given_up:
             return " ".join(given_up)
@@ -183,7 +189,7 @@ class Fleet:
             return f"replicas {absent}, which Ray was to start, have not reported in {limit_s:g} s: {self._actors.words(absent)}."
         if absent and self._doorman is not None:
             return self._doorman.missing(absent, limit_s)
-        return f"replicas {late} were not ready after startup_timeout_seconds={limit_s:g}." if late else ""
+        return f"replicas {late} were not ready after {limit_s:g} s (see startup_timeout_seconds)." if late else ""
 
     def close(self) -> None:
         """End all of them: those here, and through their keepers those elsewhere. May be called twice, and by a forked child: they
@@ -202,7 +208,8 @@ class Fleet:
         """Start a process, or take the connection of one that has come; without one there is nothing to do until it comes."""
         handle: ReplicaHandle
         if replica < self._config.parallel.replicas_led:
-            handle = ReplicaProcess(self._config, self._spec, self._folder, replica, self._death_pipe[0])
+            again = self._replaced or self.supervisor.lives[replica].starts > 1  # a first start that fails is for the user to know
+            handle = ReplicaProcess(self._config, self._spec, self._folder, replica, self._death_pipe[0], again=again)
         elif replica in self._waiting:
             handle = RemoteReplica(self._waiting.pop(replica))
         else:

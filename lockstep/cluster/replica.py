@@ -97,10 +97,10 @@ class ReplicaHandle(ABC):
 class ReplicaProcess(ReplicaHandle):
     """A replica on this host: a process with ranks of its own."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, replica: int, death_fd: int) -> None:
-        """Start it. It is ready when it says `wire.Ready`."""
+    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, replica: int, death_fd: int, *, again: bool) -> None:
+        """Start it. It is ready when it says `wire.Ready`. again: another one is started also when this start fails."""
         self._stack_file = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115 - closed by `end`
-        self.process, ours = start_process(config, spec, folder, replica, death_fd, stack_fd=self._stack_file.fileno())
+        self.process, ours = start_process(config, spec, folder, replica, death_fd, stack_fd=self._stack_file.fileno(), again=again)
         super().__init__(replica, Channel(ours, wire.decode_reply))
         self.pid = self.process.pid
 
@@ -133,10 +133,11 @@ def start_process(
     death_fd: int,
     router: socket.socket | None = None,
     stack_fd: int = 2,
+    again: bool = True,
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start a replica's process and tell it what it is. router: its connection to the router; without one, it is the one returned.
 
-    stack_fd: where it writes its Python stack when it gets SIGUSR1.
+    stack_fd: where it writes its Python stack when it gets SIGUSR1. again: another one is started also when this start fails.
 
     The process ends when the last other end of `death_fd` is closed. -> (the process, our end of a connection to it)
     """
@@ -173,6 +174,7 @@ def start_process(
         follow_thread=threading.current_thread() is threading.main_thread(),
         sys_path=[path or os.getcwd() for path in sys.path],
         router_fd=None if router is None else router.fileno(),
+        again=again,
     )
     with contextlib.suppress(OSError):  # dead already: the connection's end says so
         send_one(ours, wire.encode(launch), time.monotonic() + LAUNCH_S)

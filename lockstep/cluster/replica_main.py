@@ -27,7 +27,7 @@ from lockstep.cluster.incident import facts
 from lockstep.config.tree import EngineConfig
 from lockstep.engine.core import EngineCore
 from lockstep.engine.errors import RequestError
-from lockstep.executor.contract import ExecutorError
+from lockstep.executor.contract import Executor, ExecutorError
 from lockstep.executor.factory import make_executor
 from lockstep.observability import logging
 from lockstep.observability.flight_recorder import FlightRecorder
@@ -159,14 +159,16 @@ def main() -> None:
     if launch.router_fd is not None:
         keeper, channel = channel, Channel(socket.socket(fileno=launch.router_fd), wire.decode_order)
     core: EngineCore | None = None
+    executor: Executor | None = None
     replica: Replica | None = None
     try:
-        executor = make_executor(launch.config, launch.spec, Path(launch.folder), again=True)
+        executor = make_executor(launch.config, launch.spec, Path(launch.folder), again=launch.again)
         core = EngineCore(launch.config, launch.spec, executor, just_in_time=True)
         core.flight.who = f"replica {launch.config.parallel.data_parallel_rank or 0}"
         core.flight.listen()
         core.flight.event("ready")
         replica = Replica(core, channel, keeper)
+        executor.say_again()
         replica.say(wire.Ready(core.config, core.memory))
         Heart(core, replica.say, replica.give_up).start()
         with rare_collections():
@@ -177,6 +179,8 @@ def main() -> None:
         code = LOST_ROUTER
     except Exception as e:
         code = 1
+        if core is None and executor is not None:
+            executor.give_up(e)  # first: who hears of the failure below may end this process at once
         failed = _failed(e, core, launch.config)
         with contextlib.suppress(ConnectionError):
             if replica is not None:

@@ -68,8 +68,13 @@ class DataParallelClient(Operated):
     """See EngineClient. Of `config.parallel.replicas_served` replicas, each a process of its own with its ranks, it starts those
     of this host and waits for the others."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, policy: RestartPolicy | None = None) -> None:
-        """Raises ConfigError or ExecutorError when a replica does not start, or does not come in startup_timeout_seconds."""
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, folder: Path, *, policy: RestartPolicy | None = None, replaced: bool = False
+    ) -> None:
+        """Raises ConfigError or ExecutorError when a replica does not start, or does not come in startup_timeout_seconds.
+
+        replaced: this process is followed by another then.
+        """
         self._config, self._spec = config, spec
         count = config.parallel.replicas_served
         self.timeline, self.failure, self._recording = Timeline(), None, False
@@ -91,7 +96,7 @@ class DataParallelClient(Operated):
         self._lost_since: dict[int, float] = {}  # replica -> when it was lost, until it is back
         for i in range(count):
             self.book.set_routable(i, False)
-        self._fleet = Fleet(config, spec, folder, policy)
+        self._fleet = Fleet(config, spec, folder, policy, replaced=replaced)
         self.supervisor = self._fleet.supervisor
         try:
             self._await_all()

@@ -18,6 +18,7 @@ class Launch(msgspec.Struct, tag="launch", array_like=True, kw_only=True):
     """All that a replica process is told before its first order, as the first message from who starts it.
 
     router_fd: its connection to the router, where that is not the one that this message comes over.
+    again: another one is started also when this start fails.
     """
 
     config: EngineConfig  # of this replica: data_parallel_rank says which
@@ -27,6 +28,7 @@ class Launch(msgspec.Struct, tag="launch", array_like=True, kw_only=True):
     follow_thread: bool  # whether the thread that started it lives as long as that process
     sys_path: list[str]
     router_fd: int | None = None
+    again: bool = True
 
 
 class Add(msgspec.Struct, tag="add", array_like=True):

@@ -116,6 +116,14 @@ class Executor(ABC):
     def register_failure_callback(self, callback: Callable[[ExecutorError], None]) -> None:
         """Call back once, from any thread, when the executor fails; at once if it already has."""
 
+    def say_again(self) -> None:  # noqa: B027 - most have no other hosts
+        """From here on this process is followed by another when it fails: hosts that only have ranks of it wait for that one then."""
+
+    def give_up(self, error: Exception) -> None:
+        """As `shutdown`, for something that went wrong above the ranks: those who run some for this process are told what."""
+        del error
+        self.shutdown()
+
     @abstractmethod
     def shutdown(self) -> None:
         """Stop every rank and release everything. Never raises, may be called twice."""

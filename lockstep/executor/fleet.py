@@ -77,6 +77,7 @@ class Fleet(Crew):
         self._suspect: tuple[float, ExecutorError] | None = None  # an exception in its grace
         self._suspect_is_loss = False  # it speaks of a lost peer
         self._closed_reply: dict[int, float] = {}  # rank -> when its reply socket ended
+        self.why = ""  # what went wrong above the ranks, once it is known: for the other hosts
         self._stopping_since = 0.0
         self._last_tick = 0.0
         self._over = False
@@ -107,6 +108,11 @@ class Fleet(Crew):
             if self.local:
                 self.queue.enqueue(order, timeout)  # what the ranks here do not take, the others are not given either
             self._nodes.give(frame)
+
+    def say_again(self) -> None:
+        """See `Executor.say_again`."""
+        with self._ordering:
+            self._nodes.say_again()
 
     def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
         with self._callback_lock:
@@ -370,7 +376,7 @@ class Fleet(Crew):
     def _clean_up(self) -> None:
         """Leave nothing behind: no process, descriptor or mapping."""
         error = self.operations.error
-        self._nodes.end("" if error is None or error.kind == "shutdown" else str(error).partition("\n")[0])
+        self._nodes.end(self.why if error is None or error.kind == "shutdown" else str(error).partition("\n")[0])
         self.settled.set()
         self._end_here()
         self.results.close()

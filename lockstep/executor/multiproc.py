@@ -35,7 +35,8 @@ class MultiprocExecutor(Executor):
     def __init__(self, config: EngineConfig, spec: ModelSpec, folder: Path, *, worker_cls: str, again: bool = False) -> None:
         """Starts all ranks; returns when their models are loaded. Raises ExecutorError when one does not get there.
 
-        again: when they fail, this process is followed by another that starts them anew: other hosts are told to wait for it.
+        again: also when they do not get ready, this process is followed by another that starts them anew: other hosts are told to
+        wait for it. Else `say_again` tells them, once that is so.
         """
         self.timeline = Timeline()
         parallel = config.parallel
@@ -98,6 +99,13 @@ class MultiprocExecutor(Executor):
 
     def register_failure_callback(self, callback: Callable[[ExecutorError], None]) -> None:
         self._fleet.on_failure(callback)
+
+    def say_again(self) -> None:
+        self._fleet.say_again()
+
+    def give_up(self, error: Exception) -> None:
+        self._fleet.why = str(error).partition("\n")[0] or type(error).__name__
+        self.shutdown()
 
     def shutdown(self) -> None:
         self._fleet.stop()

@@ -26,7 +26,7 @@ from lockstep.executor import affinity, greeting
 from lockstep.executor.contract import ExecutorError
 from lockstep.executor.crew import Crew, received
 from lockstep.executor.link import LinkLost
-from lockstep.executor.node_wire import Beat, End, Ended, Leaving, Meeting, Message, Order, Replied, Said, Stacks, Start
+from lockstep.executor.node_wire import Again, Beat, End, Ended, Leaving, Meeting, Message, Order, Replied, Said, Stacks, Start
 from lockstep.executor.spawn import Plan, WorkerProcess
 from lockstep.observability.logging import get_logger
 from lockstep.utils import env, net
@@ -148,6 +148,8 @@ class NodeAgent(Crew):
                 self._start(message)
             elif isinstance(message, Stacks):
                 self._ask_for_stacks()
+            elif isinstance(message, Again):
+                self._again = True
             elif isinstance(message, End):
                 self._end = message
 

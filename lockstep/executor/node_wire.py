@@ -4,7 +4,7 @@
                                              the greeting: see `distributed.greeting`
       Start      ---------------->           when every node is there
                  <----------------  Meeting  from the node of rank 0, where that is not the leader's
-      Order, Stacks, End  ------->
+      Order, Stacks, Again, End ->
                  <----------------  Replied, Said, Ended, Leaving
       Beat       <--------------->  Beat     from the welcome on; the agent's carry its ranks' progress cells
 
@@ -26,7 +26,7 @@ from lockstep.distributed.greeting import MESSAGE_BYTES as GREETING_BYTES
 from lockstep.distributed.greeting import Challenge, Hello, Refused, Sides, Welcome, texts
 from lockstep.utils.frames import NO_MESSAGE
 
-PROTOCOL = 4
+PROTOCOL = 5
 SIDES = Sides("leader", "agent")
 MESSAGE_BYTES = 1 << 28  # no message after the greeting is longer
 BEAT_S = 0.5
@@ -41,7 +41,7 @@ AGREED = (
 class Start(msgspec.Struct, tag="start", array_like=True):
     """Start the ranks of this node. host, port: of the rendezvous that rank 0 serves; port 0: that is to be here.
 
-    again: the leader comes again should this go wrong, and waits for this node then.
+    again: the leader comes again should this start go wrong, and waits for this node then.
     """
 
     config: EngineConfig
@@ -66,6 +66,10 @@ class Order(msgspec.Struct, tag="order", array_like=True, gc=False):
 
 class Stacks(msgspec.Struct, tag="stacks", array_like=True):
     """Have the ranks write their Python stacks."""
+
+
+class Again(msgspec.Struct, tag="again", array_like=True):
+    """From here on the leader comes again should this go wrong, and waits for this node then."""
 
 
 class End(msgspec.Struct, tag="end", array_like=True):
@@ -110,7 +114,7 @@ class Leaving(msgspec.Struct, tag="leaving", array_like=True):
     reason: str
 
 
-Message = Challenge | Hello | Welcome | Refused | Start | Meeting | Order | Stacks | End | Replied | Said | Ended | Beat | Leaving
+Message = Challenge | Hello | Welcome | Refused | Start | Meeting | Order | Stacks | Again | End | Replied | Said | Ended | Beat | Leaving
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode

@@ -12,7 +12,7 @@ from lockstep.executor import node_wire
 from lockstep.executor.crew import received
 from lockstep.executor.gather import Door, Gathering, Node, RemoteRank
 from lockstep.executor.link import Link, LinkLost
-from lockstep.executor.node_wire import BEAT_S, Beat, End, Ended, Leaving, Meeting, Order, Replied, Said, Stacks, Start
+from lockstep.executor.node_wire import BEAT_S, Again, Beat, End, Ended, Leaving, Meeting, Order, Replied, Said, Stacks, Start
 from lockstep.executor.spawn import Plan
 from lockstep.observability.logging import get_logger
 from lockstep.utils.shm import Bell
@@ -30,7 +30,7 @@ class Listener(Protocol):
 
 
 class Nodes:
-    """All methods but `order` are called by the monitor thread. Empty where there is one host."""
+    """All methods but `frame`, `give` and `say_again` are called by the monitor thread. Empty where there is one host."""
 
     def __init__(self, plan: Plan, door: Door | None, bell: Bell, board: ProgressBoard) -> None:
         self.ranks: list[RemoteRank] = []  # ascending, those of all other nodes
@@ -83,8 +83,12 @@ class Nodes:
         """An encoded order as `give` takes it. Raises FrameError (a ValueError) for one that is too long."""
         return node_wire.frame(Order(order)) if self._started else b""
 
+    def say_again(self) -> None:
+        """Tell every node that this leader comes again should this go wrong. From any thread; never waits."""
+        self.give(node_wire.frame(Again()))
+
     def give(self, frame: bytes) -> None:
-        """Give an order to every rank of every node, after all earlier ones. From any thread; never waits."""
+        """Give a framed order to every rank of every node, after all earlier ones. From any thread; never waits."""
         if self._ended.is_set():
             return
         for node in self._started:

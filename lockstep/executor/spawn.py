@@ -74,7 +74,7 @@ class Plan:
     folder: Path
     worker_cls: str
     leads_only: bool = False  # this process runs no rank of its own: all are on other nodes
-    again: bool = False  # when these ranks fail, this process is followed by another that starts them anew
+    again: bool = False  # also when these ranks do not get ready, this process is followed by another that starts them anew
 
     @property
     def world_size(self) -> int:

@@ -52,7 +52,7 @@ class EngineHandle:
         mode: Mode = AWAKE,
         restarts: int = 0,
     ) -> None:
-        """Start it. client: "module:function" that makes its EngineClient from (config, spec, folder).
+        """Start it. client: "module:function" that makes its EngineClient from (config, spec, folder, replaced=...).
 
         place: the folder of its endpoint, which stays, and the secret; default: new ones. mode: how it starts. restarts: before it.
         """

@@ -77,7 +77,7 @@ def main() -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         server_socket = bind(context, launch.endpoint)  # API processes may knock from now on
         module, _, name = launch.client.partition(":")
-        client = getattr(import_module(module), name)(launch.config, launch.spec, Path(launch.folder))
+        client = getattr(import_module(module), name)(launch.config, launch.spec, Path(launch.folder), replaced=launch.restarts > 0)
         assert client is not None
         stand_still(client, launch)
         again = replaceable(client)

@@ -14,7 +14,7 @@ from lockstep.testing.paced import PacedClient, make
 POISON = 299  # the token that does it
 
 
-def make_fragile(config: EngineConfig, spec: ModelSpec, folder: Path) -> FragileClient:
+def make_fragile(config: EngineConfig, spec: ModelSpec, folder: Path, *, replaced: bool = False) -> FragileClient:
     """For `EngineKeeper(client="lockstep.testing.fragile:make_fragile")`."""
     return FragileClient(make(config, spec, folder).config)
 

@@ -33,7 +33,7 @@ def phase_s(prompt_tokens: int) -> float:
     return PERIOD_S * (prompt_tokens % PHASES) / PHASES
 
 
-def make(config: EngineConfig, spec: ModelSpec, folder: Path) -> PacedClient:
+def make(config: EngineConfig, spec: ModelSpec, folder: Path, *, replaced: bool = False) -> PacedClient:
     """For `EngineHandle(client="lockstep.testing.paced:make")`."""
     config = resolve(config)[0]
     model = replace(config.model, max_model_len=config.model.max_model_len or 2048)

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from lockstep.config.errors import ConfigError
 from lockstep.executor.contract import ExecutorError
 from lockstep.testing.executors import children_of, decode_plan, fake_executor, wait_for
 from lockstep.testing.nodes import Agent, fake_agent, held_port, held_ports, pids_by_rank, seconds
@@ -75,6 +76,25 @@ def test_an_agent_whose_leader_was_killed_joins_the_next_one() -> None:
                     executor.collective_rpc("misbehave", ("sleep:5",))
             assert agent.wait() == 1, "this leader did not say that it comes again"
             assert "lost the leader" in agent.said() and "ended with its leader" in agent.said()
+
+
+def test_a_leader_that_says_later_that_it_comes_again_is_joined_again() -> None:
+    """As a first start does, once it is past."""
+    with held_port() as port:
+        common = {"tp": 2, "nnodes": 2, "master_port": port, "cpu_binding": False, "startup_s": 30}
+        with fake_agent(**common, node_rank=1) as agent:
+            with fake_executor(**common) as executor:
+                executor.say_again()
+                steps(executor)
+                os.kill(pids_by_rank(executor)[1], signal.SIGKILL)
+                with pytest.raises(ExecutorError, match=r"rank 1.* died"):
+                    executor.collective_rpc("misbehave", ("sleep:5",))
+            with fake_executor(**common) as executor:
+                steps(executor)
+                executor.give_up(ConfigError("the model does not fit.\nMore of it"))
+            assert agent.wait() == 1, "this one did not get so far, and says why"
+            assert "ended with its leader: the model does not fit." in agent.said() and "More of it" not in agent.said()
+            assert agent.said().count("looks for the leader") == 1
 
 
 def test_an_agent_looks_for_its_leader_for_as_long_as_a_start_may_take() -> None:
@@ -226,11 +246,31 @@ def test_a_servers_streams_outlive_a_rank_and_an_agent_of_another_node(tmp_path:
         assert re.search(r"(?s)replica 0: rank 1 on node 1 \(.*\) died in .*4 requests wait for a replica", there.server.said())
 
 
+def starting(port: int, folder: Path, *flags: str) -> RunningServer:
+    """A server over two nodes that is not waited for."""
+    place = ("--nnodes", "2", "-tp", "2", "--master-port", str(port), "--incident-dir", str(folder))
+    return RunningServer([sys.executable, "-m", "lockstep", "serve", "--port", "0", "--no-cpu-binding", *SMALL, *place, *flags], {})
+
+
+@pytest.mark.timeout(200)
+def test_a_first_start_that_fails_ends_the_agents_at_once_and_they_say_why(tmp_path: Path) -> None:
+    """Nobody comes again: there is nothing to wait startup_timeout_seconds for."""
+    with held_port() as port:
+        server, agent = starting(port, tmp_path, "--kv-cache-memory-bytes", "4096"), node(1, port, "-tp", "2")
+        try:
+            assert server.wait(90) == 2, server.said()
+            assert agent.wait() == 1, agent.said()
+            assert "max-model-len=256 does not fit" in server.said()
+            assert re.search(r"node 1 of 2 ended with its leader: .*max-model-len=256 does not fit", agent.said()), agent.said()
+            assert "looks for the leader" not in agent.said()
+        finally:
+            server.close()
+            agent.close()
+
+
 def test_a_server_that_waits_for_its_nodes_can_be_told_to_stop(tmp_path: Path) -> None:
     with held_port() as port:
-        place = ("--nnodes", "2", "-tp", "2", "--master-port", str(port), "--incident-dir", str(tmp_path))
-        command = [sys.executable, "-m", "lockstep", "serve", "--port", "0", "--no-cpu-binding", *SMALL, *place]
-        server = RunningServer(command, {})
+        server = starting(port, tmp_path)
         try:
             assert wait_for(lambda: "waiting for node 1 of 2" in server.said(), 60), server.said()
             below = children_of(server.pid)
@@ -260,30 +300,38 @@ def test_a_node_that_stays_away_ends_every_request_and_the_server_by_name(tmp_pa
 @pytest.mark.timeout(400)
 def test_replicas_that_are_each_on_one_node(tmp_path: Path) -> None:
     with site(tmp_path, dp=2, tp=1) as there:
-        want = Streams(there.server).results()
-        hit = Streams(there.server)
-        hit.began()
-        there.again()
-        assert hit.results() == want
-        assert wait_for(lambda: "replica 1 is back" in there.server.said(), 90), there.server.said()
-        assert Streams(there.server).results() == want
-        assert there.server.stop() == 0
-        assert there.agents[0].wait() == 0, there.agents[0].said()
+        loses_a_node_and_takes_it_back(there, 1, Streams(there.server).results())
 
 
 @pytest.mark.full
 @pytest.mark.timeout(400)
 def test_of_two_replicas_over_nodes_one_is_lost_and_taken_back(tmp_path: Path) -> None:
-    """Its requests go on in the other one, before it is back."""
     with site(tmp_path, nodes=4, dp=2) as there:
         want = Streams(there.server).results()
         hit = Streams(there.server)
         hit.began()
         os.kill(there.rank(3), signal.SIGKILL)
         assert hit.results() == want, "a rank of the second replica was killed"
-        assert wait_for(lambda: "replica 1 is back" in there.server.said(), 90), there.server.said()
-        there.again(2)
-        assert wait_for(lambda: there.server.said().count("replica 1 is back") == 2, 90), there.server.said()
-        assert Streams(there.server).results() == want
-        assert there.server.stop() == 0
-        assert [agent.wait() for agent in there.agents] == [0, 0, 0]
+        assert ELSEWHERE.search(there.server.said()), there.server.said()
+        assert wait_for(lambda: BACK in there.server.said(), 90), there.server.said()
+        loses_a_node_and_takes_it_back(there, 2, want)
+
+
+BACK = "replica 1 is back"
+ELSEWHERE = re.compile(r"replica 1\b(?:(?!replica 1\b).)* requests? goe?s? on elsewhere", re.DOTALL)
+
+
+def loses_a_node_and_takes_it_back(there: Site, number: int, want: list[str]) -> None:
+    """The second replica's requests go on in the first one while a node of it stays away. It comes, and all end in good order."""
+    heard = len(there.server.said())
+    hit = Streams(there.server)
+    hit.began()
+    there.agents[number - 1].close()
+    assert hit.results() == want, "the agent was killed"
+    said = there.server.said()[heard:]
+    assert ELSEWHERE.search(said) and BACK not in said, said
+    there.again(number)
+    assert wait_for(lambda: BACK in there.server.said()[heard:], 90), there.server.said()
+    assert Streams(there.server).results() == want
+    assert there.server.stop() == 0
+    assert [agent.wait() for agent in there.agents] == [0] * len(there.agents)

@@ -273,6 +273,57 @@ def test_an_actor_that_ends_later_is_replaced_until_its_replica_is_given_up(acto
     made.close()
 
 
+# --- what a start is told ---
+
+
+def refused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """No replica can be started from here on: what each start is told, whether others follow should it fail."""
+    told: list[bool] = []
+
+    def refuse(*args: object, again: bool) -> None:
+        told.append(again)
+        raise OSError("not now")
+
+    monkeypatch.setattr(fleet, "ReplicaProcess", refuse)
+    return told
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_first_start_that_fails_is_the_last_but_where_the_process_is_replaced(
+    replaced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = refused(monkeypatch)
+    with pytest.raises(OSError, match="not now"):
+        Fleet(config_of(1, data_parallel_size_local=1), SPEC, tmp_path, None, replaced=replaced)
+    assert told == [replaced]
+
+
+def test_a_start_after_the_first_is_told_that_others_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fleet, "_start", lambda self, replica: None)
+    made = Fleet(config_of(1, data_parallel_size_local=1), SPEC, tmp_path, RestartPolicy(first_s=0.0))
+    monkeypatch.undo()
+    told = refused(monkeypatch)
+    made.supervisor.failed(0, time.monotonic())
+    assert isinstance(events(made, 1)[0], Lost) and told == [True]
+    made.close()
+
+
+# --- limits ---
+
+
+@pytest.mark.parametrize(("nodes", "several"), [(1, False), (4, True)])
+def test_who_is_late_was_waited_for_as_long_as_is_said(nodes: int, several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several hosts that is longer than startup_timeout_seconds: for the hosts, and then for their ranks."""
+    monkeypatch.setattr(Fleet, "_start", lambda self, replica: self._replicas.__setitem__(replica, object()))
+    config = config_of(2, nnodes=nodes, tensor_parallel_size=2, data_parallel_size_local=None)
+    made = Fleet(config, SPEC, tmp_path, None)
+    said = made.late()
+    made._replicas[:] = [None, None]
+    made.close()
+    assert said == f"replicas [0, 1] were not ready after {config.start_limit_s:g} s (see startup_timeout_seconds)."
+    assert (config.start_limit_s > config.runtime.startup_timeout_seconds) is several
+
+
 # --- addresses ---
 
 
