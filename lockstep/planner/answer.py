@@ -38,7 +38,9 @@ from lockstep.planner.tradeoff import trade_off
 
 LONG_TTFT_S, LONG_TPOT_S = 60.0, 1.0  # promises beyond which the unit is doubted
 ENGINE_ONLY = "times are of the engine alone: what the printed server adds for HTTP, tokenizing and streaming is not in them"
-SCHEDULED = "the formulas of load are rough for stages, and for short answers at a rate: --simulate is nearer, by the same steps"
+SCHEDULED = (
+    "the formulas of load are rough for stages, short answers at a rate, and a rate near the most: --simulate is nearer, by the same steps"
+)
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     alone = [search.replica(c.layout, c.chunk).at(1) for c in everything if c.fits] if work.misses(point) else []
     broken = misses(work, point, rate, alone)
     lacking = missing(setting, layout)
-    band, own = search.band(layout), isinstance(search, HostSearch)
+    band, own = search.band(layout, best.chunk), isinstance(search, HostSearch)
     of_engine = ([ENGINE_ONLY, SCHEDULED] if band.tpot > setting.device.band.tpot else [ENGINE_ONLY]) if own else []
     calibrated = setting.device.calibrated and search.serving.calibrated and (own or setting.device.engine is None)
     operations = operation_error(tpot_terms if work.streams else ttft_terms)

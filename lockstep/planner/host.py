@@ -25,7 +25,8 @@ from lockstep.planner.step import Pricer, Step
 from lockstep.planner.terms import Term, merge
 
 SHORT = 64  # output tokens
-ROUGH = ErrorBand(operation=MEASURED.operation, tpot=0.50, ttft=0.40)  # of the analytic load against the scheduler's own
+CLOSE = 0.6  # of the rate that a layout can carry at all
+ROUGH = ErrorBand(operation=MEASURED.operation, tpot=0.60, ttft=0.40)  # of the analytic load against the scheduler's own
 SOURCE = "docs/planner_cpu.md#the-step-of-a-stage"
 SERVING = Serving(arrival_s=0.0, queue=0.0, calibrated=True)  # steps hold the engine's own share; nothing is added for the server
 PRODUCT = "launch + edge (n + k) + work n k"
@@ -113,10 +114,16 @@ class HostSearch(Search):
         kind = ClosedReplica if self.work.rate is None else Replica
         return kind(self.pricer, layout, self.work, chunk, self.serving)
 
-    def band(self, layout: Layout) -> ErrorBand:
-        """Wider where the formulas of load are further off than the steps: stages, and short answers at a rate."""
-        rough = layout.pp > 1 or (self.work.rate is not None and self.work.output_len < SHORT)
+    def band(self, layout: Layout, chunk: int) -> ErrorBand:
+        """Wider where the formulas of load are further off than the steps: stages, and at a rate short answers, and near the most."""
+        rate = self.work.rate
+        rough = layout.pp > 1 or (rate is not None and (self.work.output_len < SHORT or rate > CLOSE * self._most(layout, chunk)))
         return ROUGH if rough else self.pricer.setting.device.band
+
+    def _most(self, layout: Layout, chunk: int) -> float:
+        """Requests per second that the layout can carry, whatever the latencies."""
+        replica = self.replica(layout, chunk)
+        return layout.dp * replica.at(max(1, min(self.room(layout, chunk)[0], replica.most))).rate
 
     def with_setting(self, setting: Setting) -> Search:
         return replace(self, pricer=HostPricer(setting, self.found))

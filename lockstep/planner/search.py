@@ -99,8 +99,11 @@ class Search:
         """A replica of the layout under this workload."""
         return Replica(self.pricer, layout, self.work, chunk, self.serving)
 
-    def band(self, layout: Layout) -> ErrorBand:
-        """How far off predictions of the layout are. What was measured of a machine's engine is of its own steps, not of these prices."""
+    def band(self, layout: Layout, chunk: int) -> ErrorBand:
+        """How far off predictions of the layout are, prompts cut into chunks of at most `chunk` tokens.
+
+        What was measured of a machine's engine is of its own steps, not of these prices.
+        """
         device = self.pricer.setting.device
         return device.band if device.engine is None else ZERO_CALIBRATION
 

@@ -22,7 +22,7 @@ from lockstep.planner.calibration import MEASURED, AttentionRates, Calibration, 
 from lockstep.planner.catalogue import cluster
 from lockstep.planner.cpu import CpuModel
 from lockstep.planner.hardware import ZERO_CALIBRATION, make_cluster
-from lockstep.planner.host import HostPricer, rows_of
+from lockstep.planner.host import CLOSE, ROUGH, SHORT, HostPricer, rows_of
 from lockstep.planner.layer import Work
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Serving, Workload
@@ -192,14 +192,30 @@ def test_the_answer_and_the_scheduler_agree_over_lengths(layout: Layout, tmp_pat
     assert mean(errors) < 0.12
 
 
-@pytest.mark.parametrize(("output_len", "rough"), [(128, False), (8, True)])
-def test_short_answers_at_a_rate_say_that_they_are_rough(output_len: int, rough: bool, tmp_path: Path):
-    where, alone = entry(tmp_path, mode(1, row=ROW), mode(2, row=ROW)), {"tp": 1, "pp": 1, "dp": 1}
-    most = plan(SHAPE, where, input_len=100, output_len=output_len, fixed=alone).admits["both"]
-    found = plan(SHAPE, where, input_len=100, output_len=output_len, fixed=alone, rate=most / 2)
-    ttft, tpot, said_ttft, said_tpot = simulated(found, where)
-    assert ttft < said_ttft and tpot < said_tpot
-    assert (said_tpot == MEASURED.tpot) is not rough and (SCHEDULED in found.notes) is rough
+AT_A_RATE = [(100, 4), (256, 16), (256, 128)], (0.25, 0.5, 0.9)
+ALL_AT_A_RATE = [(i, o) for i in (32, 100, 256, 700) for o in (2, 4, 8, 16, 32, 63, 64, 128)], (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shares"),
+    [AT_A_RATE, pytest.param(*ALL_AT_A_RATE, marks=[pytest.mark.full, pytest.mark.timeout(3000)])],
+    ids=["some", "all"],
+)
+def test_at_a_rate_the_mean_error_is_within_what_is_said(lengths: list[tuple[int, int]], shares: tuple[float, ...], tmp_path: Path):
+    """Over lengths, and shares of the rate that can be carried: short answers and nearly full machines are rough, and say so."""
+    where, fixed = entry(tmp_path, mode(1, row=ROW), mode(2, row=ROW)), {"tp": 1, "pp": 1, "dp": 1}
+    errors: dict[bool, list[tuple[float, float, float, float]]] = {False: [], True: []}
+    for input_len, output_len in lengths:
+        most = plan(SHAPE, where, input_len=input_len, output_len=output_len, fixed=fixed).admits["both"]
+        for share in shares:
+            found = plan(SHAPE, where, input_len=input_len, output_len=output_len, fixed=fixed, rate=most * share)
+            rough = output_len < SHORT or share > CLOSE
+            errors[rough].append(simulated(found, where))
+            assert (SCHEDULED in found.notes) is rough, (input_len, output_len, share)
+    for rough, said in ((False, MEASURED), (True, ROUGH)):
+        ttft, tpot, said_ttft, said_tpot = (mean(column) for column in zip(*errors[rough], strict=True))
+        assert (said_ttft, said_tpot) == pytest.approx((said.ttft, said.tpot))
+        assert ttft < said_ttft and tpot < said_tpot, (rough, ttft, tpot)
 
 
 def test_stages_say_that_they_are_rough(tmp_path: Path):
