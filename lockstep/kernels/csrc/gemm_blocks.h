@@ -9,6 +9,8 @@
 //                                            c [m][64] (= or +=) rows times the block; k a multiple of the granule
 // One with FUSES does what follows the block too, tile by tile while its sums are in registers:
 //   void block(..., fresh, end)              see End
+// and may fetch the rows that it will be given next, while it works on those of now:
+//   void next_rows(w, a, first, count, now)
 #pragma once
 #include <algorithm>
 
@@ -44,6 +46,7 @@ class PanelLoop {
       int64_t b = i / w_.panels, first = m * b / blocks, last = m * (b + 1) / blocks;
       if (b != prepared) {
         rows_ = kernel_.rows(w_, a_, first, last - first, &lda_);
+        if constexpr (Kernel::FUSES) kernel_.next_rows(w_, a_, last, b + 1 < blocks ? m * (b + 2) / blocks - last : 0, last - first);
         sums_ = scratches().sums.template get<float>(w_.depth * (last - first) * PANEL);
         prepared = b;
       }

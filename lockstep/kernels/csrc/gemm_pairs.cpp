@@ -66,11 +66,18 @@ LS_INLINE void tile_of(int64_t rows, const char* w, int64_t steps, const bf16* a
   }
 }
 
+// The rows that follow those of now, of which every tile fetches some.
+struct Ahead {
+  Prefetch rows{nullptr, 0};
+  int64_t lines = 0;
+};
+
 // The tiles of a block, which together fetch the block that follows it in memory.
 template <class Weight>
-void multiply(const char* w, int64_t k, const bf16* a, int64_t lda, int64_t m, float* c, bool fresh, const End& end, Prefetch prefetch) {
+void multiply(const char* w, int64_t k, const bf16* a, int64_t lda, int64_t m, float* c, bool fresh, const End& end, Prefetch prefetch, Ahead& ahead) {
   alignas(64) float finished[MOST * PANEL];
   each_tile(m, MOST, [&](int64_t row, int64_t rows, int64_t, int64_t tiles) {
+    ahead.rows.lines(ahead.lines);
     Sums to{c + row * PANEL, fresh, end.merges, end.stride, end.alone ? finished : nullptr};
     if (tiles == 1) tile_of<Weight, true>(rows, w, k / 2, a, lda, to, prefetch, 0);
     else tile_of<Weight, false>(rows, w, k / 2, a + row * lda, lda, to, prefetch, prefetch.share(k / 2 * tiles));
@@ -89,13 +96,22 @@ struct Pairs {
 
   const bf16* rows(const Packed& w, const Rows& a, int64_t first, int64_t count, int64_t* ld) const { return pair_rows(w, a, first, count, ld); }
 
-  void block(const Packed& w, const char* weights, int64_t k, const bf16* a, int64_t lda, int64_t m, float* c, bool fresh, const End& end) const {
+  Ahead ahead;
+
+  // Rows of long blocks come from far memory otherwise, for the first panel of each.
+  void next_rows(const Packed& w, const Rows& a, int64_t first, int64_t count, int64_t now) {
+    int64_t bytes = count * a.ld * 2, tiles = (now + MOST - 1) / MOST * w.panels * int64_t(w.atoms.size());
+    ahead = {Prefetch(a.at(first), bytes), 0};
+    ahead.lines = ahead.rows.share(tiles);
+  }
+
+  void block(const Packed& w, const char* weights, int64_t k, const bf16* a, int64_t lda, int64_t m, float* c, bool fresh, const End& end) {
     int64_t bytes = k * PANEL * itemsize(w.type);
     Prefetch prefetch(weights + std::max<int64_t>(bytes, 8 << 10), bytes);
-    if (w.type == DType::BF16) return multiply<PairsBfloat16>(weights, k, a, lda, m, c, fresh, end, prefetch);
-    if (m <= MOST) return multiply<PairsInt8>(weights, k, a, lda, m, c, fresh, end, prefetch);
+    if (w.type == DType::BF16) return multiply<PairsBfloat16>(weights, k, a, lda, m, c, fresh, end, prefetch, ahead);
+    if (m <= MOST) return multiply<PairsInt8>(weights, k, a, lda, m, c, fresh, end, prefetch, ahead);
     weights = unpack_int8(weights, k, scratches().weights.get<char>(k * PANEL * 2));
-    multiply<PairsBfloat16>(weights, k, a, lda, m, c, fresh, end, prefetch);
+    multiply<PairsBfloat16>(weights, k, a, lda, m, c, fresh, end, prefetch, ahead);
   }
 };
 
