@@ -5,14 +5,32 @@
 //   int64_t row_block(const Packed&)         rows whose activations fit the L2 cache
 //   int64_t k_block(const Packed&, m)        k of a block of the panel that fits the L1 cache, for m rows
 //   const Row* rows(...)                     activations as the kernel wants them, k padded as the weight is
-//   void block(w, weights, k, a, lda, m, c, fresh, prefetch)
+//   void block(w, weights, k, a, lda, m, c, fresh)
 //                                            c [m][64] (= or +=) rows times the block; k a multiple of the granule
+// One with FUSES does what follows the block too, tile by tile while its sums are in registers:
+//   void block(..., fresh, end)              see End
+// and may fetch the rows that it will be given next, while it works on those of now:
+//   void next_rows(w, a, first, count, now)
 #pragma once
 #include <algorithm>
 
 #include "gemm.h"
 
 namespace lockstep {
+
+// What follows the last block of an atom: `merges` additions to the sums before it in the tree, the nearest first, each
+// `stride` floats before the other; and after the last atom, `take` for the finished sums.
+struct End {
+  int64_t merges = 0, stride = 0;
+  const Sink* sink = nullptr;  // null: more atoms follow
+  int64_t panel = 0, row = 0;  // what they are
+  const float* sums = nullptr;  // where all of them are
+  bool alone = false;  // they are all there is: they need not be put there
+  void take(int64_t first, int64_t rows, const float* at) const {
+    if (sink) sink->take(panel, row + first, rows, at, stride);
+  }
+  void take(int64_t first, int64_t rows) const { take(first, rows, sums + first * PANEL); }
+};
 
 template <class Kernel>
 class PanelLoop {
@@ -28,6 +46,7 @@ class PanelLoop {
       int64_t b = i / w_.panels, first = m * b / blocks, last = m * (b + 1) / blocks;
       if (b != prepared) {
         rows_ = kernel_.rows(w_, a_, first, last - first, &lda_);
+        if constexpr (Kernel::FUSES) kernel_.next_rows(w_, a_, last, b + 1 < blocks ? m * (b + 2) / blocks - last : 0, last - first);
         sums_ = scratches().sums.template get<float>(w_.depth * (last - first) * PANEL);
         prepared = b;
       }
@@ -36,23 +55,30 @@ class PanelLoop {
   }
 
  private:
+  using Row = typename Kernel::Row;
+
   void panel(int64_t p, int64_t row, int64_t m) {
     float* top = sums_;
     for (const Atom& atom : w_.atoms) {
-      this->atom(w_.panel(p), atom, m, top);
-      top += m * PANEL;
-      for (int64_t i = 0; i < atom.merges; i++, top -= m * PANEL) add(top - 2 * m * PANEL, top - m * PANEL, m * PANEL);
+      End end{atom.merges, m * PANEL};
+      if (&atom == &w_.atoms.back()) end.sink = &sink_, end.panel = p, end.row = row, end.sums = sums_, end.alone = w_.subtrees == 1;
+      this->atom(w_.panel(p), atom, m, top, end);
+      top += (1 - atom.merges) * m * PANEL;
     }
-    sink_.take(p, row, m, sums_, m * PANEL);
   }
 
-  void atom(const char* panel, const Atom& atom, int64_t m, float* c) {
+  void atom(const char* panel, const Atom& atom, int64_t m, float* c, const End& end) {
     int64_t step = kernel_.k_block(w_, m);
     for (int64_t k = 0; k < atom.padded; k += step) {
       const char* weights = panel + w_.offset(atom.at + k);
       int64_t size = std::min(step, atom.padded - k);
-      kernel_.block(w_, weights, size, rows_ + atom.at + k, lda_, m, c, k == 0);
+      const Row* a = rows_ + atom.at + k;
+      if constexpr (Kernel::FUSES) kernel_.block(w_, weights, size, a, lda_, m, c, k == 0, k + size < atom.padded ? End{} : end);
+      else kernel_.block(w_, weights, size, a, lda_, m, c, k == 0);
     }
+    if constexpr (Kernel::FUSES) return;
+    for (int64_t i = 0; i < end.merges; i++, c -= end.stride) add(c - end.stride, c, end.stride);
+    end.take(0, m);
   }
 
   static void add(float* left, const float* right, int64_t n) {
@@ -63,7 +89,7 @@ class PanelLoop {
   const Rows& a_;
   const Sink& sink_;
   Kernel kernel_;
-  const typename Kernel::Row* rows_ = nullptr;
+  const Row* rows_ = nullptr;
   int64_t lda_ = 0;
   float* sums_ = nullptr;
 };

@@ -109,6 +109,7 @@ void block_of(const char* w, int64_t k, const float* a, int64_t lda, int64_t m, 
 
 struct Plain {
   using Row = float;
+  static constexpr bool FUSES = false;
   int64_t row_block(const Packed& w) const { return std::min<int64_t>(std::max<int64_t>((384 << 10) / (w.kp * 4), 48), 384); }
   int64_t k_block(const Packed&, int64_t) const { return 128; }
 

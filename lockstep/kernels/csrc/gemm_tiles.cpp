@@ -15,6 +15,7 @@ constexpr int64_t BLOCK_STRIDE = 4 * PANEL, SUM_STRIDE = 4 * PANEL;  // bytes be
 
 struct Tiles {
   using Row = bf16;
+  static constexpr bool FUSES = false;
   int64_t top = 0, bottom = 0;  // rows of the tiles as configured
 
   Tiles() = default;

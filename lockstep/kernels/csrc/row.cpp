@@ -107,47 +107,64 @@ struct Row : Op {
 
   // Below this many rows each rank adds up all of them; above, each its part, and they exchange the results.
   static constexpr int64_t ONE_SHOT_BYTES = 128 << 10;
+  // Partial sums of more rows than this leave the caches before they are added up.
+  static constexpr int64_t CHUNK_BYTES = 2 << 20, CHUNK_ROWS = 96;
 
   Row(const Packed& w, const void* src, int64_t lds, DType type, Group& group, Tree tree, Finish finish, uint64_t tag, const int32_t* counts)
       : w(w), src(src), lds(lds), type(type), group(group), tree(std::move(tree)), finish(finish), tag(tag) {
     for (int r = 0; r < group.world; r++) most_leaves = std::max<int64_t>(most_leaves, counts[r]);
     if (packed_n(w) != finish.n) throw std::invalid_argument("the weight's outputs are not the stream's width");
     if (packed_subtrees(w) != counts[group.rank]) throw std::invalid_argument("the weight's partial sums are not those announced");
-    rows_fit = int64_t(group.slot_bytes) / (most_leaves * finish.n * 4);
+    const int64_t partials = most_leaves * finish.n * 4, results = group.world > 1 ? finish.n * itemsize(type) : 0;
+    rows_fit = int64_t(group.slot_bytes) / (partials + results);
     if (rows_fit < 1) throw std::invalid_argument("a slot of " + std::to_string(group.slot_bytes) + " bytes does not hold one row of partial sums");
+    rows_fit = std::min(rows_fit, std::max(CHUNK_BYTES / (finish.n * 4), CHUNK_ROWS));
   }
 
   void run(const Step& step, Lane& lane) override {
-    for (int64_t at = 0; at < step.tokens; at += rows_fit) chunk(at, std::min(rows_fit, step.tokens - at), lane);
+    if (group.world == 1) return alone(step.tokens, lane);
+    if (step.tokens * finish.n * 4 <= ONE_SHOT_BYTES && step.tokens <= rows_fit) return one_shot(step.tokens, lane);
+    dispatch(type, [&](auto t) { two_shot<decltype(t)>(step.tokens, lane); });
+  }
+
+  // Partial sums of rows [at, at + rows) into this rank's slot.
+  void multiply(int64_t at, int64_t rows, Lane& lane) {
+    const char* a = static_cast<const char*>(src) + at * lds * itemsize(type);
+    gemm_partials(w, a, type, lds, rows, reinterpret_cast<float*>(group.slot(group.rank)), finish.n, rows * finish.n, lane);
   }
 
   void meet(Lane& lane, uint64_t detail) {
     lane.barrier();
-    if (group.world > 1) {
-      if (lane.id == 0) group.sync(tag << 32 | detail);
+    if (lane.id == 0) group.sync(tag << 32 | detail);
+    lane.barrier();
+  }
+
+  // Every rank adds up all rows.
+  void add_all(int64_t at, int64_t rows, Lane& lane) {
+    dispatch(type, [&](auto t) {
+      using T = decltype(t);
+      std::vector<T> h(static_cast<size_t>(finish.n));
+      for (int64_t i = lane.first(rows); i < lane.last(rows); i++) {
+        sum_row<T>(i, rows, h.data());
+        finish.stream<T>(h.data(), at + i);
+      }
+    });
+  }
+
+  void alone(int64_t tokens, Lane& lane) {
+    for (int64_t at = 0; at < tokens; at += rows_fit) {
+      const int64_t rows = std::min(rows_fit, tokens - at);
+      multiply(at, rows, lane);
       lane.barrier();
+      add_all(at, rows, lane);
+      if (at + rows < tokens) lane.barrier();  // the next chunk writes what this one reads
     }
   }
 
-  void chunk(int64_t at, int64_t rows, Lane& lane) {
-    const int64_t n = finish.n;
-    const char* a = static_cast<const char*>(src) + at * lds * itemsize(type);
-    gemm_partials(w, a, type, lds, rows, reinterpret_cast<float*>(group.slot(group.rank)), n, rows * n, lane);
+  void one_shot(int64_t rows, Lane& lane) {
+    multiply(0, rows, lane);
     meet(lane, uint64_t(rows));
-    dispatch(type, [&](auto t) {
-      using T = decltype(t);
-      if (group.world == 1 || rows * n * 4 <= ONE_SHOT_BYTES) {
-        std::vector<T> h(static_cast<size_t>(n));
-        for (int64_t i = lane.first(rows); i < lane.last(rows); i++) {
-          sum_row<T>(i, rows, h.data());
-          finish.stream<T>(h.data(), at + i);
-        }
-      } else {
-        two_shot<T>(at, rows, lane);
-      }
-    });
-    // Alone, the next chunk writes what this one reads; in a group it writes the other half of the slot.
-    if (group.world == 1 && at + rows_fit <= at + rows) lane.barrier();
+    add_all(0, rows, lane);
   }
 
   // Row i of `rows`: the tree's sum, scaled, biased and rounded.
@@ -161,21 +178,45 @@ struct Row : Op {
     finish.round_sum([&](int64_t j, int64_t count) { return tree.at([&](int32_t x) { return base[x] + j; }, count); }, h);
   }
 
+  // Rows in chunks; each rank adds up its part of every chunk. A slot holds the partial sums of one chunk and, behind them,
+  // this rank's results of the chunk before: the ranks meet once for both.
   template <class T>
-  void two_shot(int64_t at, int64_t rows, Lane& lane) {
-    const int64_t n = finish.n, world = group.world;
-    auto part = [&](int64_t r) { return rows * r / world; };
-    const int64_t begin = part(group.rank), mine = part(group.rank + 1) - begin;
-    T* results = reinterpret_cast<T*>(group.slot(group.rank));
-    for (int64_t i = lane.first(mine); i < lane.last(mine); i++) sum_row<T>(begin + i, rows, results + i * n);
-    meet(lane, uint64_t(rows) | 1u << 31);
+  void two_shot(int64_t tokens, Lane& lane) {
+    const int64_t chunks = (tokens + rows_fit - 1) / rows_fit;
+    auto first = [&](int64_t c) { return tokens * c / chunks; };
+    for (int64_t c = 0; c <= chunks; c++) {
+      const int64_t at = first(c), rows = c < chunks ? first(c + 1) - at : 0;
+      if (rows) multiply(at, rows, lane);
+      meet(lane, uint64_t(rows) | (c ? 1u << 31 : 0));
+      if (rows) add_part<T>(rows, lane);
+      if (c) take_results<T>(first(c - 1), at, lane);
+    }
+  }
+
+  // Rows that rank r adds up, of `rows`: [part(r, rows), part(r + 1, rows)).
+  int64_t part(int64_t r, int64_t rows) const { return rows * r / group.world; }
+  template <class T>
+  T* results(char* slot) const {
+    return reinterpret_cast<T*>(slot + most_leaves * rows_fit * finish.n * 4);
+  }
+
+  template <class T>
+  void add_part(int64_t rows, Lane& lane) {
+    const int64_t begin = part(group.rank, rows), mine = part(group.rank + 1, rows) - begin;
+    T* to = results<T>(group.slot(group.rank));
+    for (int64_t i = lane.first(mine); i < lane.last(mine); i++) sum_row<T>(begin + i, rows, to + i * finish.n);
+  }
+
+  template <class T>
+  void take_results(int64_t at, int64_t end, Lane& lane) {
+    const int64_t n = finish.n, rows = end - at;
     std::vector<T> h(static_cast<size_t>(n));
-    for (int64_t r = 0; r < world; r++) {
-      const T* theirs = reinterpret_cast<const T*>(group.slot_after(int(r)));
-      const int64_t count = part(r + 1) - part(r);
+    for (int64_t r = 0; r < group.world; r++) {
+      const T* theirs = results<T>(group.slot_after(int(r)));
+      const int64_t from = part(r, rows), count = part(r + 1, rows) - from;
       for (int64_t i = lane.first(count); i < lane.last(count); i++) {
         memcpy(h.data(), theirs + i * n, size_t(n) * sizeof(T));
-        finish.stream<T>(h.data(), at + part(r) + i);
+        finish.stream<T>(h.data(), at + from + i);
       }
     }
   }
