@@ -19,22 +19,35 @@ class StepArgs:
     def __init__(self, lib: Any) -> None:
         self._lib = lib
         self.handle: int = lib.step_new()
-        self.tokens = 0
+        self.tokens = self.wanted = 0
         self._kept: tuple[Any, ...] = ()
 
     def set_rows(self, tokens: int, ids: Tensor | None = None) -> None:
         """`tokens` rows of activations, and nothing about requests: for programs without attention."""
-        self.tokens, self._kept = tokens, (ids,)
-        self._lib.step_set(self.handle, tokens, None if ids is None else ids.data_ptr(), None, None, 0, None, None, None, 0)
+        self.tokens = self.wanted = tokens
+        self._kept = (ids,)
+        self._lib.step_set(self.handle, tokens, None if ids is None else ids.data_ptr(), None, None, 0, None, None, None, 0, None, 0)
 
     def set(
-        self, *, ids: Tensor | None, positions: Tensor, slots: Tensor, query_start: I64, seq_lens: I64, block_tables: npt.NDArray[Any]
+        self,
+        *,
+        ids: Tensor | None,
+        positions: Tensor,
+        slots: Tensor,
+        query_start: I64,
+        seq_lens: I64,
+        block_tables: npt.NDArray[Any],
+        wanted: I64 | None = None,
     ) -> None:
-        """ids, positions, slots `[tokens]` int64; query_start `[rows + 1]`, seq_lens `[rows]`, block_tables `[rows, blocks]`."""
+        """ids, positions, slots `[tokens]` int64; query_start `[rows + 1]`, seq_lens `[rows]`, block_tables `[rows, blocks]`.
+
+        wanted: the tokens that a program with `narrow` computes to the end, ascending; None: all.
+        """
         tables = np.ascontiguousarray(block_tables, np.int32)
         query_start, seq_lens = np.ascontiguousarray(query_start), np.ascontiguousarray(seq_lens)
         self.tokens = positions.shape[0]
-        self._kept = (ids, positions, slots, query_start, seq_lens, tables)
+        self.wanted = self.tokens if wanted is None else len(wanted)
+        self._kept = (ids, positions, slots, query_start, seq_lens, tables, wanted)
         self._lib.step_set(
             self.handle,
             self.tokens,
@@ -46,6 +59,8 @@ class StepArgs:
             seq_lens.ctypes.data,
             tables.ctypes.data,
             tables.shape[1],
+            None if wanted is None else wanted.ctypes.data,
+            0 if wanted is None else len(wanted),
         )
 
     def __del__(self) -> None:
@@ -60,6 +75,7 @@ class Program:
         self._handle: int = lib.program_new()
         self._kept: list[Any] = []
         self._stops: dict[int, Callable[[int], None]] = {}
+        self._narrow: int | None = None
         self.names: list[str] = []
 
     def add(self, name: str, op: int) -> None:
@@ -72,6 +88,11 @@ class Program:
         self._stops[len(self.names)] = do
         self.add(name, self._lib.op_stop())
 
+    def narrow(self, name: str, a: Tensor, b: Tensor) -> None:
+        """From here on only the step's wanted tokens are computed: their rows of these two buffers move to the front."""
+        self._narrow = len(self.names)
+        self.add(name, self._lib.op_narrow(a.data_ptr(), a.stride(0) * a.itemsize, b.data_ptr(), b.stride(0) * b.itemsize))
+
     def keep(self, *things: Any) -> None:
         """Hold `things` as long as the program lives."""
         self._kept += things
@@ -80,7 +101,7 @@ class Program:
         """Run all operations. Raises RuntimeError when a peer died or is late in a collective."""
         at = self._lib.program_run(self._handle, step.handle, 0)
         while at >= 0:
-            self._stops[at](step.tokens)
+            self._stops[at](step.tokens if self._narrow is None or at < self._narrow else step.wanted)
             at = self._lib.program_run(self._handle, step.handle, at + 1)
 
     def timed(self, on: bool) -> None:

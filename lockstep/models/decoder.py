@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.attention.backends import make_backend
-from lockstep.attention.batch import AttentionBatch
+from lockstep.attention.batch import I64, AttentionBatch
 from lockstep.attention.layer import KVLayerSpec
 from lockstep.config.model_spec import ModelSpec
 from lockstep.distributed.partition import stage_layers
@@ -73,15 +73,23 @@ class DecoderModel(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, input_ids: Tensor, positions: Tensor, batch: AttentionBatch, intermediate: Intermediate | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        batch: AttentionBatch,
+        intermediate: Intermediate | None = None,
+        wanted: I64 | None = None,
     ) -> Tensor | Intermediate:
         """`input_ids, positions [tokens]` -> normed hidden states `[tokens, hidden]`; on a stage before the last, what the next takes.
 
         `intermediate` is the previous stage's result (None on the first, which alone reads input_ids). Keys and values of
         the tokens are in the cache afterwards.
+
+        wanted: the tokens, ascending, whose hidden states are asked for, all by default. The kernels then return those rows
+        only, `[wanted, hidden]`, unless layers are watched; plain torch returns all rows.
         """
         if self.native is not None:
-            return self.native.forward(input_ids, batch, intermediate)
+            return self.native.forward(input_ids, batch, intermediate, wanted)
         residual: Tensor | None = None
         if intermediate is None:
             assert self.is_first, "a later pipeline stage needs the result of the one before"

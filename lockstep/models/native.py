@@ -9,6 +9,9 @@ A layer is six operations; each reads the buffer that the one before wrote:
     gate_up     normed -> inner          packed product and activation
     down        inner -> stream, normed  as out
 
+After the attention of the model's last layer only the tokens whose hidden states are asked for go on: most of a prompt's are
+not, and their rows change no other's.
+
 The modules of `models.blocks` stay the description of the model (and its plain-torch form); this file only reads them.
 """
 
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.attention.batch import AttentionBatch
+from lockstep.attention.batch import I64, AttentionBatch
 from lockstep.distributed.reduction_tree import ReductionTree
 from lockstep.kernels.library import DTYPE_CODES, library
 from lockstep.kernels.program import Program, StepArgs
@@ -98,6 +101,11 @@ class NativeDecoder:
         self._caches: Sequence[Tensor] = ()
         self.step = StepArgs(self.lib)
 
+    @property
+    def narrows(self) -> bool:
+        """Whether its last layer computes only what is asked for. Who watches layers sees all of every one."""
+        return self.model.is_last and self.model.watcher is None
+
     def _shared_memory(self) -> int:
         """The library's handle of the TP group's shared memory; 0 where the group has none."""
         return int(getattr(self.model.groups.tp.communicator, "native_handle", 0) or 0)
@@ -156,7 +164,9 @@ class NativeDecoder:
         assert self.program is not None, "bind_kv comes first"
         return self.program.times()
 
-    def forward(self, input_ids: Tensor, batch: AttentionBatch, intermediate: Intermediate | None) -> Tensor | Intermediate:
+    def forward(
+        self, input_ids: Tensor, batch: AttentionBatch, intermediate: Intermediate | None, wanted: I64 | None = None
+    ) -> Tensor | Intermediate:
         """As DecoderModel.forward. The result is a view that the next step overwrites."""
         assert self.program is not None, "bind_kv comes first"
         tokens = batch.num_tokens
@@ -170,11 +180,12 @@ class NativeDecoder:
             query_start=batch.query_start,
             seq_lens=batch.seq_lens,
             block_tables=batch.block_tables,
+            wanted=wanted if self.narrows else None,
         )
         self.model.groups.tp.announce("layers", self.buffers.stream[:tokens])
         self.program.run(self.step)
         if self.model.is_last:
-            return self.buffers.normed[:tokens]
+            return self.buffers.normed[: self.step.wanted]
         return {"hidden_states": self.buffers.stream[:tokens].clone()}
 
 
@@ -195,8 +206,10 @@ class Builder:
             self._embed()
         self._norm(f"layers.{model.start}.norm", stack[0].input_layernorm)
         for index, (layer, cache) in enumerate(zip(stack, self.caches, strict=True)):
-            following = stack[index + 1].input_layernorm if index + 1 < len(stack) else (model.norm if model.is_last else None)
-            self._layer(f"layers.{model.start + index}", layer, cache, ropes[layer.self_attn.sliding], following)
+            last = index + 1 == len(stack)
+            following = stack[index + 1].input_layernorm if not last else (model.norm if model.is_last else None)
+            rope, narrow = ropes[layer.self_attn.sliding], last and self.native.narrows
+            self._layer(f"layers.{model.start + index}", layer, cache, rope, following, narrow)
             if model.watcher is not None:
                 self._watch(model.start + index, model.watcher)
         return self.program
@@ -245,9 +258,13 @@ class Builder:
         args = (b.stream.data_ptr(), width, norm.weight.data_ptr(), b.normed.data_ptr(), width, width)
         self.program.add(name, self.lib.op_norm(*args, norm.eps, norm.plus_one, self.code))
 
-    def _layer(self, name: str, layer: DecoderLayer, cache: Tensor, angles: tuple[Tensor, int], following: RMSNorm | None) -> None:
-        """`following`: the norm that the next layer, or the model's end, begins with."""
+    def _layer(
+        self, name: str, layer: DecoderLayer, cache: Tensor, angles: tuple[Tensor, int], following: RMSNorm | None, narrow: bool
+    ) -> None:
+        """`following`: the norm that the next layer, or the model's end, begins with. narrow: what is not wanted ends here."""
         self._attention(name, layer, cache, angles)
+        if narrow:
+            self.program.narrow(f"{name}.narrow", self.buffers.stream, self.buffers.heads)
         b, mlp, sandwich = self.buffers, layer.mlp, isinstance(layer, SandwichLayer)
         before_mlp = layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm
         self._row(f"{name}.out", layer.self_attn.o_proj, b.heads, layer.post_attention_layernorm if sandwich else None, before_mlp)

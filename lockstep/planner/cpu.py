@@ -45,6 +45,18 @@ def op_of(name: str, seconds: float, memory: float = 0.0) -> OpTime:
     return OpTime(name, float(seconds), memory, seconds.table_s / seconds, seconds.error_s / seconds)
 
 
+def together(a: OpTime, b: OpTime) -> OpTime:
+    """Two parts of one operation."""
+    seconds = a.seconds + b.seconds
+    if not seconds:
+        return a
+
+    def mean(x: float, y: float) -> float:
+        return x if x == y else (a.seconds * x + b.seconds * y) / seconds
+
+    return OpTime(a.name, seconds, mean(a.memory, b.memory), mean(a.table, b.table), mean(a.error, b.error))
+
+
 @dataclass(frozen=True)
 class CpuModel:
     """The engine of one replica on a calibrated machine. `layout.dp` replicas share it, each rank with its share of the cores.
@@ -89,6 +101,7 @@ class CpuModel:
         q, kv = heads.q.size * shape.head_dim, heads.kv.size * shape.head_dim
         columns = shard(shape.intermediate_size, tp, 0).size
         combine = mode.combine.at(tokens * hidden) if tp > 1 else 0.0
+        wanted = max(sampled, 1) if last else tokens
         yield OpTime("engine, executor and worker", mode.step.at(len(queries)) + (self._prompts_s(queries, contexts) if first else 0.0))
         if first:
             yield OpTime("embedding", mode.embed.at(tokens * hidden) + combine)
@@ -99,12 +112,14 @@ class CpuModel:
             ("gate and up", 2 * columns, hidden, True, False),
             ("down", hidden, columns, False, True),
         ):
-            yield self._product(name, tokens, n, k, stage, count=layers.size, gated=gated, row=row)
+            part = name != "qkv" and wanted < tokens  # the model's last layer does this for what is sampled only
+            whole = self._product(name, tokens, n, k, stage, count=layers.size - part, gated=gated, row=row)
+            yield whole if not part else together(whole, self._product(name, wanted, n, k, stage, count=1, gated=gated, row=row))
         yield OpTime("rope", layers.size * mode.rope.at(tokens * (q + 2 * kv)))
         weights = weight_bytes(shape, self.layout, stage, 0, self.how, self.weight_dtype)
         yield self._attention(layers.start, layers.stop, queries, contexts, q, kv, weights)
         if tp > 1:
-            yield OpTime("sums over the ranks", 2 * layers.size * combine)
+            yield OpTime("sums over the ranks", 2 * (layers.size - 1) * combine + 2 * mode.combine.at(wanted * hidden))
         if last and sampled:
             rows = vocab_shard(shape.vocab_size, tp, 0).size
             yield self._product("head", sampled, rows, hidden, stage, count=1, gated=False, row=False)

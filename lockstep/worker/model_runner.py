@@ -100,7 +100,7 @@ class ModelRunner:
         if self.recorder is not None:
             self.recorder.begin(inputs, self.state)
         self.timeline.lap("inputs")
-        hidden = self.forward(inputs)
+        hidden = self.forward(inputs, self._wanted(inputs))
         add_operations(self.model, self.timeline)
         self.timeline.lap("forward")
         prompt_logprobs = [] if hidden is None else self._prompt_logprobs(hidden, inputs)
@@ -138,8 +138,20 @@ class ModelRunner:
         if self.groups.pp.world_size == 1:
             self.groups.tp.broadcast(self._to_device(tokens), src=0)
 
-    def forward(self, inputs: StepInputs) -> torch.Tensor | None:
+    def _wanted(self, inputs: StepInputs) -> I64 | None:
+        """The tokens whose hidden states this step's results are made of: what is sampled, if nobody asks for more. None: all.
+
+        At least one, so that no operation meets a step of nothing.
+        """
+        more = (self.state.prompt_logprobs[inputs.slots] >= 0).any() or self.state.pools[inputs.slots].any()
+        if more or len(inputs.sampled_rows) == len(inputs.input_ids):
+            return None
+        return inputs.last_tokens if len(inputs.sampled_rows) else np.zeros(1, np.int64)
+
+    def forward(self, inputs: StepInputs, wanted: I64 | None = None) -> torch.Tensor | None:
         """Hidden states `[tokens, hidden]` of the step's tokens; None on a pipeline stage before the last, which sends them on.
+
+        Of the `wanted` tokens only, `[wanted, hidden]`, where the model can do without the others (DecoderModel.forward).
 
         Their keys and values are in the cache afterwards.
         """
@@ -147,7 +159,7 @@ class ModelRunner:
         with self.timeline.span(RECEIVE, "idle"), self._stage():
             given = hop.receive(self.groups)
         with self._layers():
-            result = self.model(self._to_device(inputs.input_ids), batch.positions, batch, given)
+            result = self.model(self._to_device(inputs.input_ids), batch.positions, batch, given, wanted)
         if isinstance(result, torch.Tensor):
             return result
         with self.timeline.span(SEND, "idle"), self._stage():

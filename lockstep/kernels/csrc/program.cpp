@@ -5,7 +5,11 @@
 namespace lockstep {
 
 int64_t Program::run(const Step& step, int64_t first) {
-  int64_t stop = -1, last = int64_t(ops.size());
+  int64_t stop = -1, last = int64_t(ops.size()), narrow = last;
+  Step narrowed = step;
+  if (step.wanted) narrowed.tokens = step.num_wanted;
+  for (int64_t i = 0; i < int64_t(ops.size()); i++)
+    if (ops[size_t(i)].op->narrows()) narrow = i;
   for (int64_t i = first; i < last; i++)
     if (ops[size_t(i)].op->stops()) {
       stop = last = i;
@@ -15,7 +19,7 @@ int64_t Program::run(const Step& step, int64_t first) {
   team().run([&](Lane& lane) {
     for (int64_t i = first; i < last; i++) {
       if (timed && lane.id == 0) began[size_t(i)] = now_s();
-      ops[size_t(i)].op->run(step, lane);
+      ops[size_t(i)].op->run(i > narrow ? narrowed : step, lane);
       lane.barrier();
       if (timed && lane.id == 0) ended[size_t(i)] = now_s();
     }
@@ -28,6 +32,25 @@ namespace {
 struct Stop : Op {
   void run(const Step&, Lane&) override {}
   bool stops() const override { return true; }
+};
+
+// Moves the wanted tokens' rows of two buffers to the front.
+struct Narrow : Op {
+  struct Buffer {
+    char* data;
+    int64_t bytes;  // of a row
+  } buffers[2];
+  Narrow(Buffer a, Buffer b) : buffers{a, b} {}
+  bool narrows() const override { return true; }
+  void run(const Step& step, Lane& lane) override {
+    if (!step.wanted) return;
+    for (const Buffer& b : buffers) {
+      // Every thread has some columns, in which it goes from the first row on: no row is written before it was moved.
+      const int64_t from = lane.first(b.bytes), size = lane.last(b.bytes) - from;
+      for (int64_t i = 0; i < step.num_wanted; i++)
+        if (step.wanted[i] != i) memcpy(b.data + i * b.bytes + from, b.data + step.wanted[i] * b.bytes + from, size_t(size));
+    }
+  }
 };
 
 Program* program_new() { return new Program(); }
@@ -44,12 +67,16 @@ void program_times(Program* p, double* began, double* ended) {
   for (size_t i = 0; i < p->ops.size() && i < p->began.size(); i++) began[i] = p->began[i], ended[i] = p->ended[i];
 }
 Op* op_stop() { return new Stop(); }
+// Two buffers, bytes of a row each.
+Op* op_narrow(void* a, int64_t a_bytes, void* b, int64_t b_bytes) {
+  return new Narrow({static_cast<char*>(a), a_bytes}, {static_cast<char*>(b), b_bytes});
+}
 
 Step* step_new() { return new Step(); }
 void step_free(Step* s) { delete s; }
 void step_set(Step* s, int64_t tokens, const int64_t* ids, const int64_t* positions, const int64_t* slots, int64_t rows,
-              const int64_t* query_start, const int64_t* seq_lens, const int32_t* tables, int64_t table_stride) {
-  *s = Step{tokens, ids, positions, slots, rows, query_start, seq_lens, tables, table_stride};
+              const int64_t* query_start, const int64_t* seq_lens, const int32_t* tables, int64_t table_stride, const int64_t* wanted, int64_t num_wanted) {
+  *s = Step{tokens, ids, positions, slots, rows, query_start, seq_lens, tables, table_stride, wanted, num_wanted};
 }
 
 void team_set(int64_t threads, const int* cores, int64_t n_cores) {
@@ -64,7 +91,7 @@ double clock_s() { return now_s(); }
 extern const std::vector<PyMethodDef> program_methods;
 const std::vector<PyMethodDef> program_methods = {
     BIND(program_new),  BIND(program_free), BIND(program_add), BIND(program_size), BIND(program_run), BIND(program_timed),
-    BIND(program_times), BIND(op_stop),     BIND(step_new),    BIND(step_free),    BIND(step_set),    BIND(team_set),
+    BIND(program_times), BIND(op_stop),     BIND(op_narrow),    BIND(step_new),    BIND(step_free),    BIND(step_set),    BIND(team_set),
     BIND(team_size),    BIND(set_spin_ns),  BIND(clock_s),
 };
 

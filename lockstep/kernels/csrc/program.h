@@ -23,6 +23,8 @@ struct Step {
   const int64_t* seq_lens = nullptr;     // [rows] tokens in the cache after the step
   const int32_t* tables = nullptr;       // [rows, table_stride] KV blocks
   int64_t table_stride = 0;
+  const int64_t* wanted = nullptr;  // [num_wanted] ascending: the tokens that are computed to the end; null: all of them
+  int64_t num_wanted = 0;
 };
 
 struct Op {
@@ -31,6 +33,8 @@ struct Op {
   virtual void run(const Step& step, Lane& lane) = 0;
   // True: the list stops here, so that Python does something (a collective that is not shared memory) before going on.
   virtual bool stops() const { return false; }
+  // True: operations after this one see the wanted tokens only, as the first rows of all buffers.
+  virtual bool narrows() const { return false; }
 };
 
 struct Program {
