@@ -131,7 +131,7 @@ def test_what_was_not_measured_is_priced_as_any_device(tmp_path: Path):
 def test_an_answer_that_is_not_of_the_machine_s_steps_is_not_calibrated(tmp_path: Path):
     where = cluster(entry(tmp_path, mode(1), mode(2)))
     own = plan(SHAPE, where, input_len=64, output_len=32, ttft=100)
-    assert own.calibrated and own.band == asdict(MEASURED) and own.promises[0].error == MEASURED.ttft
+    assert own.calibrated and own.band == pytest.approx(asdict(MEASURED)) and own.promises[0].error == MEASURED.ttft
     assert ENGINE_ONLY in own.notes, "the printed command serves over HTTP"
     for other in (
         plan(SHAPE, make_cluster(where.device, 2, 1), input_len=64, output_len=32, ttft=100),
