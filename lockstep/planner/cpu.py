@@ -7,9 +7,10 @@ A stage's step is
     + layers x (qkv + rope + attention + out + gate and up + down)
     + head and choice on the last
 
-(out, gate and up, and down of the model's last layer: for the tokens that are sampled only) and with TP each of `out`, `down` and the embedding also sums over the ranks. A product costs launch + edge x (n + k) + work x n x k
-with the constants of its number of rows; between two measured numbers the seconds are interpolated on logarithms. Where samples
-are kept, products and attention are corrected by those around (`cpu_tables.py`).
+where `out`, `gate and up` and `down` of the model's last layer are for the tokens that are sampled only, and with TP each of
+`out`, `down` and the embedding also sums over the ranks. A product costs launch + edge x (n + k) + work x n x k with the constants
+of its number of rows; between two measured numbers the seconds are interpolated on logarithms. Where samples are kept, products
+and attention are corrected by those around (`cpu_tables.py`).
 """
 
 from __future__ import annotations
