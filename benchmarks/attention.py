@@ -67,7 +67,7 @@ class Case:
         self.tables, self.batch = deal.to(torch.int32), batch
         self.start, self.seqs = torch.from_numpy(batch.query_start), torch.from_numpy(batch.seq_lens)
         arrays = (batch.num_tokens, 0, batch.positions.data_ptr(), batch.slot_mapping.data_ptr())
-        lib.step_set(self.step, *arrays, rows, self.start.data_ptr(), self.seqs.data_ptr(), self.tables.data_ptr(), blocks)
+        lib.step_set(self.step, *arrays, rows, self.start.data_ptr(), self.seqs.data_ptr(), self.tables.data_ptr(), blocks, None, 0)
 
     def ours(self) -> None:
         self.lib.program_run(self.program, self.step, 0)

@@ -127,7 +127,7 @@ class Layer:
         start, seqs = torch.from_numpy(batch.query_start), torch.from_numpy(batch.seq_lens)
         ids = torch.zeros(batch.num_tokens, dtype=torch.int64)
         arrays = (batch.num_tokens, ids.data_ptr(), batch.positions.data_ptr(), batch.slot_mapping.data_ptr())
-        self.lib.step_set(self.step, *arrays, len(rows), start.data_ptr(), seqs.data_ptr(), tables.data_ptr(), tables.stride(0))
+        self.lib.step_set(self.step, *arrays, len(rows), start.data_ptr(), seqs.data_ptr(), tables.data_ptr(), tables.stride(0), None, 0)
         assert self.lib.program_run(self.program, self.step, 0) == -1
         assert self.out[:, -16:].isnan().all() and self.qkv[:, -8:].isnan().all(), "wrote past a row"
         return list(self.out[: batch.num_tokens, : s.num_q * s.head_dim].clone().split(list(counts)))

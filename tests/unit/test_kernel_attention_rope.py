@@ -79,7 +79,7 @@ def test_angles(lib):
     out = torch.empty(5, 40)
     program, step = lib.program_new(), lib.step_new()
     lib.program_add(program, lib.op_angles(inv_freq.data_ptr(), 20, out.data_ptr()), "angles")
-    lib.step_set(step, 5, 0, positions.data_ptr(), 0, 0, 0, 0, 0, 0)
+    lib.step_set(step, 5, 0, positions.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0)
     lib.program_run(program, step, 0)
     wanted = reference.angles(positions.double(), inv_freq)
     assert (out - wanted).abs().max() < 3e-7

@@ -42,7 +42,7 @@ def run_op(lib, op, tokens: int) -> None:
     program, step = lib.program_new(), lib.step_new()
     try:
         lib.program_add(program, op, "op")
-        lib.step_set(step, tokens, 0, 0, 0, 0, 0, 0, 0, 0)
+        lib.step_set(step, tokens, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         assert lib.program_run(program, step, 0) == -1
     finally:
         lib.program_free(program)
