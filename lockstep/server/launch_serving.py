@@ -27,6 +27,7 @@ from lockstep.server.launch_http import Server, make_server
 from lockstep.server.middleware_gate import AGAIN_S, GRACE_S
 from lockstep.server.state import ServerState
 from lockstep.utils.collection import rare_collections
+from lockstep.utils.switching import short_switches
 from lockstep.utils.words import counted
 
 POLL_S = 0.05
@@ -61,7 +62,7 @@ def run_serving(
     failure: why the engine's process runs no more, None while it does. steps: towards serving.
     connect_s: how long that may take: the engine may just be starting anew.
     """
-    with rare_collections(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with rare_collections(), short_switches(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(turning(Serving(state, failure, listener).run(steps, connect_s), steps))
 
 
