@@ -95,9 +95,12 @@ def below(server: RunningServer) -> dict[str, list[psutil.Process]]:
 
 
 def memory_mb(server: RunningServer) -> float:
-    """Of all processes together, each shared page by its share."""
-    everyone = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-    return sum(process.memory_full_info().pss for process in everyone) / 1e6
+    """Of all processes together, each shared page by its share. One that ends meanwhile (a stuck rank that was replaced) has none."""
+    total = 0
+    for process in (psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += process.memory_full_info().pss
+    return total / 1e6
 
 
 class Load:

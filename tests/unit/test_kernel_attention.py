@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels import build, library
 from lockstep.kernels.variants import EMULATED, usable
 from tests.unit.kernel_attention_rows import Shape, Weights, alone, cut, run
+from tests.unit.kernel_variants import load_or_skip
 
 VARIANTS = [*usable(), *([EMULATED] if EMULATED.needs <= usable()[0].needs else [])]
 GROUPINGS = [(0, 0, 1, 1), (0,), (0, 1, 2), (0, 0, 0, 0, 0, 0, 0), (0, 0, 1), (0, 1, 1, 1, 1, 1, 2), (1, 0, 1, 0), (0,) * 40]
@@ -29,10 +29,7 @@ def one_thread():
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: v.name)
 def lib(request):
-    try:
-        return library.load(build.build(request.param))
-    except build.BuildError as error:
-        pytest.skip(str(error))
+    return load_or_skip(request.param)
 
 
 def shapes(rng: random.Random) -> Shape:

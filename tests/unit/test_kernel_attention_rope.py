@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lockstep.kernels import build, library
 from lockstep.kernels.reference import attention as reference
 from lockstep.kernels.variants import EMULATED, usable
 from tests.unit.kernel_attention_rows import Cache, Layer, Shape, Weights
+from tests.unit.kernel_variants import load_or_skip
 
 VARIANTS = [*usable(), *([EMULATED] if EMULATED.needs <= usable()[0].needs else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -17,10 +17,7 @@ STEP = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # on
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: v.name)
 def lib(request):
-    try:
-        return library.load(build.build(request.param))
-    except build.BuildError as error:
-        pytest.skip(str(error))
+    return load_or_skip(request.param)
 
 
 def cached(lib, layer: Layer, row: int, length: int):

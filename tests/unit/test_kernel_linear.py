@@ -15,6 +15,7 @@ from lockstep.distributed.reduction_tree import ADD, ReductionTree, subtrees
 from lockstep.kernels import build, library, variants
 from lockstep.kernels.packed import PackedLinear, dtype_code
 from lockstep.kernels.reference import linear as reference
+from tests.unit.kernel_variants import load_or_skip
 
 USABLE = variants.usable()
 VARIANTS = {v.name: v for v in (*USABLE, variants.EMULATED) if v in USABLE or v.needs <= USABLE[0].needs}
@@ -25,7 +26,7 @@ FEW = settings(max_examples=12, deadline=None)
 
 @functools.cache
 def load(name: str):
-    return library.load(build.build(VARIANTS[name]))
+    return load_or_skip(VARIANTS[name])
 
 
 @contextlib.contextmanager
@@ -321,3 +322,13 @@ def test_a_library_that_fails_its_check_is_not_used(monkeypatch, caplog):
     with caplog.at_level("WARNING", logger="lockstep"):
         assert library.library.__wrapped__() is good
     assert "tile registers" in caplog.text
+
+
+def test_every_variant_keeps_its_own_functions():
+    """However often they are loaded: a handle of one given to another's functions is memory of nobody."""
+    first = [load_or_skip(v) for v in VARIANTS.values()]
+    weights = [PackedLinear(torch.ones(8, 8), bounds=[0, 8], gated=False, dtype=torch.float32, lib=lib) for lib in first]
+    again = [load_or_skip(v) for v in VARIANTS.values()]
+    assert len({id(lib) for lib in (*first, *again)}) == 2 * len(VARIANTS)
+    assert [lib.variant() for lib in first] == [lib.variant() for lib in again] == list(VARIANTS)
+    del weights  # each freed by whose it is

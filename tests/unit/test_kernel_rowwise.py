@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels import build, library
+from lockstep.kernels import library
 from lockstep.kernels.program import Program, StepArgs
 from lockstep.kernels.reference import rowwise as reference
 from lockstep.kernels.variants import EMULATED, usable
 from lockstep.layers.norm import RMSNorm
+from tests.unit.kernel_variants import load_or_skip
 
 VARIANTS = [*usable(), *([EMULATED] if EMULATED.needs <= usable()[0].needs else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -22,10 +23,7 @@ ROOM = 5  # elements at the end of each row that an operation must not touch
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: v.name)
 def lib(request):
-    try:
-        return library.load(build.build(request.param))
-    except build.BuildError as error:
-        pytest.skip(str(error))
+    return load_or_skip(request.param)
 
 
 class Runner:

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels import build, library, rows
+from lockstep.kernels import rows
 from lockstep.kernels.reference import sampling as reference
 from lockstep.kernels.variants import EMULATED, usable
+from tests.unit.kernel_variants import load_or_skip
 
 VARIANTS = [*usable(), *([EMULATED] if EMULATED.needs <= usable()[0].needs else [])]
 BORDER = 1e-12  # how far shares may lie apart: sums of float64 in two orders
@@ -19,10 +20,7 @@ VOCABS = st.one_of(st.integers(1, 300), st.sampled_from([1024, 1025, 4999]))
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: v.name)
 def lib(request):
-    try:
-        return library.load(build.build(request.param))
-    except build.BuildError as error:
-        pytest.skip(str(error))
+    return load_or_skip(request.param)
 
 
 @pytest.fixture(autouse=True)

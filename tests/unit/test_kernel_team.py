@@ -15,18 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels import build, library
 from lockstep.kernels.variants import usable
+from tests.unit.kernel_variants import load_or_skip
 
 SPIN_NS = 50_000
 
 
 @pytest.fixture(scope="module")
 def lib():
-    try:
-        return library.load(build.build(usable()[0]))
-    except build.BuildError as error:
-        pytest.skip(str(error))
+    return load_or_skip(usable()[0])
 
 
 @pytest.fixture(autouse=True)
@@ -291,10 +288,7 @@ def test_a_signal_while_asleep_changes_nothing(lib):
 @pytest.mark.parametrize("variant", usable(), ids=lambda v: v.name)
 def test_numbers_are_rounded_as_torch_rounds(variant, dtype, code):
     """Every bfloat16 or float16, those halfway between two, their neighbours, and random bits."""
-    try:
-        lib = library.load(build.build(variant))
-    except build.BuildError as error:
-        pytest.skip(str(error))
+    lib = load_or_skip(variant)
     every = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(dtype).float()
     bits = every.view(torch.int32)
     halfway = (1 << 15) if dtype == torch.bfloat16 else (1 << 12)
@@ -313,10 +307,7 @@ def test_numbers_are_rounded_as_torch_rounds(variant, dtype, code):
 
 @pytest.mark.parametrize("variant", usable(), ids=lambda v: v.name)
 def test_exponentials_are_accurate_everywhere(variant):
-    try:
-        lib = library.load(build.build(variant))
-    except build.BuildError as error:
-        pytest.skip(str(error))
+    lib = load_or_skip(variant)
     x = torch.cat([torch.linspace(-103, 88.7, 100_003), torch.tensor([-torch.inf, -104.0, 89.0, torch.inf, torch.nan, 0.0, -0.0, 1e-30])])
     out, tanhs = torch.empty_like(x), torch.empty_like(x)
     lib.selftest_exp(x.data_ptr(), len(x), out.data_ptr(), tanhs.data_ptr())

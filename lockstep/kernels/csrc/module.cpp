@@ -27,7 +27,10 @@ PyMODINIT_FUNC PyInit__lockstep_kernels() {
     methods.push_back(BIND(variant));
     methods.push_back({nullptr, nullptr, 0, nullptr});
   }
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_lockstep_kernels", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  // In two phases, so that every load makes a module of its own: of the other kind Python keeps one for all of a name, and several
+  // variants in one process would find each other's functions in it.
+  static PyModuleDef_Slot none[] = {{0, nullptr}};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_lockstep_kernels", nullptr, 0, nullptr, none, nullptr, nullptr, nullptr};
   module.m_methods = methods.data();
-  return PyModule_Create(&module);
+  return PyModuleDef_Init(&module);
 }
