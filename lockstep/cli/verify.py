@@ -99,8 +99,8 @@ def explain(difference: Difference, reference: Run, found: Run) -> None:
 def runs(config: EngineConfig, options: VerifyOptions, folder: Path, *, first: bool) -> Iterator[Run]:
     """This engine's runs: the first engine begins with requests that run alone, the others with all together.
 
-    The second run of an engine finds prompts in its cache, where that is on. In the third nobody records, so that tokens
-    are chosen as they usually are, without whole logits.
+    The second run of an engine finds prompts in its cache, where that is on. In the third only logits are recorded, so that the last
+    layer leaves out the tokens that nobody asks for. In the fourth nobody records, and tokens are chosen without whole logits too.
     """
     from lockstep.llm import LLM
 
@@ -110,17 +110,19 @@ def runs(config: EngineConfig, options: VerifyOptions, folder: Path, *, first: b
         vocab = llm.spec.vocab_size
         prompts = make_prompts(options, vocab, llm.config.model.max_model_len or 0)
         threads = llm.collective_rpc("num_threads")[0]
-        for turn, together in enumerate((not first, first, True)):
-            path = folder / f"{id(config)}-{turn}" if turn < 2 else None
+        for turn, together in enumerate((not first, first, True, True)):
+            path = folder / f"{id(config)}-{turn}" if turn < 3 else None
+            if turn == 2:
+                llm.reset_prefix_cache()
             begin = time.monotonic()
-            tokens = decode(llm, prompts, counts(options), path, together=together)
+            tokens = decode(llm, prompts, counts(options), path, together=together, layers=turn < 2)
             run = Run(
                 tp=parallel.tensor_parallel_size,
                 pp=parallel.pipeline_parallel_size,
                 threads=threads,
                 chunk=llm.config.scheduler.max_num_batched_tokens or 0,
                 batch=len(prompts) if together else 1,
-                cached=turn > 0 and bool(llm.config.cache.enable_prefix_caching),
+                cached=turn % 2 == 1 and bool(llm.config.cache.enable_prefix_caching),
                 seconds=time.monotonic() - begin,
                 tokens=tokens,
             )
@@ -143,11 +145,13 @@ def counts(options: VerifyOptions) -> list[int]:
     return [-(-most * (n - i) // n) if options.stagger else most for i in range(n)]
 
 
-def decode(llm: LLM, prompts: list[list[int]], max_tokens: list[int], path: Path | None, *, together: bool) -> list[list[int]]:
-    """Decode every prompt greedily; the tokens chosen. path: the ranks record meanwhile, and save it there."""
+def decode(
+    llm: LLM, prompts: list[list[int]], max_tokens: list[int], path: Path | None, *, together: bool, layers: bool = True
+) -> list[list[int]]:
+    """Decode every prompt greedily; the tokens chosen. path: the ranks record meanwhile, layers too, and save it there."""
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False, seed=i) for i, n in enumerate(max_tokens)]
     if path is not None:
-        llm.collective_rpc("record", ("",))
+        llm.collective_rpc("record", ("", layers))
     given: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
     if together:
         found = llm.generate(given, params, use_tqdm=False)

@@ -13,7 +13,7 @@ Key = tuple[int, int]  # (request, position)
 class Run:
     """What one engine computed for all requests. layers: per rank, its layers' numbers and each position's digests.
 
-    Without logits and layers nobody recorded, and the engine chose tokens the short way.
+    Without digests only logits were recorded. Without logits nobody recorded, and the engine chose tokens the short way.
     """
 
     tp: int
@@ -51,7 +51,7 @@ class Run:
 
     def row(self) -> str:
         """The run's line of the table, but for the verdict."""
-        positions = len(self.layers[0][1]) if self.layers else "tokens"
+        positions = (len(self.layers[0][1]) or "-") if self.layers else "tokens"
         how = "together" if self.batch > 1 else "alone"
         return (
             f"{self.tp:>3} {self.pp:>3} {self.threads:>7} {self.chunk:>6} {how:>9} {'hits' if self.cached else '-':>6}"

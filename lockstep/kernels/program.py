@@ -41,11 +41,14 @@ class StepArgs:
     ) -> None:
         """ids, positions, slots `[tokens]` int64; query_start `[rows + 1]`, seq_lens `[rows]`, block_tables `[rows, blocks]`.
 
-        wanted: the tokens that a program with `narrow` computes to the end, ascending; None: all.
+        wanted: the tokens that a program with `narrow` computes to the end, strictly ascending, at least one; None: all.
         """
         tables = np.ascontiguousarray(block_tables, np.int32)
         query_start, seq_lens = np.ascontiguousarray(query_start), np.ascontiguousarray(seq_lens)
         self.tokens = positions.shape[0]
+        if wanted is not None:
+            wanted = np.ascontiguousarray(wanted, np.int64)
+            assert len(wanted) and wanted[0] >= 0 and wanted[-1] < self.tokens and (np.diff(wanted) > 0).all(), wanted
         self.wanted = self.tokens if wanted is None else len(wanted)
         self._kept = (ids, positions, slots, query_start, seq_lens, tables, wanted)
         self._lib.step_set(

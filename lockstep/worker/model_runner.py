@@ -143,7 +143,8 @@ class ModelRunner:
 
         At least one, so that no operation meets a step of nothing.
         """
-        more = (self.state.prompt_logprobs[inputs.slots] >= 0).any() or self.state.pools[inputs.slots].any()
+        in_prompt = inputs.seq_lens - inputs.query_lens < self.state.prompt_lens[inputs.slots] - 1  # its last token predicts no prompt
+        more = (in_prompt & (self.state.prompt_logprobs[inputs.slots] >= 0)).any() or self.state.pools[inputs.slots].any()
         if more or len(inputs.sampled_rows) == len(inputs.input_ids):
             return None
         return inputs.last_tokens if len(inputs.sampled_rows) else np.zeros(1, np.int64)
@@ -207,10 +208,13 @@ class ModelRunner:
             self.recorder.logits(logits)
         return self.sampler.sample(logits, rows)
 
-    def record(self, recorder: Recorder | None) -> None:
-        """Tell `recorder` what later steps compute; None: nobody any more. Every rank must do it at the same step."""
+    def record(self, recorder: Recorder | None, layers: bool = True) -> None:
+        """Tell `recorder` what later steps compute; None: nobody any more. Every rank must do it at the same step.
+
+        layers: what each layer does too, not the logits alone.
+        """
         self.recorder = recorder
-        self.model.watch_layers(None if recorder is None else recorder.layer)
+        self.model.watch_layers(recorder.layer if recorder is not None and layers else None)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, inputs: StepInputs) -> PromptLogprobs:
         """For each row that asked: the prompt tokens that this step's positions predict. Filled on the output rank only.

@@ -242,15 +242,18 @@ class Worker(Recorded):
             self.progress.times.memory(device_bytes=torch.cuda.memory_reserved(self.device))
         return result
 
-    def record(self, path: str) -> None:
-        """Record what the next steps compute; `path` ends it and saves there, a file for each rank. "": begin anew."""
+    def record(self, path: str, layers: bool = True) -> None:
+        """Record what the next steps compute; `path` ends it and saves there, a file for each rank. "": begin anew.
+
+        layers: what layers compute too, for which the last one computes every token.
+        """
         recorder = self.runner.recorder
         if path:
             assert recorder is not None, "record: nothing was begun"
             recorder.save(Path(f"{path}-rank{self.rank}.npz"))
             self.runner.record(None)
         else:
-            self.runner.record(Recorder())
+            self.runner.record(Recorder(), layers)
 
     def start_timeline(self) -> None:
         """Record this rank's steps, and what happens inside them, from now on."""

@@ -68,3 +68,58 @@ def test_operations_after_narrow_see_the_wanted_rows_first(wanted: list[int] | N
     assert seen == [7, len(rows)] and step.wanted == len(rows)
     assert torch.equal(source[: len(rows)], before[rows]) and torch.equal(other[: len(rows)], was[rows])
     assert (out[: len(rows)] != 0).any(1).all() and not out[len(rows) :].any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_rows_are_moved_whole_by_any_number_of_threads(threads: int) -> None:
+    """Each thread moves some columns of every row."""
+    lib: Any = library()
+    stream, heads, rows = torch.randn(40, 333), torch.randn(40, 17).bfloat16(), np.array([3, 4, 9, 20, 38], np.int64)
+    wanted = stream[rows].clone(), heads[rows].clone()
+    program, step = Program(lib), StepArgs(lib)
+    program.narrow("narrow", stream, heads)
+    positions, one = torch.arange(40), np.arange(2, dtype=np.int64)
+    tables = np.zeros((1, 1), np.int32)
+    step.set(ids=None, positions=positions, slots=positions, query_start=one * 40, seq_lens=one[1:] * 40, block_tables=tables, wanted=rows)
+    lib.team_set(threads, 0, 0)
+    try:
+        program.run(step)
+    finally:
+        lib.team_set(1, 0, 0)
+    assert torch.equal(stream[:5], wanted[0]) and torch.equal(heads[:5], wanted[1])
+
+
+@pytest.mark.parametrize("wanted", [[], [1, 1], [2, 1], [-1], [7]])
+def test_wanted_tokens_are_checked(wanted: list[int]) -> None:
+    positions, one = torch.arange(7), np.arange(2, dtype=np.int64)
+    with pytest.raises(AssertionError):
+        StepArgs(library()).set(
+            ids=None,
+            positions=positions,
+            slots=positions,
+            query_start=one * 7,
+            seq_lens=one[1:] * 7,
+            block_tables=np.zeros((1, 1), np.int32),
+            wanted=np.array(wanted, np.int64),
+        )
+
+
+def test_the_model_returns_the_wanted_rows_only(tmp_path: Path) -> None:
+    """The steps of prompts, as the runner asks for them."""
+    llm = LLM(make_tiny("llama", tmp_path), device="cpu", threads_per_rank=1, max_model_len=128, kv_cache_memory_bytes=8 << 20)
+    runner = llm._client.core.executor._worker.runner  # type: ignore[attr-defined]
+    seen: list[tuple[int, int]] = []
+    forward = runner.model.forward
+
+    def watched(ids: Any, *rest: Any) -> Any:
+        hidden = forward(ids, *rest)
+        seen.append((len(ids), len(hidden)))
+        return hidden
+
+    runner.model.forward = watched
+    llm.generate([{"prompt_token_ids": p} for p in PROMPTS], SamplingParams(max_tokens=2, temperature=0), use_tqdm=False)
+    logprobs = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True, prompt_logprobs=0)
+    llm.generate([{"prompt_token_ids": PROMPTS[0]}], logprobs, use_tqdm=False)
+    llm.shutdown()
+    total = sum(map(len, PROMPTS))
+    assert seen == [(total, len(PROMPTS)), (len(PROMPTS), len(PROMPTS)), (len(PROMPTS[0]), len(PROMPTS[0])), (1, 1), (1, 1)], seen
