@@ -148,7 +148,10 @@ def counts(options: VerifyOptions) -> list[int]:
 def decode(
     llm: LLM, prompts: list[list[int]], max_tokens: list[int], path: Path | None, *, together: bool, layers: bool = True
 ) -> list[list[int]]:
-    """Decode every prompt greedily; the tokens chosen. path: the ranks record meanwhile, layers too, and save it there."""
+    """Decode every prompt greedily; the tokens chosen.
+
+    path: the ranks record meanwhile, and save it there. layers: what layers compute too.
+    """
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False, seed=i) for i, n in enumerate(max_tokens)]
     if path is not None:
         llm.collective_rpc("record", ("", layers))

@@ -73,6 +73,31 @@ def test_it_is_calibrated_and_its_terms_are_the_machine_s_steps(tmp_path: Path):
     assert found.runners and not any("nodes" in runner.reason for runner in found.runners)
 
 
+@pytest.mark.parametrize("layers", [1, 6])
+def test_the_last_layer_is_priced_for_what_is_sampled(layers: int, tmp_path: Path):
+    """After its attention: its products, and its sums over the ranks. As if all were sampled, it would be one of its kind."""
+    tokens, hidden, combine = 64, SPEC.hidden_size, Line(1e-6, 1e-9)
+    calibrated = calibration.load(Path(entry(tmp_path, mode(1), mode(2, combine=combine))))
+    shape = from_spec(replace(SPEC, num_layers=layers, layer_kinds=("full",) * layers), "small")
+    model = CpuModel(calibrated, shape, Layout(tp=2), how="even")
+
+    def seconds(count: int, sampled: int) -> dict[str, float]:
+        return {op.name: op.seconds for op in model.operations(0, [count], [96], sampled)}
+
+    whole, narrow, one = seconds(tokens, tokens), seconds(tokens, 1), seconds(1, 1)
+    for name in ("out", "gate and up", "down"):
+        assert narrow[name] == pytest.approx((layers - 1) / layers * whole[name] + one[name] / layers), name
+        assert narrow[name] < whole[name]
+    assert narrow["qkv"] == whole["qkv"]
+    assert narrow["sums over the ranks"] == pytest.approx(2 * (layers - 1) * combine.at(tokens * hidden) + 2 * combine.at(hidden))
+
+
+def test_stages_before_the_last_compute_every_token(tmp_path: Path):
+    model = CpuModel(calibration.load(Path(entry(tmp_path, mode(1), mode(2, combine=Line(1e-6))))), SHAPE, Layout(pp=2), how="even")
+    few, whole = model.stage_s([64], [96], 1), model.stage_s([64], [96], 64)
+    assert few[0] == whole[0] and few[1] < whole[1]
+
+
 def test_the_engine_s_own_term_says_all_that_is_in_it(tmp_path: Path):
     """A prompt that begins, and its tokens, cost the engine something of their own."""
     pricer = pricer_of(SHAPE, entry(tmp_path, mode(1, prompt_s=1e-3, prompt_token_s=1e-5)))
