@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import httpx
 import pytest
 
+from lockstep.cluster.replica_main import tell_hosts
 from lockstep.config.errors import ConfigError
 from lockstep.executor.contract import ExecutorError
 from lockstep.testing.executors import children_of, decode_plan, fake_executor, wait_for
@@ -95,6 +97,32 @@ def test_a_leader_that_says_later_that_it_comes_again_is_joined_again() -> None:
             assert agent.wait() == 1, "this one did not get so far, and says why"
             assert "ended with its leader: the model does not fit." in agent.said() and "More of it" not in agent.said()
             assert agent.said().count("looks for the leader") == 1
+
+
+def test_an_engine_that_failed_above_its_ranks_is_joined_again() -> None:
+    """As when a rank of it died: its next start waits for this node."""
+    with held_port() as port:
+        common = {"tp": 2, "nnodes": 2, "master_port": port, "cpu_binding": False, "startup_s": 30}
+        with fake_agent(**common, node_rank=1) as agent:
+            with fake_executor(**common) as executor:
+                executor.say_again()
+                steps(executor)
+                tell_hosts(executor, None, KeyError("a block that is not there"))
+            with fake_executor(**common) as executor:
+                steps(executor)
+            assert agent.wait() == 0, agent.said()
+            assert "a block that is not there" in agent.said() and agent.said().count("looks for the leader") == 1
+
+
+def test_hosts_are_told_of_a_failure_unless_the_executor_told_them() -> None:
+    executor, core = Mock(), Mock(failure=None)
+    tell_hosts(executor, core, error := KeyError("x"))
+    tell_hosts(executor, None, error)
+    assert executor.give_up.mock_calls == [call(error), call(error)]
+    core.failure = ExecutorError("rank 1 died")
+    tell_hosts(executor, core, core.failure)
+    tell_hosts(None, None, error)
+    assert len(executor.mock_calls) == 2
 
 
 def test_an_agent_looks_for_its_leader_for_as_long_as_a_start_may_take() -> None:
