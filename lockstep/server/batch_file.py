@@ -9,9 +9,11 @@ Files of this machine only: whoever gives a name of a file shall not thereby hav
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import uuid
@@ -238,8 +240,8 @@ class BatchOutput:
         if self._part is None:
             return
         try:
+            self._part.replace(self._path)  # while it is held: whoever comes next finds none, and makes its own
             self._file.close()
-            self._part.replace(self._path)
         except OSError as e:
             raise self._unwritable(e) from None
         self._part = None
@@ -249,6 +251,13 @@ class BatchOutput:
             return ConfigError(
                 f"output_file={self._name!r}: another run writes it now, to {self._part}: give another one, or wait for that."
             )
+        if isinstance(error, _UnlockedError):
+            return ConfigError(
+                f"output_file={self._name!r}: {self._part} is there, and its file system has no locks to tell whether another run writes "
+                "it: remove it if none does, or give another one."
+            )
+        if error.errno == errno.ELOOP and self._part is not None and self._part.is_symlink():
+            return ConfigError(f"output_file={self._name!r}: {self._part} is a symbolic link, which is not followed: remove it.")
         if isinstance(error, FileExistsError):
             return ConfigError(
                 f"output_file={self._name!r}: {self._part} is there, with what a run had done that ended early: move it away, or remove it."
@@ -260,10 +269,14 @@ class _HeldError(OSError):
     """Another process has the file."""
 
 
+class _UnlockedError(OSError):
+    """Nobody can tell whether another process has the file."""
+
+
 def _held(path: Path) -> IO[bytes]:
     """The file, made here or found empty as a killed run leaves it, and locked: the lock ends with this process, however that ends.
 
-    Raises FileExistsError where something is in it, _HeldError where another process has it.
+    Raises FileExistsError where something is in it, _HeldError where another process has it, _UnlockedError where none can say so.
     """
     while True:
         made, file = _opened_to_write(path)
@@ -274,10 +287,10 @@ def _held(path: Path) -> IO[bytes]:
         except OSError as e:
             if isinstance(e, BlockingIOError) or not made:  # else a file system without locks: it is whose who made it
                 file.close()
-                raise _HeldError from None
+                raise (_HeldError if isinstance(e, BlockingIOError) else _UnlockedError) from None
         if not _is_at(file, path):  # whose it was has just ended, and moved it
             file.close()
-        elif _size(file):
+        elif _size(file) or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.close()
             raise FileExistsError
         else:
@@ -285,12 +298,12 @@ def _held(path: Path) -> IO[bytes]:
 
 
 def _opened_to_write(path: Path) -> tuple[bool, IO[bytes] | None]:
-    """(whether it was made here, the file); None where it was there, and is gone."""
+    """(whether it was made here, the file); None where it was there, and is gone. Raises OSError for a link, wherever that leads."""
     try:
         return True, open(path, "xb")
     except FileExistsError:
         with contextlib.suppress(FileNotFoundError):
-            return False, open(path, "r+b")
+            return False, os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "wb")
     return False, None
 
 

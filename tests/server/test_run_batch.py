@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import os
@@ -371,6 +372,48 @@ def test_a_run_that_ends_leaves_alone_what_is_not_its_own(tmp_path: Path) -> Non
         with BatchOutput(name):
             first.__exit__()
             assert part.exists(), "the second run's"
+
+
+def test_a_link_in_the_place_of_the_part_file_is_refused(tmp_path: Path) -> None:
+    """Also one that leads nowhere."""
+    part = tmp_path / "out.part"
+    for target in ("nowhere", "there"):
+        (tmp_path / "there").write_bytes(b"")
+        part.symlink_to(tmp_path / target)
+        with pytest.raises(ConfigError, match=r"out\.part is a symbolic link, which is not followed: remove it"):
+            BatchOutput(str(tmp_path / "out"))
+        part.unlink()
+    assert sorted(os.listdir(tmp_path)) == ["there"]
+
+
+def test_without_locks_a_part_file_is_whose_who_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(batch_file.fcntl, "flock", without)
+    with (
+        BatchOutput(str(tmp_path / "out")),
+        pytest.raises(ConfigError, match="no locks to tell whether another run writes it: remove it if"),
+    ):
+        BatchOutput(str(tmp_path / "out"))
+
+
+def test_a_finished_file_is_moved_before_it_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever came between would find what is done, or have its own file moved."""
+    seen: list[str] = []
+    replace = Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        with pytest.raises(ConfigError) as refused:
+            BatchOutput(str(tmp_path / "out"))
+        seen.append(str(refused.value))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    with BatchOutput(str(tmp_path / "out")) as out:
+        out.write(result_of(read_line(1, b"no json")))
+        out.finish()
+    assert len(seen) == 1 and "another run writes it now" in seen[0]
 
 
 def test_a_device_has_no_part_file(tmp_path: Path) -> None:
