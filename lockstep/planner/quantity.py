@@ -12,6 +12,7 @@ from lockstep.config.errors import ConfigError
 _PREFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _RATE = re.compile(r"([0-9.]+(?:e[+-]?\d+)?)\s*([KMGTP]?)(i?)(?:B|FLOPS?)?(?:/s)?", re.IGNORECASE)
 _TIME = re.compile(r"([0-9.]+(?:e[+-]?\d+)?)\s*(us|ms|s)?")
+MOST_SHOWN = 10**20
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, None: 1.0}
 
 
@@ -39,13 +40,20 @@ def read(where: str, key: str, value: Any, rule: Rule) -> float:
     """The number that `value` is. K, M, G, T are decimal and Ki, Mi, Gi, Ti binary, as on data sheets. Raises ConfigError."""
     number = _seconds(value) if rule is LATENCY else _number(value)
     if number is None or not math.isfinite(number) or not number > 0:
-        raise ConfigError(f"{where}: {key} is {value!r}: it must be a number above 0 ({rule.unit}).")
+        raise ConfigError(f"{where}: {key} is {shown(value)}: it must be a number above 0 ({rule.unit}).")
     if rule is COUNT and number != int(number):
-        raise ConfigError(f"{where}: {key} is {value!r}: it must be {rule.unit}.")
+        raise ConfigError(f"{where}: {key} is {shown(value)}: it must be {rule.unit}.")
     if not rule.least <= number <= rule.most:
         bound = f"at least {rule.least:g}" if number < rule.least else f"at most {rule.most:g}"
-        raise ConfigError(f"{where}: {key} is {value!r}: it must be {bound}; its unit is {rule.unit}.")
+        raise ConfigError(f"{where}: {key} is {shown(value)}: it must be {bound}; its unit is {rule.unit}.")
     return number
+
+
+def shown(value: Any) -> str:
+    """A value for a message: of a whole number with more digits than anybody wants to read, its power of ten."""
+    if not isinstance(value, int) or abs(value) < MOST_SHOWN:
+        return repr(value)
+    return f"{'-' * (value < 0)}1e+{math.floor(math.log10(abs(value)))}"
 
 
 def mapping(where: str, key: str, value: Any, example: str) -> Mapping[str, Any]:

@@ -210,7 +210,10 @@ def test_units(value, rule, number):
     assert quantity.read("x", "y", value, rule) == pytest.approx(number, rel=1e-12)
 
 
-@pytest.mark.parametrize("value", ["64iB", "1.2.3", "fast", "", None, True, float("nan"), float("inf"), -1, 10**400, "64GiBs"])
+@pytest.mark.parametrize(
+    "value",
+    ["64iB", "1.2.3", "fast", "", None, True, float("nan"), float("inf"), -1, 10**400, pytest.param(-(10**5000), id="huge"), "64GiBs"],
+)
 def test_what_is_no_size(value):
     with pytest.raises(ConfigError, match="must be a number above 0"):
         quantity.read("x", "y", value, quantity.CAPACITY)

@@ -49,7 +49,7 @@ def test_a_calibrated_machine_says_how_many_ranks_were_measured(tmp_path: Path):
         ({"output_len": True}, "output_len=True must be"),
         ({"rate": True}, "rate=True must be more than 0"),
         ({"rate": "5"}, "rate='5' must be more than 0"),
-        ({"price": -1.0}, "price=-1 must be 0 or more"),
+        ({"price": -1.0}, "price=-1.0 must be 0 or more"),
         ({"margin": False}, "margin=False must be"),
         ({"fixed": {"foo": 1}}, "'foo': 1 is no axis with a size"),
         ({"fixed": {"tp": 2.0}}, "'tp': 2.0 is no axis with a size"),
@@ -80,6 +80,20 @@ def test_numbers_that_no_float_can_hold_are_refused_in_few_digits(name: str, dig
     assert words in str(e.value)
     with pytest.raises(ConfigError, match=f"{words.partition('=')[0]}=-1e\\+{digits} "):
         plan("llama-3.1-8b", "2x8xH100", **{name: -(10**digits)})
+
+
+@pytest.mark.parametrize("name", ["input_len", "output_len", "max_model_len"])
+@pytest.mark.parametrize("digits", [30, 5000])
+def test_lengths_that_no_context_has_are_refused_in_few_digits(name: str, digits: int):
+    with pytest.raises(ConfigError, match=f"1e\\+{digits}") as e:
+        plan("llama-3.1-8b", "2x8xH100", **{name: 10**digits})
+    assert len(str(e.value)) < 200 and name in str(e.value)
+
+
+def test_an_axis_that_no_cluster_has_is_refused_in_few_digits():
+    for sign in ("-", ""):
+        with pytest.raises(ConfigError, match=rf"'tp': {sign}1e\+5000 is no axis with a size from 1 to"):
+            plan("llama-3.1-8b", "2x8xH100", fixed={"tp": int(f"{sign}1") * 10**5000})
 
 
 def test_a_path_is_a_model_and_nothing_costs_nothing(tmp_path: Path):

@@ -1,8 +1,9 @@
 // The product of a block of rows with packed panels: what the kernels of all variants share.
 //
-// A kernel multiplies rows of activations with a block of a panel (some hundred k of 64 columns, as large as fits the L1
-// cache) and accumulates in float32 in memory between blocks, which rounds nothing. So every output has one chain of
-// additions in the order of k, whatever the block and tile sizes are, and they may follow the caches and the number of rows.
+// A kernel multiplies rows of activations with a block of a panel (some k of its 64 columns: few where few rows use each, as
+// the L1 cache holds; up to a thousand where many do) and accumulates in float32 in memory between blocks, which rounds
+// nothing. So every output has one chain of additions in the order of k, whatever the block and tile sizes are, and they may
+// follow the caches and the number of rows.
 #pragma once
 #include <memory>
 

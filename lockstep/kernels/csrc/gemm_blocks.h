@@ -3,13 +3,13 @@
 // A kernel is a class with
 //   using Row                                the type of its activations
 //   int64_t row_block(const Packed&)         rows whose activations fit the L2 cache
-//   int64_t k_block(const Packed&, m)        k of a block of the panel that fits the L1 cache, for m rows
+//   int64_t k_block(const Packed&, m)        k of a block of the panel, for m rows
 //   const Row* rows(...)                     activations as the kernel wants them, k padded as the weight is
 //   void block(w, weights, k, a, lda, m, c, fresh)
 //                                            c [m][64] (= or +=) rows times the block; k a multiple of the granule
 // One with FUSES does what follows the block too, tile by tile while its sums are in registers:
 //   void block(..., fresh, end)              see End
-// and may fetch the rows that it will be given next, while it works on those of now:
+// and is told the rows that it will be given next, to fetch them while it works on those of now:
 //   void next_rows(w, a, first, count, now)
 #pragma once
 #include <algorithm>

@@ -107,7 +107,8 @@ struct Row : Op {
 
   // Below this many rows each rank adds up all of them; above, each its part, and they exchange the results.
   static constexpr int64_t ONE_SHOT_BYTES = 128 << 10;
-  // Partial sums of more rows than this leave the caches before they are added up.
+  // Partial sums of more rows than this leave the caches before they are added up: the bytes are of one leaf of the tree, of
+  // which a rank with an uneven share has more. At least so many rows that a block of the panel is used by more than a few.
   static constexpr int64_t CHUNK_BYTES = 2 << 20, CHUNK_ROWS = 96;
 
   Row(const Packed& w, const void* src, int64_t lds, DType type, Group& group, Tree tree, Finish finish, uint64_t tag, const int32_t* counts)
