@@ -42,6 +42,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "wake_up": lambda client: client.wake_up(),
     "reset_prefix_cache": lambda client: client.reset_prefix_cache(),
     "requests": lambda client: client.requests(),
+    "unfinished": lambda client: len(client.requests()),
     "abort_requests": lambda client, names=None: abort(client, names),
     "mode": lambda client: [(health := client.health()).paused, health.sleep_level],
     "write_profile": lambda client, folder: str(client.stop_profile().write(folder)),
@@ -51,7 +52,15 @@ CALLS: dict[str, Callable[..., Any]] = {
     "start_profile": lambda client: client.start_profile(),
     "stop_profile": lambda client: client.stop_profile(),
 }
-AT_ONCE = {"ping", "requests", "abort_requests", "mode", "metrics", "cluster"}  # no replica is asked: answered during another call too
+AT_ONCE = {
+    "ping",
+    "requests",
+    "unfinished",
+    "abort_requests",
+    "mode",
+    "metrics",
+    "cluster",
+}  # no replica is asked: answered during another call too
 
 
 def pause(client: EngineClient, mode: str) -> None:

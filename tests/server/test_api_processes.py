@@ -41,6 +41,12 @@ def processes(server: RunningServer, module: str) -> list[psutil.Process]:
 def test_one_that_is_stopped_is_replaced() -> None:
     with running_server("--api-server-count", "2", tp=1) as server:
         (first, second), (engine,) = processes(server, "processes_child"), processes(server, "engine_process")
+        long = {"prompt": "def f(", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", server.url + "/v1/completions", json=long, timeout=60) as stream:
+            lines = stream.iter_lines()  # kept: a stream whose iterator is gone is closed
+            next(lines)
+            loads = {httpx.get(server.url + "/load").json()["server_load"] for _ in range(8)}
+            assert loads == {1}, "each process knows of the other's"
         os.kill(first.pid, signal.SIGSTOP)
         os.kill(engine.pid, signal.SIGKILL)
         give_up_s = time.monotonic() + 60

@@ -82,6 +82,16 @@ def test_all_is_well(server: RunningServer) -> None:
     assert get(server, "/load")["kv_cache_usage"] == 0
 
 
+def test_load_is_of_this_moment(server: RunningServer) -> None:
+    assert get(server, "/load")["server_load"] == 0
+    streams = [Streaming(server) for _ in range(2)]
+    until(lambda: all(stream.text for stream in streams))
+    assert get(server, "/load")["server_load"] == 2
+    for stream in streams:
+        stream.thread.join(60)
+    assert get(server, "/load")["server_load"] == 0
+
+
 def test_a_pause_keeps_requests(server: RunningServer) -> None:
     want = Streaming(server)
     want.thread.join(60)

@@ -12,6 +12,7 @@ import msgspec
 from fastapi import APIRouter, Query
 
 from lockstep.cluster.health import RequestInfo
+from lockstep.frontend.streams import CallLate, CallRefused, EngineDeadError
 from lockstep.observability.flight_recorder import default_folder
 from lockstep.server.errors import ApiError
 from lockstep.server.routes.parsed import ParsedRoute
@@ -20,6 +21,7 @@ from lockstep.server.state import ServerState, State
 
 router = APIRouter(tags=["operators"], route_class=ParsedRoute)
 LONG_S = 600.0  # weights may have to be read again
+AT_ONCE_S = 1.0  # a balancer asks often, and waits for nothing
 
 
 async def _call(state: ServerState, method: str, *args: Any, type: Any = Any) -> Any:
@@ -109,16 +111,28 @@ async def abort_requests(body: AbortRequest, state: State) -> dict[str, list[str
 
 @router.get("/load")
 async def load(state: State) -> dict[str, Any]:
-    """How much there is to do, as of a moment ago."""
-    stats = state.stats
+    """How much there is to do: server_load is of this moment, the rest of the engine's last report, up to half a second ago."""
+    stats, unfinished = state.stats, await _unfinished(state)
     if stats is None:
-        return {"server_load": state.engine.unfinished, "running": 0, "waiting": state.engine.unfinished, "kv_cache_usage": 0.0}
+        return {"server_load": unfinished, "running": 0, "waiting": unfinished, "kv_cache_usage": 0.0}
     return {
-        "server_load": stats.running + stats.waiting,
+        "server_load": unfinished,
         "running": stats.running,
         "waiting": stats.waiting,
         "kv_cache_usage": round(stats.kv_usage, 4),
     }
+
+
+async def _unfinished(state: ServerState) -> int:
+    """Requests of all API processes. The others' are of the engine's last report where it cannot say at once."""
+    own = state.engine.unfinished
+    if state.options.api_server_count == 1:
+        return own
+    try:
+        everyones: int = await state.engine.call("unfinished", type=int, timeout_s=AT_ONCE_S)
+        return max(own, everyones)
+    except (EngineDeadError, CallRefused, CallLate):
+        return max(own, state.stats.running + state.stats.waiting if state.stats else 0)
 
 
 @router.get("/v1/requests")
