@@ -132,13 +132,20 @@ def _check_tls(options: ServeOptions) -> None:
         raise ConfigError(f"{next(iter(given))} without ssl_certfile: name the server's own certificate too, or leave it out.")
     if options.ssl_cert_reqs and options.ssl_ca_certs is None:
         raise ConfigError(f"ssl_cert_reqs={options.ssl_cert_reqs} needs ssl_ca_certs: say whose certificates are taken.")
-    if options.ssl_certfile is not None:
+    if options.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
+    except (ssl.SSLError, OSError) as e:
+        raise ConfigError(
+            f"ssl_certfile={options.ssl_certfile!r} and its key cannot be used: {e}: give PEM files that belong together."
+        ) from None
+    if options.ssl_ca_certs is not None:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
+            context.load_verify_locations(options.ssl_ca_certs)
         except (ssl.SSLError, OSError) as e:
-            raise ConfigError(
-                f"ssl_certfile={options.ssl_certfile!r} and its key cannot be used: {e}: give PEM files that belong together."
-            ) from None
+            raise ConfigError(f"ssl_ca_certs={options.ssl_ca_certs!r} cannot be used: {e}: give a file of certificates in PEM.") from None
 
 
 def _check_origins(options: ServeOptions) -> None:
