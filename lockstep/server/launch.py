@@ -27,6 +27,7 @@ from lockstep.config.source import DEMO_NAME, tokenizer_folder
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import resolve
 from lockstep.frontend.async_engine import AsyncEngine
+from lockstep.frontend.chat import check_template
 from lockstep.frontend.engine_handle import CLIENT
 from lockstep.frontend.engine_keeper import EngineKeeper
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer
@@ -46,7 +47,7 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
     """Serve until told to stop; the exit code. Raises ConfigError or ExecutorError when it cannot start, or cannot go on."""
     env.choose_log_format(options.log_format)
     logging.configure(config.runtime.log_level)
-    read_chat_template(options)  # one that cannot be read is told before anything is loaded
+    check_chat_template(options)
     options = check_options(options)
     check_endpoint(options.otlp_traces_endpoint)
     config, spec, folder = resolve(for_endpoint(config, options))
@@ -74,6 +75,13 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
             if options.uds:
                 Path(options.uds).unlink(missing_ok=True)
     return code if code > 128 else told or code
+
+
+def check_chat_template(options: ServeOptions) -> None:
+    """A chat template that cannot be used is told before anything is loaded, and not by every client. Raises ConfigError."""
+    text = read_chat_template(options)
+    if text is not None:
+        check_template(str(options.chat_template), text)
 
 
 def end(handle: EngineKeeper, *, at_once: bool) -> int:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from lockstep.config.endpoint import check_options
 from lockstep.config.errors import ConfigError
-from lockstep.config.serve import BatchOptions, read_chat_template
+from lockstep.config.serve import BatchOptions
 from lockstep.config.source import tokenizer_folder
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import resolve
@@ -37,7 +37,7 @@ from lockstep.observability import logging
 from lockstep.server.app import create_app
 from lockstep.server.batch_file import PIPE, Ask, BatchInput, BatchOutput, Refused, Response, Result, result_of
 from lockstep.server.inside import post
-from lockstep.server.launch import model_names, state_over
+from lockstep.server.launch import check_chat_template, model_names, state_over
 from lockstep.server.launch_serving import SIGNALS, Failure, connect, until_dead
 from lockstep.server.processes import connect_limit_s
 from lockstep.server.state import ServerState
@@ -51,7 +51,7 @@ def run_batch(config: EngineConfig, options: BatchOptions, *, client: str = CLIE
     logging.configure(config.runtime.log_level)
     given, told = _files(options)
     serving = options.served()
-    read_chat_template(serving)
+    check_chat_template(serving)
     serving = check_options(serving)
     serving.api_key = []  # the environment's are for strangers
     with BatchInput(given) as lines, BatchOutput(told) as out:

@@ -1,0 +1,48 @@
+"""How a server starts, or does not: what is wrong is told in one line before anything is loaded, and Ctrl-C ends it at any moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lockstep.cli.main import main
+from lockstep.server import launch, run_batch
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`refused("serve", ...)`: the one line with which that command ends before it loads anything."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was not refused")
+
+    monkeypatch.setattr(launch, "EngineKeeper", load)
+    monkeypatch.setattr(run_batch, "EngineKeeper", load)
+
+    def line(*argv: str) -> str:
+        assert main(list(argv)) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1, said
+        return said
+
+    return line
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("broken {% if", "unexpected 'end of template' in line 1"),
+        ("\n{{ x | nothing }}", "No filter named 'nothing' in line 2"),
+        ("{% break %}", ""),
+    ],
+)
+def test_a_template_that_is_none(tmp_path: Path, refused: Any, text: str, why: str) -> None:
+    template, asked = tmp_path / "broken.jinja", tmp_path / "in.jsonl"
+    template.write_text(text)
+    asked.write_text("{}\n")
+    expected = f"--chat-template='{template}' is no Jinja template: {why}"
+    assert expected in refused("serve", "--port", "0", "--chat-template", str(template))
+    batch = ("run-batch", "-i", str(asked), "-o", str(tmp_path / "out.jsonl"))
+    assert expected in refused(*batch, "--chat-template", str(template))
