@@ -15,7 +15,6 @@ import resource
 import signal
 import socket
 import stat
-import sys
 from pathlib import Path
 from types import FrameType
 
@@ -134,7 +133,7 @@ def announce(options: ServeOptions, model: str, listener: socket.socket) -> None
     """Say where the server is, and whom that lets in."""
     scheme, (host, port) = "https" if options.ssl_certfile else "http", listener.getsockname()[:2] if not options.uds else ("", 0)
     where = options.uds or f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"lockstep serves {model} at {where}", file=sys.stderr, flush=True)
+    logging.say(f"lockstep serves {model} at {where}")
     if is_open(options):
         _log.warning(
             "ANYBODY who reaches %s can use this server: host=%s is not this machine alone, and no --api-key is set. Set one (or "
@@ -142,7 +141,8 @@ def announce(options: ServeOptions, model: str, listener: socket.socket) -> None
             *(where, options.host),
         )
     elif not options.uds and not options.api_key:
-        print("  only this machine can reach it (--host and --api-key open it to others)", file=sys.stderr, flush=True)
+        indent = "" if env.log_format() == "json" else "  "
+        logging.say(f"{indent}only this machine can reach it (--host and --api-key open it to others)")
 
 
 def listen(options: ServeOptions) -> socket.socket:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import warnings
 from typing import Any
 
 import httpx
@@ -94,6 +95,19 @@ def test_root_path_opens_no_other_door() -> None:
             assert (await client.get("/llm/llm/livez")).status_code == 401
             allowed = await client.get("/llm/version", headers={"Authorization": "Bearer k"})
             assert allowed.status_code == 200
+
+    run(walk())
+
+
+def test_root_path_is_described_without_a_warning() -> None:
+    async def walk() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            app = create_app(make_state(root_path="/llm"))
+            async with client_of(app) as client:
+                for path in ("/openapi.json", "/llm/openapi.json"):
+                    assert (await client.get(path)).json()["servers"] == [{"url": "/llm"}]
+                assert (await client.get("/llm/docs")).status_code == 200
 
     run(walk())
 

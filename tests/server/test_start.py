@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lockstep.cli.main import main
+from lockstep.config.serve import ServeOptions
 from lockstep.server import launch, run_batch
 
 
@@ -46,3 +48,15 @@ def test_a_template_that_is_none(tmp_path: Path, refused: Any, text: str, why: s
     assert expected in refused("serve", "--port", "0", "--chat-template", str(template))
     batch = ("run-batch", "-i", str(asked), "-o", str(tmp_path / "out.jsonl"))
     assert expected in refused(*batch, "--chat-template", str(template))
+
+
+def test_where_it_is_is_one_more_line_of_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ServeOptions(port=0)
+    with launch.listen(given) as listener:
+        launch.announce(given, "m", listener)
+        plain = capsys.readouterr().err.splitlines()
+        monkeypatch.setenv("LOCKSTEP_LOG_FORMAT", "json")
+        launch.announce(given, "m", listener)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["message"] for line in lines] == [line.strip() for line in plain]
+    assert plain[0].startswith("lockstep serves m at http://127.0.0.1:") and all(line["level"] == "info" for line in lines)
