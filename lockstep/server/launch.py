@@ -32,12 +32,13 @@ from lockstep.frontend.engine_keeper import EngineKeeper
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer
 from lockstep.observability import logging
 from lockstep.observability.otel import check_endpoint
-from lockstep.server.launch_serving import SIGNALS, Steps, run_serving
+from lockstep.server.launch_serving import Steps, run_serving
 from lockstep.server.processes import ApiLaunch, connect_limit_s, serve_by_processes
 from lockstep.server.starting import Porch
 from lockstep.server.state import ServerState
 from lockstep.server.watchdog import Watchdog
 from lockstep.utils import env
+from lockstep.utils.interrupt import heard, terminable
 
 _log = logging.get_logger(__name__)
 
@@ -54,7 +55,7 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
     listener = listen(options)
     words = tokenizer_folder(config.model, folder)
     names = model_names(config, options)
-    with contextlib.closing(listener):
+    with terminable(), contextlib.closing(listener):
         handle, code = EngineKeeper(config, spec, folder, client=client), 1
 
         def ready() -> None:
@@ -94,7 +95,7 @@ def end(handle: EngineKeeper, *, at_once: bool) -> int:
         told.append(number)
         handle.kill()
 
-    before = {number: signal.signal(number, now) for number in SIGNALS}
+    before = {number: signal.signal(number, now) for number in heard()}
     try:
         if at_once:
             handle.kill()

@@ -39,6 +39,7 @@ from lockstep.server.starting import Porch
 from lockstep.server.watchdog import HUNG_S
 from lockstep.utils import env, procs, stacks
 from lockstep.utils.frames import Channel, send_one
+from lockstep.utils.interrupt import heard
 
 POLL_S = 0.05
 START_S = 120.0  # beyond the engine's: one that is started again may find that the engine is, too
@@ -168,7 +169,7 @@ class Processes:
 
     def run(self, ready: Callable[[], None]) -> int:
         """Until a signal has drained them all, or the engine is gone; the exit code. Raises ConfigError or ExecutorError."""
-        before = {number: signal.signal(number, lambda n, _: self._signals.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, lambda n, _: self._signals.append(n)) for number in heard()}
         try:
             for index in range(len(self.supervisor.lives)):
                 self._start(index)
