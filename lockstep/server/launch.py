@@ -18,7 +18,7 @@ import stat
 from pathlib import Path
 from types import FrameType
 
-from lockstep.config.endpoint import check_options, for_endpoint, is_open
+from lockstep.config.endpoint import check_folder, check_options, for_endpoint, is_open
 from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.serve import ServeOptions, read_chat_template
@@ -49,6 +49,8 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
     logging.configure(config.runtime.log_level)
     check_chat_template(options)
     options = check_options(options)
+    check_folder("profile_dir", options.profile_dir)
+    check_folder("incident_dir", config.runtime.incident_dir, 0o700)
     check_endpoint(options.otlp_traces_endpoint)
     config, spec, folder = resolve(for_endpoint(config, options))
     raise_descriptor_limit()

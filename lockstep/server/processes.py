@@ -290,9 +290,9 @@ class Processes:
         state = self.supervisor.failed(api.index, now_s)
         self._lost_s.setdefault(api.index, now_s)
         self._why[api.index] = api.why or f"died: {procs.exit_cause(code)}"
-        _log.error("API process %d (pid %d) died: %s; its connections are lost", api.index, api.process.pid, procs.exit_cause(code))
+        _log.error("API process %d (pid %d) %s; its connections are lost", api.index, api.process.pid, self._why[api.index])
         if state is State.GIVEN_UP:
-            raise ExecutorError(f"API process {api.index} died {life.failures} times in a row, the last time by {procs.exit_cause(code)}.")
+            raise ExecutorError(f"API process {api.index} died {life.failures} times in a row, the last time it {self._why[api.index]}.")
 
     def _end_if_stopped(self, api: ApiProcess, now_s: float) -> None:
         """One that was stopped (SIGSTOP, or a debugger) keeps its connections waiting: another one takes its place."""

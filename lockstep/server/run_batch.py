@@ -24,7 +24,7 @@ import uvloop
 from starlette.types import ASGIApp
 from tqdm import tqdm
 
-from lockstep.config.endpoint import check_options
+from lockstep.config.endpoint import check_folder, check_options
 from lockstep.config.errors import ConfigError
 from lockstep.config.serve import BatchOptions
 from lockstep.config.source import tokenizer_folder
@@ -54,6 +54,7 @@ def run_batch(config: EngineConfig, options: BatchOptions, *, client: str = CLIE
     serving = options.served()
     check_chat_template(serving)
     serving = check_options(serving)
+    check_folder("incident_dir", config.runtime.incident_dir, 0o700)
     serving.api_key = []  # the environment's are for strangers
     with BatchInput(given) as lines, BatchOutput(told) as out:
         config, spec, folder = resolve(config)

@@ -183,6 +183,22 @@ def test_cors_is_off_unless_origins_are_named() -> None:
     run(walk())
 
 
+def test_a_browsers_openai_client_may_send_its_headers() -> None:
+    sent = "authorization, content-type, x-stainless-lang, x-stainless-package-version, x-stainless-os, x-stainless-arch, "
+    sent += "x-stainless-runtime, x-stainless-runtime-version, x-stainless-retry-count, x-stainless-timeout, openai-organization"
+    ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": sent}
+
+    async def walk() -> None:
+        async with client_of(make_app(make_state(allowed_origins=["https://a.example"]))) as client:
+            assert (await client.options("/v1/completions", headers=ask)).status_code == 200
+            other = {**ask, "Access-Control-Request-Headers": f"{sent}, x-else"}
+            assert (await client.options("/v1/completions", headers=other)).status_code == 400
+        async with client_of(make_app(make_state(allowed_origins=["https://a.example"], allowed_headers=["X-Else"]))) as client:
+            assert (await client.options("/v1/completions", headers=ask)).status_code == 400
+
+    run(walk())
+
+
 # --- bodies ---
 
 

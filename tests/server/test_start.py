@@ -61,6 +61,16 @@ def test_a_template_that_is_none(tmp_path: Path, refused: Any, text: str, why: s
     assert expected in refused(*batch, "--chat-template", str(template))
 
 
+@pytest.mark.parametrize("flag", ["--profile-dir", "--incident-dir"])
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, refused: Any, flag: str) -> None:
+    (tmp_path / "file").write_text("")
+    for path in ("/proc/x", "/proc", str(tmp_path / "file")):
+        assert f"{flag}={path!r} cannot be written to" in refused("serve", "--port", "0", flag, path)
+    with pytest.raises(AssertionError, match="not refused"):
+        refused("serve", "--port", "0", flag, str(tmp_path / "new" / "folder"))
+    assert not list((tmp_path / "new" / "folder").iterdir())
+
+
 def test_where_it_is_is_one_more_line_of_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     given = ServeOptions(port=0)
     with launch.listen(given) as listener:
