@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lockstep.version import __version__
 
+TYPE_CHECKING = False  # that of `typing`, without the time: the command sees to Ctrl-C after this
 if TYPE_CHECKING:
+    from typing import Any
+
     from lockstep.llm import LLM
     from lockstep.protocol import SamplingParams, StructuredOutputs
 

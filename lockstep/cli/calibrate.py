@@ -20,6 +20,7 @@ from lockstep.planner.cpu_ops import per_weight_s
 from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.utils.cores import usable_cores
 from lockstep.utils.host_memory import host_available_bytes
+from lockstep.utils.interrupt import at_once
 
 if TYPE_CHECKING:
     from lockstep.llm import LLM
@@ -86,8 +87,9 @@ def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
 
 def whole_steps(ranks: int, dtype: str) -> Steps:
     """The embedded model through everything that a user's request meets; of two rounds the faster one counts."""
-    from lockstep.llm import LLM
-    from lockstep.simulation.calibrate import Run, Steps
+    with at_once():
+        from lockstep.llm import LLM
+        from lockstep.simulation.calibrate import Run, Steps
 
     most, longest = max(rows * prompt for rows, prompt in BATCHES), MOST_PROMPT + TOKENS
     room = {"max_model_len": longest, "max_num_seqs": MOST_ROWS, "num_gpu_blocks_override": (most + MOST_ROWS * longest) // 8}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lockstep.cli.session import memory_table
 from lockstep.protocol import SamplingParams
+from lockstep.utils.interrupt import at_once
 
 if TYPE_CHECKING:
     from lockstep.executor.contract import RankMemory
@@ -48,7 +49,8 @@ def _split(tp: int, pp: int) -> str:
 
 def _write(tp: int, pp: int, params: SamplingParams, show: bool) -> tuple[list[list[int]], list[RankMemory]]:
     """Stream every prompt if asked, then generate all at once; print what that took; return the tokens and the memory."""
-    from lockstep.llm import LLM
+    with at_once():
+        from lockstep.llm import LLM
 
     start = time.perf_counter()
     with LLM(tensor_parallel_size=tp, pipeline_parallel_size=pp, dtype="float32", max_model_len=1024) as llm:

@@ -1,6 +1,6 @@
 """`lockstep <verb> ...`: finds the verb, runs it, and turns what can go wrong into one line and an exit code.
 
-Exit codes: 0 done, 1 the engine failed, 2 the command line or a setting is wrong, 130 interrupted, 141 the reader of
+Exit codes: 0 done, 1 the engine failed, 2 the command line or a setting is wrong, 130 interrupted, 143 terminated, 141 the reader of
 standard output went away.
 """
 
@@ -14,6 +14,8 @@ from importlib import import_module
 from lockstep.cli.errors import UsageError, show_error
 from lockstep.config.build import nearest
 from lockstep.config.errors import ConfigError
+from lockstep.utils.ctrl_c import INTERRUPTED, WORD
+from lockstep.utils.interrupt import TERMINATED, Terminated, at_once
 from lockstep.version import __version__
 
 # verb -> (module, what it is for). Modules are imported only for the verb that is asked for.
@@ -75,7 +77,9 @@ def dispatch(argv: list[str]) -> int:
         raise UsageError(f"`lockstep {verb}` is not available yet in this version: there are {', '.join(VERBS)}.")
     if verb not in VERBS:
         raise UsageError(f"{verb!r} is not a command: there are {', '.join(VERBS)}.{nearest(verb, VERBS)}")
-    return int(import_module(VERBS[verb][0]).run(rest) or 0)
+    with at_once():
+        module = import_module(VERBS[verb][0])
+    return int(module.run(rest) or 0)
 
 
 def guarded(run: Callable[[], int]) -> int:
@@ -98,8 +102,11 @@ def guarded(run: Callable[[], int]) -> int:
                 print(f"  | {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        print(WORD, file=sys.stderr)
+        return INTERRUPTED
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return TERMINATED
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from lockstep.config.source import DEMO_NAME
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import check, resolve
 from lockstep.observability import logging
+from lockstep.utils.interrupt import at_once
 from lockstep.utils.sizes import size
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def serve_node(config: EngineConfig, *, quiet: bool) -> int:
     config, spec, folder = resolve(config, headless=True)
     parallel = config.parallel
     if parallel.nodes_per_replica == 1:
-        from lockstep.cluster.keeper import keep_replicas
+        with at_once():
+            from lockstep.cluster.keeper import keep_replicas
 
         first, last = parallel.data_parallel_start_rank or 0, (parallel.data_parallel_start_rank or 0) + parallel.local_replicas - 1
         at = f"{parallel.data_parallel_address}:{parallel.data_parallel_rpc_port}"
@@ -46,7 +48,8 @@ def serve_node(config: EngineConfig, *, quiet: bool) -> int:
         f"node {parallel.node_rank} of {parallel.nnodes}: looking for the leader at {parallel.master_addr}:{parallel.report_port} ...",
         quiet,
     )
-    from lockstep.executor import factory
+    with at_once():
+        from lockstep.executor import factory
 
     factory.serve_node(config, spec, folder)
     note(f"node {parallel.node_rank} of {parallel.nnodes}: the leader has ended", quiet)
@@ -64,7 +67,8 @@ def running(config: EngineConfig, *, quiet: bool, table: bool = True) -> Iterato
     ranks = parallel.world_size * (parallel.data_parallel_size if parallel.data_parallel_rank is None else 1)
     note(f"loading {name} on {ranks} rank{'s' if ranks > 1 else ''}{f' of {hosts} hosts' if hosts > 1 else ''} ...", quiet)
     start_s = time.monotonic()
-    from lockstep.llm import LLM
+    with at_once():
+        from lockstep.llm import LLM
 
     with LLM(**settings(config)) as llm:
         ready_s = time.monotonic() - start_s

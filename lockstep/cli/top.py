@@ -21,7 +21,9 @@ def run(argv: list[str]) -> int:
     """Draw until interrupted, or once with --once."""
     parser = argparse.ArgumentParser(prog="lockstep top", description=__doc__.partition("\n")[0])
     parser.add_argument("url", nargs="?", default=URL, metavar="URL", help=f"of the server (default {URL})")
-    parser.add_argument("--api-key", default="", help="the server's key, if it has one")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="the server's key (default: the environment's LOCKSTEP_API_KEY, or OPENAI_API_KEY)"
+    )
     add_tls_flags(parser)
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between two looks (default 1)")
     parser.add_argument("--once", action="store_true", help="look once, print, and end")
@@ -30,7 +32,8 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.interval <= 0:
         raise UsageError(f"--interval={args.interval:g} must be more than 0: give seconds.")
-    server = Server(args.url, args.api_key, client_context(args.ca_cert, args.insecure))
+    key = env.key_to_send() if args.api_key is None else args.api_key
+    server = Server(args.url, key, client_context(args.ca_cert, args.insecure))
     try:
         if args.json or args.once:
             while True:

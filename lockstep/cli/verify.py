@@ -24,6 +24,7 @@ from lockstep.config.tree import EngineConfig, opt
 from lockstep.config.validate import resolve
 from lockstep.observability import logging
 from lockstep.protocol import SamplingParams
+from lockstep.utils.interrupt import at_once
 
 if TYPE_CHECKING:
     from lockstep.llm import LLM
@@ -102,7 +103,8 @@ def runs(config: EngineConfig, options: VerifyOptions, folder: Path, *, first: b
     The second run of an engine finds prompts in its cache, where that is on. In the third only logits are recorded, so that the last
     layer leaves out the tokens that nobody asks for. In the fourth nobody records, and tokens are chosen without whole logits too.
     """
-    from lockstep.llm import LLM
+    with at_once():
+        from lockstep.llm import LLM
 
     parallel = config.parallel
     note(f"starting TP={parallel.tensor_parallel_size} PP={parallel.pipeline_parallel_size} ...", options.quiet)

@@ -10,7 +10,9 @@ Replicas of a model that is not split by experts have nothing to tell each other
 from __future__ import annotations
 
 import math
+import re
 import ssl
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +38,8 @@ _POSITIVE = (
 _NOT_NEGATIVE = ("shutdown_timeout", "max_num_queued_reqs", "port")
 _FILES = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
 MOST_API_SERVERS = 64
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([^\s/?#@:A-Z\[\]]+|\[[0-9a-f:.]+\])(:[1-9][0-9]*)?")
+_OWN_PORTS = {"http": ":80", "https": ":443"}
 
 
 def check_options(options: ServeOptions) -> ServeOptions:
@@ -59,6 +63,8 @@ def check_options(options: ServeOptions) -> ServeOptions:
         raise ConfigError(f"api_server_count={options.api_server_count} is more than {MOST_API_SERVERS}: use one for each core to spare.")
     if options.root_path and (not options.root_path.startswith("/") or options.root_path.endswith("/")):
         raise ConfigError(f"root_path={options.root_path!r} must begin with / and not end with it, like /llm.")
+    if not all(name.strip() for name in options.served_model_name):
+        raise ConfigError("served_model_name='' is no name of a model: give the one that clients are to ask for, or leave it out.")
     _check_tls(options)
     _check_origins(options)
     return replace(options, api_key=_keys(options))
@@ -132,16 +138,42 @@ def _check_tls(options: ServeOptions) -> None:
         raise ConfigError(f"{next(iter(given))} without ssl_certfile: name the server's own certificate too, or leave it out.")
     if options.ssl_cert_reqs and options.ssl_ca_certs is None:
         raise ConfigError(f"ssl_cert_reqs={options.ssl_cert_reqs} needs ssl_ca_certs: say whose certificates are taken.")
-    if options.ssl_certfile is not None:
+    if options.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
+    except (ssl.SSLError, OSError) as e:
+        raise ConfigError(
+            f"ssl_certfile={options.ssl_certfile!r} and its key cannot be used: {e}: give PEM files that belong together."
+        ) from None
+    if options.ssl_ca_certs is not None:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
+            context.load_verify_locations(options.ssl_ca_certs)
         except (ssl.SSLError, OSError) as e:
-            raise ConfigError(
-                f"ssl_certfile={options.ssl_certfile!r} and its key cannot be used: {e}: give PEM files that belong together."
-            ) from None
+            raise ConfigError(f"ssl_ca_certs={options.ssl_ca_certs!r} cannot be used: {e}: give a file of certificates in PEM.") from None
+
+
+def check_folder(name: str, path: str | None, mode: int = 0o777) -> None:
+    """Make the folder of a setting, if there is none, and have a file in it for a moment. Raises ConfigError where that cannot be."""
+    if path is None:
+        return
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True, mode=mode)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        why = e.strerror or e
+        raise ConfigError(f"{name}={path!r} cannot be written to ({why}): name a folder of this user's, or leave it out.") from None
 
 
 def _check_origins(options: ServeOptions) -> None:
+    for origin in options.allowed_origins:
+        if origin != "*" and (not _ORIGIN.fullmatch(origin) or origin.endswith(_OWN_PORTS.get(origin.partition(":")[0], "/"))):
+            raise ConfigError(
+                f"allowed_origins={origin!r} is no origin as browsers send it: write scheme://host or scheme://host:port, in lower case, "
+                "with no path and no port that is the scheme's own, like https://a.example; * is any."
+            )
     if options.allow_credentials and "*" in options.allowed_origins:
         raise ConfigError("allow_credentials with allowed_origins '*': any page could act for whoever visits it; name the origins.")
     given = [name for name in ("allowed_methods", "allowed_headers", "allow_credentials") if getattr(options, name)]

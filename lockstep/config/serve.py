@@ -32,8 +32,8 @@ class ServeOptions:
     port: int = opt(8000, "Port to listen at; 0: the system chooses, and it is printed.")
     uds: str | None = opt(None, "Path of a Unix socket to listen at instead of host and port.")
     api_key: list[str] = several(
-        "Key for clients to send as `Authorization: Bearer KEY`; all routes but /livez, /readyz, /startupz and the page's shell ask for "
-        "it. LOCKSTEP_API_KEY names more, where other users cannot read them."
+        "Key for clients to send as `Authorization: Bearer KEY`; all routes but /livez (/health), /readyz (/ready), /startupz and "
+        "the page's shell ask for it. LOCKSTEP_API_KEY names more, where other users cannot read them."
     )
     served_model_name: list[str] = several("Name(s) of the model in the API; default: its folder's or hub id.")
     api_server_count: int = opt(1, "Processes that speak HTTP.", "-asc")
@@ -61,7 +61,9 @@ class ServeOptions:
     ssl_cert_reqs: int = opt(0, "Client certificates: 0 are not asked for, 1 are checked where there is one, 2 are required.")
     allowed_origins: list[str] = several("Origin whose pages may use this server from a browser (CORS), like https://a.example; * is any.")
     allowed_methods: list[str] = several("Method that those pages may use; default: GET and POST.")
-    allowed_headers: list[str] = several("Header that those pages may send; default: Authorization, Content-Type and those of request ids.")
+    allowed_headers: list[str] = several(
+        "Header that those pages may send; default: Authorization, Content-Type, and those of request ids and OpenAI's clients."
+    )
     allow_credentials: bool = opt(False, "Let those pages send cookies along; not with the origin *.")
     max_header_bytes: int = opt(16384, "Most bytes of a request's head; more is answered 431.")
     max_body_bytes: int = opt(16 << 20, "Most bytes of a request's body, counted as they come, like 16M; more is answered 413.")

@@ -181,4 +181,5 @@ def _others(text: str) -> str:
 
 
 def _quote(rank: int, tail: Sequence[str]) -> str:
-    return f" Last lines of rank {rank}:\n  " + "\n  ".join(tail[-8:]) if tail else ""
+    """On lines of their own: where only the first line is shown, nothing is announced that does not come."""
+    return f"\nLast lines of rank {rank}:\n  " + "\n  ".join(tail[-8:]) if tail else ""

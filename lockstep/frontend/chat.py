@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lockstep.config.errors import ConfigError
 from lockstep.frontend.errors import PromptError
 from lockstep.frontend.tokenizer import encode
 
@@ -19,6 +20,22 @@ def conversations(messages: Conversation | Sequence[Conversation]) -> list[Conve
     if isinstance(messages[0], Mapping):
         return [messages]  # type: ignore[list-item]
     return list(messages)  # type: ignore[arg-type]
+
+
+def check_template(name: str, text: str) -> None:
+    """Compile a template where it will be rendered, in the tokenizer's sandbox. Raises ConfigError where that fails; name: of its file."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template(conversations=[], chat_template=text)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as e:  # of Jinja, of Python (`break` outside of a loop), or of how deep it nests
+        line = f" in line {number}" if (number := getattr(e, "lineno", None)) else ""
+        told = str(getattr(e, "msg", None) or getattr(e, "message", None) or e).rstrip(".")
+        raise ConfigError(
+            f"chat_template={name!r} is no Jinja template: {told}{line}: correct it, or leave it out for the model's own."
+        ) from None
 
 
 def render(

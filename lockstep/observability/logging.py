@@ -43,6 +43,13 @@ def configure(level: str = "warning", rank: int | None = None) -> None:
     logger.propagate = False
 
 
+def say(message: str) -> None:
+    """Write what an operator is to read whatever the level is: as it is, or, among lines of JSON, as one of them."""
+    if env.log_format() == "json":
+        message = _Json(None).format(logging.LogRecord(ROOT, logging.INFO, "", 0, message, (), None))
+    print(message, file=sys.stderr, flush=True)
+
+
 def adopt(name: str, level: str) -> None:
     """Show another library's lines, from `level` on, as ours."""
     logger, ours = logging.getLogger(name), [h for h in logging.getLogger(ROOT).handlers if isinstance(h, _Stderr)]

@@ -23,6 +23,8 @@ SHIPPED = Path(__file__).parent / "data" / "devices.json"
 _CLUSTER = re.compile(r"(?:(\d+)[xX])?(?:(\d+)[xX])?([A-Za-z][\w.+-]*)")
 _FILES = (".yaml", ".yml", ".json")
 
+FORM = "A cluster is NODESxDEVICESxDEVICE, as in 2x8xH100 or 8xH200, or the name of a YAML file."
+
 
 def cluster(text: str) -> Cluster:
     """ "2x8xH100": 2 nodes of 8; "8xH200": one node of 8; "H100": one device; or a file. Raises ConfigError for what is neither."""
@@ -31,10 +33,14 @@ def cluster(text: str) -> Cluster:
         return cluster_file(Path(text))
     found = _CLUSTER.fullmatch(text)
     if not found:
-        raise ConfigError(f"cluster {text!r}: write NODESxDEVICESxDEVICE, as in 2x8xH100 or 8xH200, or the name of a YAML file.")
+        raise ConfigError(f"cluster {text!r} cannot be read. {FORM}")
     first, second, name = found.groups()
     nodes, per_node = (int(first), int(second)) if second else (1, int(first or 1))
-    made = make_cluster(device(name), nodes, per_node)
+    try:
+        found_device = device(name)
+    except ConfigError as e:
+        raise ConfigError(f"cluster {text!r}: {e} {FORM}") from None
+    made = make_cluster(found_device, nodes, per_node)
     most = made.device.per_node
     if per_node > most:
         better = f"{made.devices // most}x{most}x{name}" if made.devices % most == 0 else f"{nodes}x{most}x{name}"

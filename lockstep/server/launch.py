@@ -15,11 +15,10 @@ import resource
 import signal
 import socket
 import stat
-import sys
 from pathlib import Path
 from types import FrameType
 
-from lockstep.config.endpoint import check_options, for_endpoint, is_open
+from lockstep.config.endpoint import check_folder, check_options, for_endpoint, is_open
 from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.serve import ServeOptions, read_chat_template
@@ -27,17 +26,19 @@ from lockstep.config.source import DEMO_NAME, tokenizer_folder
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import resolve
 from lockstep.frontend.async_engine import AsyncEngine
+from lockstep.frontend.chat import check_template
 from lockstep.frontend.engine_handle import CLIENT
 from lockstep.frontend.engine_keeper import EngineKeeper
 from lockstep.frontend.tokenizer import load_in_background, load_tokenizer
 from lockstep.observability import logging
 from lockstep.observability.otel import check_endpoint
-from lockstep.server.launch_serving import SIGNALS, Steps, run_serving
+from lockstep.server.launch_serving import Steps, run_serving
 from lockstep.server.processes import ApiLaunch, connect_limit_s, serve_by_processes
 from lockstep.server.starting import Porch
 from lockstep.server.state import ServerState
 from lockstep.server.watchdog import Watchdog
 from lockstep.utils import env
+from lockstep.utils.interrupt import heard, terminable
 
 _log = logging.get_logger(__name__)
 
@@ -46,15 +47,17 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
     """Serve until told to stop; the exit code. Raises ConfigError or ExecutorError when it cannot start, or cannot go on."""
     env.choose_log_format(options.log_format)
     logging.configure(config.runtime.log_level)
-    read_chat_template(options)  # one that cannot be read is told before anything is loaded
+    check_chat_template(options)
     options = check_options(options)
+    check_folder("profile_dir", options.profile_dir)
+    check_folder("incident_dir", config.runtime.incident_dir, 0o700)
     check_endpoint(options.otlp_traces_endpoint)
     config, spec, folder = resolve(for_endpoint(config, options))
     raise_descriptor_limit()
     listener = listen(options)
     words = tokenizer_folder(config.model, folder)
     names = model_names(config, options)
-    with contextlib.closing(listener):
+    with terminable(), contextlib.closing(listener):
         handle, code = EngineKeeper(config, spec, folder, client=client), 1
 
         def ready() -> None:
@@ -76,6 +79,13 @@ def serve(config: EngineConfig, options: ServeOptions, *, client: str = CLIENT) 
     return code if code > 128 else told or code
 
 
+def check_chat_template(options: ServeOptions) -> None:
+    """A chat template that cannot be used is told before anything is loaded, and not by every client. Raises ConfigError."""
+    text = read_chat_template(options)
+    if text is not None:
+        check_template(str(options.chat_template), text)
+
+
 def end(handle: EngineKeeper, *, at_once: bool) -> int:
     """End the engine's process: it gets a moment to end what is below it, unless at once, or a signal comes meanwhile.
 
@@ -87,7 +97,7 @@ def end(handle: EngineKeeper, *, at_once: bool) -> int:
         told.append(number)
         handle.kill()
 
-    before = {number: signal.signal(number, now) for number in SIGNALS}
+    before = {number: signal.signal(number, now) for number in heard()}
     try:
         if at_once:
             handle.kill()
@@ -126,7 +136,7 @@ def announce(options: ServeOptions, model: str, listener: socket.socket) -> None
     """Say where the server is, and whom that lets in."""
     scheme, (host, port) = "https" if options.ssl_certfile else "http", listener.getsockname()[:2] if not options.uds else ("", 0)
     where = options.uds or f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"lockstep serves {model} at {where}", file=sys.stderr, flush=True)
+    logging.say(f"lockstep serves {model} at {where}")
     if is_open(options):
         _log.warning(
             "ANYBODY who reaches %s can use this server: host=%s is not this machine alone, and no --api-key is set. Set one (or "
@@ -134,7 +144,8 @@ def announce(options: ServeOptions, model: str, listener: socket.socket) -> None
             *(where, options.host),
         )
     elif not options.uds and not options.api_key:
-        print("  only this machine can reach it (--host and --api-key open it to others)", file=sys.stderr, flush=True)
+        indent = "" if env.log_format() == "json" else "  "
+        logging.say(f"{indent}only this machine can reach it (--host and --api-key open it to others)")
 
 
 def listen(options: ServeOptions) -> socket.socket:

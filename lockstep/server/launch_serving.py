@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from lockstep.server.launch_http import Server, make_server
 from lockstep.server.middleware_gate import AGAIN_S, GRACE_S
 from lockstep.server.state import ServerState
 from lockstep.utils.collection import rare_collections
+from lockstep.utils.interrupt import heard
 from lockstep.utils.switching import short_switches
 from lockstep.utils.words import counted
 
@@ -46,7 +46,6 @@ class Steps(NamedTuple):
     rest: Callable[[], None] = lambda: None
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _log = get_logger(__name__)
 
 
@@ -130,7 +129,7 @@ class Serving:
 
     async def run(self, steps: Steps, connect_s: float) -> int:
         loop = asyncio.get_running_loop()
-        for number in SIGNALS:
+        for number in heard():
             loop.add_signal_handler(number, self._signal, number)
         if not await connect(self._state.engine, connect_s, self._failure, lambda: bool(self._signals)):
             return 128 + self._signals[1] if len(self._signals) > 1 else 0

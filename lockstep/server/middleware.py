@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 
 # For GET and HEAD. /health is /livez by another name, and /ready is /readyz.
 OPEN_PATHS = frozenset({"/livez", "/health", "/readyz", "/ready", "/startupz", "/", "/favicon.ico"})
+# What pages of other origins may send: all that OpenAI's clients do, which tell of themselves in headers of their own.
+SENT_HEADERS = (
+    *("Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout", "OpenAI-Organization", "OpenAI-Project"),
+    *("X-Stainless-Lang", "X-Stainless-Package-Version", "X-Stainless-OS", "X-Stainless-Arch", "X-Stainless-Runtime"),
+    *("X-Stainless-Runtime-Version", "X-Stainless-Async", "X-Stainless-Retry-Count", "X-Stainless-Read-Timeout", "X-Stainless-Timeout"),
+    *("X-Stainless-Helper-Method", "X-Stainless-Stream-Helper", "X-Stainless-Poll-Helper", "X-Stainless-Custom-Poll-Interval"),
+    *("X-Stainless-Custom-Event-Handler", "X-Stainless-Raw-Response"),
+)
 OPEN_FOLDERS = ("/web/",)  # the page's own files
 _given = re.compile(GIVEN_ID)
 _access = get_logger("lockstep.access")
@@ -53,7 +61,7 @@ def install(app: FastAPI, state: ServerState) -> None:
             CORSMiddleware,
             allow_origins=options.allowed_origins,
             allow_methods=options.allowed_methods or ("GET", "POST"),
-            allow_headers=options.allowed_headers or ("Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout"),
+            allow_headers=options.allowed_headers or SENT_HEADERS,
             allow_credentials=options.allow_credentials,
             expose_headers=("X-Request-Id", "Retry-After"),
         )

@@ -39,6 +39,7 @@ from lockstep.server.starting import Porch
 from lockstep.server.watchdog import HUNG_S
 from lockstep.utils import env, procs, stacks
 from lockstep.utils.frames import Channel, send_one
+from lockstep.utils.interrupt import heard
 
 POLL_S = 0.05
 START_S = 120.0  # beyond the engine's: one that is started again may find that the engine is, too
@@ -168,7 +169,7 @@ class Processes:
 
     def run(self, ready: Callable[[], None]) -> int:
         """Until a signal has drained them all, or the engine is gone; the exit code. Raises ConfigError or ExecutorError."""
-        before = {number: signal.signal(number, lambda n, _: self._signals.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, lambda n, _: self._signals.append(n)) for number in heard()}
         try:
             for index in range(len(self.supervisor.lives)):
                 self._start(index)
@@ -289,9 +290,9 @@ class Processes:
         state = self.supervisor.failed(api.index, now_s)
         self._lost_s.setdefault(api.index, now_s)
         self._why[api.index] = api.why or f"died: {procs.exit_cause(code)}"
-        _log.error("API process %d (pid %d) died: %s; its connections are lost", api.index, api.process.pid, procs.exit_cause(code))
+        _log.error("API process %d (pid %d) %s; its connections are lost", api.index, api.process.pid, self._why[api.index])
         if state is State.GIVEN_UP:
-            raise ExecutorError(f"API process {api.index} died {life.failures} times in a row, the last time by {procs.exit_cause(code)}.")
+            raise ExecutorError(f"API process {api.index} died {life.failures} times in a row, the last time it {self._why[api.index]}.")
 
     def _end_if_stopped(self, api: ApiProcess, now_s: float) -> None:
         """One that was stopped (SIGSTOP, or a debugger) keeps its connections waiting: another one takes its place."""

@@ -24,9 +24,9 @@ import uvloop
 from starlette.types import ASGIApp
 from tqdm import tqdm
 
-from lockstep.config.endpoint import check_options
+from lockstep.config.endpoint import check_folder, check_options
 from lockstep.config.errors import ConfigError
-from lockstep.config.serve import BatchOptions, read_chat_template
+from lockstep.config.serve import BatchOptions
 from lockstep.config.source import tokenizer_folder
 from lockstep.config.tree import EngineConfig
 from lockstep.config.validate import resolve
@@ -37,10 +37,11 @@ from lockstep.observability import logging
 from lockstep.server.app import create_app
 from lockstep.server.batch_file import PIPE, Ask, BatchInput, BatchOutput, Refused, Response, Result, result_of
 from lockstep.server.inside import post
-from lockstep.server.launch import model_names, state_over
-from lockstep.server.launch_serving import SIGNALS, Failure, connect, until_dead
+from lockstep.server.launch import check_chat_template, model_names, state_over
+from lockstep.server.launch_serving import Failure, connect, until_dead
 from lockstep.server.processes import connect_limit_s
 from lockstep.server.state import ServerState
+from lockstep.utils.interrupt import heard, terminable
 from lockstep.utils.words import counted
 
 AHEAD = 2  # requests under way for each that the engine runs: the next is ready when one ends
@@ -51,12 +52,13 @@ def run_batch(config: EngineConfig, options: BatchOptions, *, client: str = CLIE
     logging.configure(config.runtime.log_level)
     given, told = _files(options)
     serving = options.served()
-    read_chat_template(serving)
+    check_chat_template(serving)
     serving = check_options(serving)
+    check_folder("incident_dir", config.runtime.incident_dir, 0o700)
     serving.api_key = []  # the environment's are for strangers
     with BatchInput(given) as lines, BatchOutput(told) as out:
         config, spec, folder = resolve(config)
-        with contextlib.closing(EngineKeeper(config, spec, folder, client=client)) as keeper:
+        with terminable(), contextlib.closing(EngineKeeper(config, spec, folder, client=client)) as keeper:
             words = tokenizer_folder(config.model, folder)
             state = state_over(keeper, serving, spec, folder, words, model_names(config, serving))
             run = BatchRun(state, create_app(state), lines, out, most=options.max_concurrency, quiet=options.quiet)
@@ -86,15 +88,15 @@ def _files(options: BatchOptions) -> tuple[str, str]:
 
 async def _run(run: BatchRun, state: ServerState, failure: Failure, limit_s: float) -> None:
     """Until all is answered, or a signal comes."""
-    loop = asyncio.get_running_loop()
+    loop, told = asyncio.get_running_loop(), heard()
 
     def stop(number: int) -> None:
         run.stop(number)
-        for one in SIGNALS:  # the next does what it would do to any process
+        for one in told:  # the next does what it would do to any process
             loop.remove_signal_handler(one)
             signal.signal(one, signal.SIG_DFL)
 
-    for number in SIGNALS:
+    for number in told:
         loop.add_signal_handler(number, stop, number)
     if await connect(state.engine, limit_s, failure, lambda: bool(run.signalled)):
         try:

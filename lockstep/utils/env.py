@@ -75,6 +75,11 @@ def openai_api_key() -> str:
     return _text("OPENAI_API_KEY")
 
 
+def key_to_send() -> str:
+    """The key that `lockstep top` sends when none is given: the first of LOCKSTEP_API_KEY, else OPENAI_API_KEY; empty means none."""
+    return next(iter(api_keys()), "") or openai_api_key()
+
+
 def torchrun_rank() -> tuple[int, int, int] | None:
     """(RANK, LOCAL_RANK, WORLD_SIZE) as torchrun sets them, None when not started by it."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:

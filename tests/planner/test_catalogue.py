@@ -45,6 +45,11 @@ def test_no_devices_are_refused():
         catalogue.cluster("0x8xH100")
 
 
+def test_a_cluster_of_an_unknown_device_is_told_what_a_cluster_is():
+    with pytest.raises(ConfigError, match=r"cluster 'foo': .* not in the catalogue.* NODESxDEVICESxDEVICE, as in 2x8xH100"):
+        catalogue.cluster("foo")
+
+
 def test_an_unknown_device_is_told_of_six_numbers():
     with pytest.raises(ConfigError, match=r"'H999' is not in the catalogue.*H100.*six numbers.*lockstep calibrate"):
         catalogue.device("H999")

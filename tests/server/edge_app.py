@@ -15,6 +15,7 @@ from lockstep.config.serve import ServeOptions
 from lockstep.config.tree import EngineConfig, ModelConfig, SchedulerConfig
 from lockstep.frontend.streams import submitted
 from lockstep.server import errors, middleware
+from lockstep.server.app import App
 from lockstep.server.state import ServerState
 from lockstep.testing.fakes import ByteTokenizer
 
@@ -46,7 +47,7 @@ def make_state(engine: EdgeEngine | None = None, **options: Any) -> ServerState:
 
 def make_app(state: ServerState) -> FastAPI:
     """POST /v1/completions: {"do": "echo" | "wait" | "stream" | "raise"}."""
-    app = FastAPI(root_path=state.options.root_path)
+    app = App(state.options.root_path)
     app.state.server = state
     errors.install(app)
     middleware.install(app, state)

@@ -58,6 +58,8 @@ def test_one_that_is_stopped_is_replaced() -> None:
         for _ in range(8):  # each on a connection of its own: whichever process is free takes it
             assert httpx.post(server.url + "/v1/completions", json=body, timeout=60).status_code == 200, server.said()
         assert second.is_running() and server.process.poll() is None
+        lost = f"API process 0 (pid {first.pid}) was stopped (SIGSTOP, or a debugger); its connections are lost"
+        assert lost in server.said() and f"API process 0 (pid {first.pid}) died" not in server.said()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import warnings
 from typing import Any
 
 import httpx
@@ -98,6 +99,19 @@ def test_root_path_opens_no_other_door() -> None:
     run(walk())
 
 
+def test_root_path_is_described_without_a_warning() -> None:
+    async def walk() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            app = create_app(make_state(root_path="/llm"))
+            async with client_of(app) as client:
+                for path in ("/openapi.json", "/llm/openapi.json"):
+                    assert (await client.get(path)).json()["servers"] == [{"url": "/llm"}]
+                assert (await client.get("/llm/docs")).status_code == 200
+
+    run(walk())
+
+
 def test_request_ids_come_back_and_are_made() -> None:
     async def walk() -> None:
         app = make_app(make_state(api_key=["sk-right"]))
@@ -165,6 +179,22 @@ def test_cors_is_off_unless_origins_are_named() -> None:
             assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://a.example"
             other = await client.post("/v1/completions", json={}, headers={"Origin": "https://b.example"})
             assert "access-control-allow-origin" not in other.headers
+
+    run(walk())
+
+
+def test_a_browsers_openai_client_may_send_its_headers() -> None:
+    sent = "authorization, content-type, x-stainless-lang, x-stainless-package-version, x-stainless-os, x-stainless-arch, "
+    sent += "x-stainless-runtime, x-stainless-runtime-version, x-stainless-retry-count, x-stainless-timeout, openai-organization"
+    ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": sent}
+
+    async def walk() -> None:
+        async with client_of(make_app(make_state(allowed_origins=["https://a.example"]))) as client:
+            assert (await client.options("/v1/completions", headers=ask)).status_code == 200
+            other = {**ask, "Access-Control-Request-Headers": f"{sent}, x-else"}
+            assert (await client.options("/v1/completions", headers=other)).status_code == 400
+        async with client_of(make_app(make_state(allowed_origins=["https://a.example"], allowed_headers=["X-Else"]))) as client:
+            assert (await client.options("/v1/completions", headers=ask)).status_code == 400
 
     run(walk())
 

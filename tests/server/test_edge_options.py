@@ -35,6 +35,23 @@ from lockstep.utils import env
         ({"ssl_cert_reqs": 3}, "ssl_cert_reqs=3"),
         ({"ssl_cert_reqs": 2}, "ssl_ca_certs"),
         ({"allowed_origins": ["*"], "allow_credentials": True}, "allow_credentials"),
+        *(
+            ({"allowed_origins": ["*", origin]}, f"allowed_origins='{origin}' is no origin")
+            for origin in (
+                "foo",
+                "",
+                "a.example",
+                "https://",
+                "https://a.example/",
+                "https://A.example",
+                "http://a:80",
+                "null",
+                "*.a",
+                "http://a:b",
+            )
+        ),
+        ({"served_model_name": ["m", ""]}, "served_model_name='' is no name"),
+        ({"served_model_name": [" "]}, "served_model_name='' is no name"),
         ({"allowed_methods": ["GET"]}, "allowed_methods without allowed_origins"),
     ],
 )
@@ -42,6 +59,11 @@ def test_refused(settings: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_options(ServeOptions(**settings))
     assert word in str(error.value) and "schl" not in str(error.value) and "ad'" not in str(error.value)
+
+
+def test_origins_as_browsers_send_them() -> None:
+    origins = ["*", "https://a.example", "http://localhost:5173", "http://[::1]:80800", "chrome-extension://abc", "https://a:80"]
+    assert check_options(ServeOptions(allowed_origins=origins)).allowed_origins == origins
 
 
 def test_sizes_and_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

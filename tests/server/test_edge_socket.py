@@ -226,3 +226,6 @@ def test_https_and_client_certificates(tmp_path: Path) -> None:
     wrong = {"ssl_keyfile": clients["ssl_keyfile"], "ssl_certfile": own["ssl_certfile"]}
     with pytest.raises(ConfigError, match="belong together"):
         check_options(ServeOptions(**wrong))  # type: ignore[arg-type]
+    for broken in (clients["ssl_keyfile"], __file__):
+        with pytest.raises(ConfigError, match=r"ssl_ca_certs='.*' cannot be used: .*: give a file of certificates in PEM"):
+            check_options(ServeOptions(**own, ssl_ca_certs=broken, ssl_cert_reqs=2))  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from lockstep.config.serve import ServeOptions
 from lockstep.executor import gather
 from lockstep.executor.gather import Door
 from lockstep.server.launch import listen
+from lockstep.server.middleware import OPEN_PATHS
 from lockstep.utils.words import counted, joined
 
 
@@ -49,6 +50,12 @@ def test_choices_are_shown_in_their_order_and_none_is_not_one(capsys: pytest.Cap
     said = serve_says(["--help"], capsys)
     assert "LITERAL" not in said and "--tool-call-parser {hermes,llama3_json,mistral,pythonic}" in said
     assert "('hermes', 'llama3_json', 'mistral', 'pythonic')" in serve_says(["--tool-call-parser", "foo"], capsys)
+
+
+def test_what_needs_no_key_is_all_told(capsys: pytest.CaptureFixture[str]) -> None:
+    said = serve_says(["--help"], capsys)
+    told = said[said.index("--api-key") : said.index("LOCKSTEP_API_KEY")]
+    assert all(path in told for path in OPEN_PATHS if path.endswith(("z", "health", "ready")))
 
 
 def test_a_certificate_that_is_not_trusted_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import time
 import msgspec
 import pytest
 
-from lockstep.distributed.progress import ProgressBoard
-from lockstep.executor.failure import laggards
+from lockstep.distributed.progress import Progress, ProgressBoard
+from lockstep.executor.failure import died, laggards, stopped
 
 WRITER = """
 import sys, msgspec, time
@@ -165,3 +165,11 @@ def test_counting_a_collective_is_cheap() -> None:
         best = min(best, (time.perf_counter() - started) / 1000)
     assert best < 20e-6
     board.close()
+
+
+def test_the_first_line_of_an_error_announces_nothing_that_does_not_come() -> None:
+    at = Progress("step", 9, 2, 1.0, 4.0, "")
+    for error in (stopped(1, at, "", ["a", "b"]), died(1, -9, at, "", ["a", "b"])):
+        first, *rest = str(error).split("\n")
+        assert first.endswith(".") and "Last lines" not in first and rest == ["Last lines of rank 1:", "  a", "  b"]
+    assert "\n" not in str(stopped(1, at, "", []))

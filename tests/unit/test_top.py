@@ -83,6 +83,11 @@ def test_once_prints_one_table_or_one_line_of_json(capsys: pytest.CaptureFixture
         assert table.count("demo [x]") == 1 and "SLOW" in table
         assert top.run([url, "--once"]) == 1
         assert "--api-key" in capsys.readouterr().err
+        for variables in ({"LOCKSTEP_API_KEY": "k other", "OPENAI_API_KEY": "sk"}, {"OPENAI_API_KEY": "k"}):
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in variables.items():
+                    patch.setenv(name, value)
+                assert top.run([url, "--once"]) == 0
 
 
 @pytest.mark.parametrize(("body", "status", "words"), [(b"hello", 200, "JSON"), (b"[]", 200, "replicas"), (b"{}", 500, "HTTP 500")])

@@ -19,6 +19,7 @@ from lockstep.cli.errors import UsageError
 from lockstep.config.build import nearest
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
+from lockstep.utils.interrupt import at_once
 
 VERBS = ("latency", "throughput", "serve", "collectives")
 
@@ -34,21 +35,24 @@ def run(argv: list[str]) -> int:
 
 
 def _serve(argv: list[str]) -> int:
-    from lockstep.cli.bench.serve import run as measure
+    with at_once():
+        from lockstep.cli.bench.serve import run as measure
 
     return measure(argv)
 
 
 def _collectives(argv: list[str]) -> int:
-    from lockstep.cli.bench.collectives import run as measure
+    with at_once():
+        from lockstep.cli.bench.collectives import run as measure
 
     return measure(argv)
 
 
 def _latency(argv: list[str]) -> int:
-    from lockstep.cli.bench.latency import LatencyArgs, latency
-    from lockstep.cli.bench.result import Reporter
-    from lockstep.cli.flags import parse
+    with at_once():
+        from lockstep.cli.bench.latency import LatencyArgs, latency
+        from lockstep.cli.bench.result import Reporter
+        from lockstep.cli.flags import parse
 
     parsed = parse("bench latency", argv, LatencyArgs, max_tokens=None, sampling=False, description="Time one batch.")
     parsed.options.check()
@@ -60,9 +64,10 @@ def _latency(argv: list[str]) -> int:
 
 
 def _throughput(argv: list[str]) -> int:
-    from lockstep.cli.bench.result import Reporter
-    from lockstep.cli.bench.throughput import ThroughputArgs, throughput
-    from lockstep.cli.flags import parse
+    with at_once():
+        from lockstep.cli.bench.result import Reporter
+        from lockstep.cli.bench.throughput import ThroughputArgs, throughput
+        from lockstep.cli.flags import parse
 
     parsed = parse("bench throughput", argv, ThroughputArgs, max_tokens=None, sampling=False, description="Run many requests at once.")
     config, spec, folder = _ready(parsed.config)
