@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline.py MODEL -pp 2
 
-Bounded prefill: eight prompts, each one micro-batch, fill and drain the pipeline. Steady decode: as many micro-batches in flight
+Bounded prefill: some prompts, each one micro-batch, fill and drain the pipeline. Steady decode: as many micro-batches in flight
 as stages; the middle half of the steps counts. Each is recorded several times; a JSON line gives every repetition and the median.
 """
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=2)
     parser.add_argument("--pipeline-layer-partition", default=None)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="of the bounded prefill, a micro-batch each")
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
     about: dict[str, Any] = {"engine": "lockstep", "model": os.path.basename(args.model.rstrip("/")), "pp": args.pipeline_parallel_size}
@@ -67,7 +68,7 @@ def main() -> None:
         run(llm, args.batch, 16, 8, 0)
         for number in range(1, args.repetitions + 1):
             watch = machine.Noise()
-            prefill = run(llm, PROMPTS, PROMPT_LEN, 1, number)
+            prefill = run(llm, args.prompts, PROMPT_LEN, 1, number)
             decode = run(llm, args.batch, 16, 64, number).middle()
             for name, schedule, predicted in (
                 ("prefill", prefill, bounded_idle(prefill.mean_s(), prefill.micro_batches)),
@@ -80,7 +81,7 @@ def main() -> None:
             print(f"other cores busy: {watch.other_cores():.2f}", file=sys.stderr)
         print(f"{decode.picture()}", file=sys.stderr)
     for name, what in (("prefill", "idle_share_bounded_prefill"), ("decode", "idle_share_steady_decode")):
-        print(json.dumps(line(what, *found[name], batch=PROMPTS if name == "prefill" else args.batch, **about)))
+        print(json.dumps(line(what, *found[name], batch=args.prompts if name == "prefill" else args.batch, **about)))
 
 
 if __name__ == "__main__":
