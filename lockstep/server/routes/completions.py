@@ -13,7 +13,7 @@ from msgspec import UNSET
 from lockstep.frontend.outputs import CompletionOutput, RequestOutput
 from lockstep.frontend.tokenizer import decoder_of
 from lockstep.protocol import RequestOutputKind, SamplingParams
-from lockstep.server.batch import Batch, Meter, prepared, raise_error, request_id, routing
+from lockstep.server.batch import Batch, Meter, prepared, request_id, routing
 from lockstep.server.errors import ApiError
 from lockstep.server.logprobs import LogprobWriter, joined, prompt_positions
 from lockstep.server.pace import Pace
@@ -36,7 +36,7 @@ async def completions(body: CompletionRequest, state: State, request: Request) -
     prompts = [await prepared(state, prompt, body, max_tokens=body.max_tokens) for prompt in body.prompts()]
     answer.batch = await Batch.make(state, prompts, answer.sampling(), response_id=answer.id, **routing(request, body))
     if body.stream:
-        await answer.batch.start()
+        await answer.batch.start(request)
         return EventStream(answer.events(), answer.batch.abort)
     return Response(encode(answer.whole(await answer.batch.results(request))), media_type="application/json")
 
@@ -91,7 +91,6 @@ class Answer:
         last, always = bool(options and options.include_usage), bool(options and options.continuous_usage_stats)
         pace, lengths = Pace(body.stream_interval or 1), dict[int, int]()
         async for prompt, output in self.batch.deltas():
-            raise_error(output)
             if body.max_tokens == 0:
                 output.outputs = [nothing(one) for one in output.outputs]
             meter.add(prompt, output)

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from lockstep.frontend.outputs import CompletionOutput, RequestOutput
 from lockstep.protocol import RequestOutputKind, SamplingParams
-from lockstep.server.batch import Batch, raise_error, request_id, routing
+from lockstep.server.batch import Batch, request_id, routing
 from lockstep.server.errors import ApiError
 from lockstep.server.logprobs import least
 from lockstep.server.routes.parsed import ParsedRoute
@@ -51,13 +51,12 @@ async def generate(body: GenerateRequest, state: State, request: Request) -> Res
     async def events() -> AsyncIterator[bytes]:
         ended = set[tuple[int, int]]()  # (prompt, completion): their ends have been told
         async for i, output in batch.deltas():
-            raise_error(output)
             new = [one for one in output.outputs if (i, one.index) not in ended]
             ended.update((i, one.index) for one in new if one.finished)
             for one in shown(output, new, i):
                 yield event(one | ({"index": i} if body.several else {}))
 
-    await batch.start()
+    await batch.start(request)
     return EventStream(events(), batch.abort)
 
 

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.protocol import FinishReason
-from lockstep.server.batch import Meter, raise_error, request_id, routing
+from lockstep.server.batch import Meter, request_id, routing
 from lockstep.server.errors import ApiError, as_api_error
 from lockstep.server.middleware_gate import Running
 from lockstep.server.response_events import ResponseEvents
@@ -42,10 +42,10 @@ async def responses(body: ResponsesRequest, state: State, request: Request) -> R
     answer = ResponseAnswer(state, body, before)
     await answer.chat.prepare(**routing(request, body))
     if body.stream:
-        await answer.chat.batch.start()
+        await answer.chat.batch.start(request)
         return EventStream(answer.events(), answer.chat.batch.abort, done=b"")
     if body.background:
-        return told(await answer.in_background(request.scope["state"]["running"]))
+        return told(await answer.in_background(request))
     output = (await answer.chat.batch.results(request))[0]
     return told(answer.finished(output))
 
@@ -135,7 +135,6 @@ class ResponseAnswer:
         yield events.event("response.in_progress", response=self.response("in_progress"))
         try:
             async for _, output in self.chat.batch.deltas():
-                raise_error(output)
                 meter.add(0, output)
                 one = output.outputs[0]
                 for made in events.take(reader.read(one.text, last=one.finished)):
@@ -149,9 +148,10 @@ class ResponseAnswer:
         response = self._kept(self.response(status, events.output, meter.usage))
         yield events.event(f"response.{'completed' if status == 'completed' else 'incomplete'}", response=response)
 
-    async def in_background(self, running: Running) -> dict[str, Any]:
-        """Start it; the response as it is now. Its result is stored. running: the request, which ends when the response does."""
-        await self.chat.batch.start()
+    async def in_background(self, request: Request) -> dict[str, Any]:
+        """Start it; the response as it is now. Its result is stored, and the request ends when the response does."""
+        await self.chat.batch.start(request)
+        running: Running = request.scope["state"]["running"]
         first = self._kept(self.response("in_progress"))
         task = asyncio.create_task(self._run(running), name=self._id)
         self._state.responses.get(self._id).task = task
