@@ -37,9 +37,8 @@ async def generate(body: GenerateRequest, state: State, request: Request) -> Res
     started_s = time.monotonic()
     fields = as_fields(body)
     name = request_id(request, body.rid)
-    batch = await Batch.make(
-        state, body.prompts(), sampling(state, body, fields), param="text", response_id=name, **routing(request, fields)
-    )
+    options = routing(request, fields) | {"shape": shaped_by(body)}
+    batch = await Batch.make(state, body.prompts(), sampling(state, body, fields), param="text", response_id=name, **options)
 
     def shown(output: RequestOutput, which: list[CompletionOutput], prompt: int) -> list[dict[str, Any]]:
         return [answer(output, one, f"{name}-{prompt}" if body.several else name, started_s) for one in which]
@@ -58,6 +57,12 @@ async def generate(body: GenerateRequest, state: State, request: Request) -> Res
 
     await batch.start(request)
     return EventStream(events(), batch.abort)
+
+
+def shaped_by(body: GenerateRequest) -> str:
+    """The field that says what the output must look like."""
+    given = body.sampling_params
+    return f"sampling_params.{next((name for name in ('json_schema', 'regex', 'ebnf') if getattr(given, name) is not None), 'json_schema')}"
 
 
 def as_fields(body: GenerateRequest) -> SamplingFields:

@@ -22,6 +22,7 @@ from lockstep.server.response_store import Stored
 from lockstep.server.routes.chat import ChatAnswer
 from lockstep.server.routes.models import check_model
 from lockstep.server.routes.parsed import ParsedRoute
+from lockstep.server.sampling import refuse
 from lockstep.server.schemas.chat import Message
 from lockstep.server.schemas.responses import Item, NamedTool, ResponsesRequest
 from lockstep.server.schemas.wire import Usage, encode
@@ -37,7 +38,8 @@ async def responses(body: ResponsesRequest, state: State, request: Request) -> R
     check_model(state, body.model)
     if body.background and (not body.store or body.stream):
         raise ApiError(400, "background=true needs store=true and no stream: the response is fetched later by its id.", param="background")
-    before = state.responses.get(body.previous_response_id).messages if body.previous_response_id else []
+    previous = body.previous_response_id
+    before = state.responses.get(previous, "previous_response_id").messages if previous else []
     request_id(request, body.request_id)
     answer = ResponseAnswer(state, body, before)
     await answer.chat.prepare(**routing(request, body))
@@ -87,6 +89,7 @@ class ResponseAnswer:
 
     def __init__(self, state: ServerState, body: ResponsesRequest, before: list[Message]) -> None:
         """before: messages of earlier responses. Raises ApiError for what cannot be done."""
+        refuse(body)
         self._state, self._body, self._before = state, body, before
         self._id, self._created_s = new_id("resp"), time.time()
         self.chat = ChatAnswer(state, chat_of(body, before), self._id)
