@@ -68,7 +68,8 @@ class ScriptedEngine:
     async def abort(self, names: Iterable[str]) -> None:
         for name in names:
             self.aborted.append(name)
-            self._put(*self._streams[name], [], "abort")  # of which the collector makes nothing where it has ended
+            if name in self._streams:
+                self._put(*self._streams[name], [], "abort")  # of which the collector makes nothing where it has ended
 
     async def stats(self) -> EngineStats:
         return EngineStats(**dict.fromkeys(EngineStats.__struct_fields__, 1))
