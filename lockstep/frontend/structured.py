@@ -57,7 +57,11 @@ def _verdict(wanted: StructuredOutputs) -> str:
     try:
         check(wanted)
     except GrammarError as e:
-        return str(e) if str(e).startswith("structured_outputs.") else f"structured_outputs cannot be kept to: {e}"
+        if str(e).startswith("structured_outputs."):
+            return str(e)
+        if wanted.grammar is not None:
+            return f"structured_outputs.grammar cannot be kept to (it is read in Lark's syntax, from the rule `start` on): {e}"
+        return f"structured_outputs cannot be kept to: {e}"
     except ImportError as e:
         return f"structured_outputs needs llguidance, which cannot be imported ({e}): pip install llguidance."
     return ""

@@ -20,13 +20,16 @@ from lockstep.frontend.tokenizer import encode
 from lockstep.observability import logging
 from lockstep.protocol import SamplingParams
 from lockstep.server.errors import AGAIN, TOO_LONG, ApiError
+from lockstep.server.middleware_gate import Running
 from lockstep.server.schemas.common import SamplingFields
+from lockstep.server.schemas.responses import TextOptions
 from lockstep.server.schemas.wire import CachedTokens, Usage
 from lockstep.server.sse import until_gone
 from lockstep.server.state import ServerState
 
 BREATH = 32  # prompts checked before others get their turn
 _FIELD = re.compile(r"(?:prompts\[\d+\]: )?([a-z_]+)\b")
+_SHAPE = re.compile(r"^(?:prompts\[\d+\]: )?structured_outputs(?:\.\w+)?")  # at the beginning of a refusal
 
 
 def request_id(request: Request, given: str | None) -> str:
@@ -52,12 +55,19 @@ def routing(request: Request, body: SamplingFields) -> dict[str, Any]:
 
 
 def shaped_by(body: SamplingFields) -> str:
-    """The field that says what the output must look like."""
-    if body.structured_outputs is not None:
-        return "structured_outputs"
+    """The field that says what the output must look like: the one that holds, where there are several."""
     if getattr(body, "tool_choice", None) not in (None, "none", "auto"):
         return "tools"
-    return "response_format"
+    if body.structured_outputs is not None:
+        return "structured_outputs"
+    text = getattr(body, "text", None)
+    return "text.format" if isinstance(text, TextOptions) and text.format is not None else "response_format"
+
+
+def misshapen(message: str, shape: str) -> ApiError:
+    """What the engine says of structured_outputs, told of the field that the client gave."""
+    said = message if shape == "structured_outputs" else _SHAPE.sub(shape, message, count=1)
+    return ApiError(400, said, param=shape)
 
 
 def field_in(message: str) -> str | None:
@@ -106,9 +116,10 @@ def truncated(state: ServerState, ids: list[int], keep: int, max_tokens: int | N
 class Batch:
     """The jobs of one request, by prompt."""
 
-    def __init__(self, state: ServerState, jobs: list[Job]) -> None:
-        self._state, self.jobs = state, jobs
+    def __init__(self, state: ServerState, jobs: list[Job], shape: str) -> None:
+        self._state, self.jobs, self._shape = state, jobs, shape
         self._streams: list[Stream] = []
+        self._running: Running | None = None  # the request that they are of, once they are started
 
     @classmethod
     async def make(
@@ -135,14 +146,16 @@ class Batch:
             except (PromptError, RequestError) as e:
                 long = "max_model_len" in str(e)
                 name = field_in(str(e))
-                name = shape if name == "structured_outputs" else name or param
-                raise ApiError(400, str(e), param=name, code=TOO_LONG if long else None) from None
+                if name == "structured_outputs":
+                    raise misshapen(str(e), shape) from None
+                raise ApiError(400, str(e), param=name or param, code=TOO_LONG if long else None) from None
             if i % BREATH == BREATH - 1:
                 await asyncio.sleep(0)
-        return cls(state, jobs)
+        return cls(state, jobs, shape)
 
-    async def start(self) -> None:
+    async def start(self, request: Request) -> None:
         """Queue them."""
+        self._running = request.scope["state"].get("running")
         for job in self.jobs:
             self._streams.append(await self._state.engine.submit(job))
 
@@ -153,20 +166,21 @@ class Batch:
     async def results(self, request: Request) -> list[RequestOutput]:
         """Queue them and wait; the last output of each. Ends them when the client hangs up. Raises ApiError when one fails."""
         async with until_gone(request.receive, self.abort):
-            await self.start()
+            await self.start(request)
             return await self.wait()
 
     async def wait(self) -> list[RequestOutput]:
         """The last output of each that was started. Raises ApiError when one fails."""
         outputs = await asyncio.gather(*(last(stream) for stream in self._streams))
         for output in outputs:
-            raise_error(output)
+            self._raise_error(output)
         return outputs
 
     async def deltas(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """(prompt, output) of those that were started, as they come."""
+        """(prompt, output) of those that were started, as they come. Raises ApiError when one fails."""
         if len(self._streams) == 1:
             async for output in self._streams[0]:
+                self._raise_error(output)
                 yield 0, output
             return
         queue: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
@@ -176,10 +190,23 @@ class Batch:
             while left:
                 index, output = await queue.get()
                 left -= output.finished
+                self._raise_error(output)
                 yield index, output
         finally:
             for pump in pumps:
                 pump.cancel()
+
+    def _raise_error(self, output: RequestOutput) -> None:
+        """Raises ApiError for an output that failed, or that the server cut off: at a deadline, or at the end of a drain."""
+        if self._running is not None and self._running.why is not None and any(one.finish_reason == "abort" for one in output.outputs):
+            raise self._running.why
+        for one in output.outputs:
+            if one.finish_reason != "error":
+                continue
+            said = output.error or "the request failed in the engine."
+            if said.startswith("structured_outputs"):  # found only beside the model: what was asked for cannot be written
+                raise misshapen(said, self._shape)
+            raise ApiError(503, said, code="shutting_down" if said == SHUTTING_DOWN else "engine_error", headers=AGAIN)
 
 
 async def _pump(index: int, stream: Stream, queue: asyncio.Queue[tuple[int, RequestOutput]]) -> None:
@@ -192,17 +219,6 @@ async def last(stream: Stream) -> RequestOutput:
     async for output in stream:
         found = output
     return found
-
-
-def raise_error(output: RequestOutput) -> None:
-    """Raises ApiError for an output that failed."""
-    for one in output.outputs:
-        if one.finish_reason != "error":
-            continue
-        said = output.error or "the request failed in the engine."
-        if said.startswith("structured_outputs"):  # found only beside the model: what was asked for cannot be written
-            raise ApiError(400, said, param="structured_outputs")
-        raise ApiError(503, said, code="shutting_down" if said == SHUTTING_DOWN else "engine_error", headers=AGAIN)
 
 
 class Meter:

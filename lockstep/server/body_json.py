@@ -117,7 +117,9 @@ def check_whole_numbers(value: Any, path: str = "") -> None:
             check_whole_numbers(one, path)
     elif isinstance(value, int) and not -INT64 <= value < INT64:
         what = f"{path[:64]}: " if path else ""
-        raise ApiError(400, f"{what}the whole number {str(value)[:24]}... is out of range: 64 bits are for it.", param=path[:64] or None)
+        digits = str(value)
+        digits = digits if len(digits) <= 24 else f"{digits[:24]}..."
+        raise ApiError(400, f"{what}the whole number {digits} is out of range: 64 bits are for it.", param=path[:64] or None)
 
 
 def _half_near(body: bytes, error: str) -> bool:

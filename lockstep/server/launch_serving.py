@@ -1,7 +1,7 @@
 """HTTP in one process, from the engine's first word to the last response: serving, the drain, the two ways to end early.
 
 first SIGTERM or SIGINT   readiness says 503, new requests that generate are refused, those under way finish, up to
-                          shutdown_timeout; what is left then ends with an error or "abort"; exit code 0
+                          shutdown_timeout; what is left then ends with an error; exit code 0
 second                    the end, now; exit code 128 + its number
 the engine is gone        every request ends with its error, then ExecutorError
 """

@@ -8,6 +8,7 @@ from typing import Any
 
 from lockstep.frontend.outputs import Logprob, Position
 from lockstep.server.schemas.wire import ChatLogprobs, CompletionLogprobs, TokenBytes, TokenLogprob
+from lockstep.server.text_offsets import TextOffsets, prompt_offsets
 
 LEAST = -9999.0  # stands for minus infinity, which JSON cannot say
 UNKNOWN = "\ufffd"
@@ -20,20 +21,22 @@ class LogprobWriter:
         """as_ids: tokens are named "token_id:123" instead of by their text."""
         self._tokenizer, self._as_ids = tokenizer, as_ids
 
-    def completion(self, positions: Sequence[Position], offset: int) -> CompletionLogprobs:
-        """The older form. offset: characters of the choice's text before the first position."""
+    def completion(self, positions: Sequence[Position], offsets: TextOffsets) -> CompletionLogprobs:
+        """The older form. offsets: where the choice's next tokens begin."""
         out = CompletionLogprobs([], [], [], [])
         for position in positions:
             token, chosen = next(iter(position.items()))
+            offset = offsets.next(token, chosen.decoded_token or "")
             self._add(out, offset, self._text(token, chosen), chosen.logprob, self._top(position))
-            offset += len(chosen.decoded_token or "")
         return out
 
-    def prompt(self, ids: Sequence[int], positions: Sequence[Position | None]) -> CompletionLogprobs:
+    def prompt(self, ids: Sequence[int], positions: Sequence[Position | None], text: str) -> CompletionLogprobs:
         """The older form of an echoed prompt; nothing is known of its first token but its text."""
+        offsets = prompt_offsets(self._tokenizer, ids, text)
         first = self._tokenizer.decode([ids[0]], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        out = CompletionLogprobs([0], [None], [f"token_id:{ids[0]}" if self._as_ids else first], [None])
-        rest = self.completion([p for p in positions if p is not None], len(first))
+        begin = offsets.next(ids[0], first)
+        out = CompletionLogprobs([begin], [None], [f"token_id:{ids[0]}" if self._as_ids else first], [None])
+        rest = self.completion([p for p in positions if p is not None], offsets)
         return joined(out, rest)
 
     def chat(self, positions: Sequence[Position], top: int) -> ChatLogprobs:

@@ -1,7 +1,7 @@
 """The gate before the routes that generate: closed while the server drains, narrow while it is full, and every request has an end.
 
 A request that is to end early, at its deadline or at the end of a drain, ends as well as it still can: an error, where its
-response has not begun; else its jobs are aborted, and the stream says so in its last event.
+response has not begun; else its jobs are aborted, and the stream ends with that error (`batch.Batch`).
 """
 
 from __future__ import annotations

@@ -44,11 +44,11 @@ class ResponseStore:
                 task.cancel()
             self.forget(oldest)
 
-    def get(self, name: str) -> Stored:
-        """Raises ApiError 404 when there is none."""
+    def get(self, name: str, param: str = "id") -> Stored:
+        """Raises ApiError 404 when there is none. param: where the client names it."""
         if name not in self._found:
             raise ApiError(
-                404, f"response {name[:80]!r} is not stored here: only those made with store=true are, the last {self._most}.", param="id"
+                404, f"response {name[:80]!r} is not stored here: only those made with store=true are, the last {self._most}.", param=param
             )
         return self._found[name]
 

@@ -36,6 +36,8 @@ def refuse(body: Body) -> None:
     for name, why in REFUSED.items():
         if getattr(body, name, None):
             raise ApiError(400, f"{name} is not supported: {why}.", param=name)
+    if getattr(body, "echo", None) and "echo" not in type(body).model_fields:
+        raise ApiError(400, "echo is only for /v1/completions: a conversation is not repeated. Leave it out here.", param="echo")
 
 
 def sampling_params(state: ServerState, body: SamplingFields, constraint: dict[str, Any] | None = None, **more: Any) -> SamplingParams:

@@ -18,7 +18,7 @@ from lockstep.engine.stats import EngineStats
 from lockstep.frontend.async_engine import AsyncEngine
 from lockstep.frontend.collector import Collector
 from lockstep.frontend.inputs import InputProcessor, Job
-from lockstep.frontend.streams import Stream
+from lockstep.frontend.streams import Stream, submitted
 from lockstep.frontend.tokenizer import load_tokenizer
 from lockstep.protocol import EngineOutput, SamplingParams
 from lockstep.server.app import create_app
@@ -37,6 +37,7 @@ class ScriptedEngine:
         self.text, self.error, self.hangs = text, error, hangs
         self.jobs: list[Job] = []
         self.aborted: list[str] = []
+        self._streams: dict[str, tuple[Stream, Job]] = {}
         self._inputs = InputProcessor(self.config, self.spec, self.folder, self.tokenizer)
         self._collector = Collector(self.tokenizer)
 
@@ -46,6 +47,9 @@ class ScriptedEngine:
 
     async def submit(self, job: Job) -> Stream:
         stream = Stream()
+        self._streams[job.request_id] = stream, job
+        if (noted := submitted.get()) is not None:
+            noted.append(job.request_id)
         self._collector.start(job)
         ids = self.tokenizer(self.text)["input_ids"]
         for at, token in enumerate(ids):
@@ -62,7 +66,10 @@ class ScriptedEngine:
             stream.put(output)
 
     async def abort(self, names: Iterable[str]) -> None:
-        self.aborted += names
+        for name in names:
+            self.aborted.append(name)
+            if name in self._streams:
+                self._put(*self._streams[name], [], "abort")  # of which the collector makes nothing where it has ended
 
     async def stats(self) -> EngineStats:
         return EngineStats(**dict.fromkeys(EngineStats.__struct_fields__, 1))

@@ -144,6 +144,41 @@ def test_echo_with_logprobs_scores_the_prompt(http: httpx.Client, llm: LLM, max_
     assert offsets == found["text_offset"]
 
 
+def offsets_of(chunks: list[dict[str, Any]]) -> list[int]:
+    return [o for e in chunks for c in e["choices"] if c["logprobs"] for o in c["logprobs"]["text_offset"]]
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+def test_a_token_has_the_same_offset_where_its_text_is_held_back(http: httpx.Client, interval: int) -> None:
+    """Text that may begin a stop string is told late, or never, and counts all the same."""
+    body = {"prompt": "def f(", "max_tokens": 24, "seed": 0, "temperature": 0.8, "logprobs": 2, "ignore_eos": True}
+    free = post(http, **body)["choices"][0]["text"]
+    for stop in ("self", free[:2] + "\x7f", free[6:8] + "\x7f", free[15:18]):
+        whole = post(http, **body, stop=[stop])["choices"][0]["logprobs"]
+        assert offsets_of(events(http, **body, stop=[stop], stream_interval=interval)) == whole["text_offset"], stop
+        ends = [offset + len(token) for offset, token in zip(whole["text_offset"], whole["tokens"], strict=True)]
+        assert [0, *ends[:-1]] == whole["text_offset"]
+
+
+@pytest.mark.parametrize(
+    "more", [{"max_tokens": 4}, {"max_tokens": 0}, {"max_tokens": 3, "n": 2}, {"allowed_token_ids": [124, 240, 224, 131]}]
+)
+def test_offsets_are_into_the_text_also_where_characters_have_several_tokens(http: httpx.Client, more: dict[str, Any]) -> None:
+    body = {"prompt": "héé 漢字 🎉", "max_tokens": 12, "seed": 1, "echo": True, "logprobs": 0, "ignore_eos": True} | more
+    choices = post(http, **body)["choices"]
+    for choice in choices:
+        text, found = choice["text"], choice["logprobs"]
+        offsets = found["text_offset"]
+        assert offsets[:17] == [0, 1, 1, 2, 2, 3, 4, 4, 4, 5, 5, 5, 6, 7, 7, 7, 7] and all(o >= 8 for o in offsets[17:])
+        assert offsets == sorted(offsets) and offsets[-1] <= len(text)
+        whole = [(token, offset) for token, offset in zip(found["tokens"], offsets, strict=True) if "\ufffd" not in token]
+        assert all(text[offset:].startswith(token) for token, offset in whole)
+    streamed = events(http, **body)
+    assert [offsets_of([{"choices": [c for e in streamed for c in e["choices"] if c["index"] == i]}]) for i in range(len(choices))] == [
+        choice["logprobs"]["text_offset"] for choice in choices
+    ]
+
+
 def test_prompt_logprobs_and_token_ids(http: httpx.Client) -> None:
     choice = post(http, **GREEDY, prompt_logprobs=1, return_token_ids=True)["choices"][0]
     assert choice["prompt_logprobs"][0] is None and len(choice["prompt_logprobs"]) == len(choice["prompt_token_ids"])

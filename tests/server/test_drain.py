@@ -63,6 +63,12 @@ class Reader(threading.Thread):
         chunks = [json.loads(event) for event in self.events if event != "[DONE]"]
         return [c["finish_reason"] for chunk in chunks for c in chunk.get("choices", []) if c.get("finish_reason")]
 
+    @property
+    def errors(self) -> list[str]:
+        """The code of every error that came."""
+        chunks = [json.loads(event) for event in self.events if event != "[DONE]"]
+        return [chunk["error"]["code"] for chunk in chunks if "error" in chunk]
+
 
 @pytest.fixture(params=["1", "2"], ids=["one process", "two processes"])
 def server(request: pytest.FixtureRequest) -> Iterator[RunningServer]:
@@ -109,7 +115,8 @@ def test_told_once_nothing_new_is_taken_and_what_takes_too_long_is_ended(server:
         assert int(refused[0].headers["retry-after"]) > 0 and refused[0].json()["error"]["code"] == "draining"
     assert server.wait(30) == 0, server.said()
     reader.join(10)
-    assert not reader.broken and reader.reasons in (["abort"], ["length"])
+    assert not reader.broken and reader.events[-1] == "[DONE]"
+    assert (reader.reasons, reader.errors) in (([], ["draining"]), (["length"], []))
     assert procs.wait_gone(processes, 15) == []
 
 

@@ -59,7 +59,7 @@ def test_a_shape_that_the_allowed_tokens_cannot_write_is_refused(server: Running
     }
     for path in ("/v1/responses", "/v1/chat/completions"):
         answer = httpx.post(server.url + path, json=body, timeout=60)
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "structured_outputs", answer.text
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "response_format", answer.text
 
 
 def test_errors_are_documented_as_they_are(server: RunningServer) -> None:

@@ -29,6 +29,9 @@ def error(http: httpx.Client, path: str = "/v1/completions", **body: Any) -> dic
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "the regex is invalid: unclosed group"),
         ({"guided_regex": "(a"}, "structured_outputs", "the regex is invalid"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "foo"}}}}, "response_format", "foo"),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, "structured_outputs", "Lark's syntax, from the rule `start`"),
+        ({"seed": 2**63}, "seed", "the whole number 9223372036854775808 is out of range"),
+        ({"seed": 10**30}, "seed", f"the whole number 1{'0' * 23}... is out of range"),
         ({"data_parallel_rank": 7}, "data_parallel_rank", "does not exist"),
         ({"stop": [str(i) for i in range(17)]}, "stop", "at most 16"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
@@ -39,6 +42,54 @@ def test_the_field_that_is_wrong_is_named(http: httpx.Client, body: dict[str, An
     found = error(http, **body)
     assert found["param"] == param and says in found["message"]
     assert "start:" not in found["message"], "the grammar that a regex becomes is ours"
+
+
+WRONG = {"type": "json_schema", "name": "a", "schema": {"type": "foo"}}
+MULTIPLES = {"anyOf": [{"type": "integer", "multipleOf": 4999}, {"type": "integer", "multipleOf": 4993}]}
+TOOL = {"name": "f", "parameters": {"type": "foo"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": WRONG}}, "response_format"),
+        ("/v1/chat/completions", {"messages": HI, "response_format": {"type": "json_schema", "json_schema": WRONG}}, "response_format"),
+        ("/v1/chat/completions", {"messages": HI, "tools": [{"function": TOOL}], "tool_choice": "required"}, "tools"),
+        ("/v1/responses", {"input": "a", "text": {"format": WRONG}}, "text.format"),
+        ("/v1/responses", {"input": "a", "tools": [{"type": "function", **TOOL}], "tool_choice": "required"}, "tools"),
+        ("/generate", {"text": "a", "sampling_params": {"regex": "(a"}}, "sampling_params.regex"),
+        ("/generate", {"text": "a", "sampling_params": {"ebnf": "root ::= x"}}, "sampling_params.ebnf"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": MULTIPLES}}},
+            "response_format",
+        ),
+    ],
+)
+def test_a_shape_that_cannot_be_is_told_of_the_field_that_was_given(
+    http: httpx.Client, path: str, body: dict[str, Any], param: str
+) -> None:
+    answer = http.post(path, json=body)
+    assert answer.status_code == 400, answer.text
+    found = answer.json()["error"]
+    assert found["param"] == param and found["message"].startswith(f"{param} ") and "structured_outputs" not in found["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/v1/responses", {"input": "a", "previous_response_id": "resp_none"}, 404, "previous_response_id"),
+        ("/v1/responses", {"input": "a", "echo": True}, 400, "echo"),
+        ("/v1/responses", {"input": "a", "suffix": "b"}, 400, "suffix"),
+        ("/v1/chat/completions", {"messages": HI, "echo": True}, 400, "echo"),
+        ("/v1/chat/completions", {"messages": HI, "max_tokens": 1, "echo": False}, 200, None),
+    ],
+)
+def test_what_would_be_ignored_is_refused_by_its_name(
+    http: httpx.Client, path: str, body: dict[str, Any], status: int, param: str | None
+) -> None:
+    answer = http.post(path, json=body)
+    assert answer.status_code == status and answer.json().get("error", {}).get("param") == param, answer.text
 
 
 @pytest.mark.parametrize(
@@ -89,7 +140,8 @@ def test_half_a_surrogate_pair(http: httpx.Client) -> None:
 
 
 def test_a_forced_call_has_no_room_for_spaces(http: httpx.Client) -> None:
-    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}}
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+    function = {"name": "f", "parameters": schema}
     body = {"messages": HI, "max_tokens": 64, "tools": [{"type": "function", "function": function}], "tool_choice": "required"}
     # the model would write spaces for ever: no token is likelier
     space = http.post("/tokenize", json={"prompt": " "}).json()["tokens"]

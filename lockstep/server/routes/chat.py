@@ -12,7 +12,7 @@ from msgspec import UNSET
 
 from lockstep.frontend.outputs import CompletionOutput, RequestOutput
 from lockstep.protocol import RequestOutputKind, SamplingParams
-from lockstep.server.batch import Batch, Meter, raise_error, request_id, routing, truncated
+from lockstep.server.batch import Batch, Meter, request_id, routing, truncated
 from lockstep.server.errors import ApiError
 from lockstep.server.logprobs import LogprobWriter, prompt_positions
 from lockstep.server.pace import Pace
@@ -36,7 +36,7 @@ async def chat_completions(body: ChatRequest, state: State, request: Request) ->
     answer = ChatAnswer(state, body, f"chatcmpl-{request_id(request, body.request_id)}")
     await answer.prepare(**routing(request, body))
     if body.stream:
-        await answer.batch.start()
+        await answer.batch.start(request)
         return EventStream(answer.events(), answer.batch.abort)
     output = (await answer.batch.results(request))[0]
     return Response(encode(answer.whole(output)), media_type="application/json")
@@ -133,7 +133,6 @@ class ChatAnswer:
             return event(self._chunk(choices, usage if usage else None if last or always else UNSET))
 
         async for _, output in self.batch.deltas():
-            raise_error(output)
             if not begun:
                 begun = True
                 first = self._chunk([ChunkChoice(index=i, delta=Delta(role="assistant", content="")) for i in range(len(readers))], UNSET)

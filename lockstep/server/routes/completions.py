@@ -13,7 +13,7 @@ from msgspec import UNSET
 from lockstep.frontend.outputs import CompletionOutput, RequestOutput
 from lockstep.frontend.tokenizer import decoder_of
 from lockstep.protocol import RequestOutputKind, SamplingParams
-from lockstep.server.batch import Batch, Meter, prepared, raise_error, request_id, routing
+from lockstep.server.batch import Batch, Meter, prepared, request_id, routing
 from lockstep.server.errors import ApiError
 from lockstep.server.logprobs import LogprobWriter, joined, prompt_positions
 from lockstep.server.pace import Pace
@@ -24,6 +24,7 @@ from lockstep.server.schemas.completions import CompletionRequest
 from lockstep.server.schemas.wire import Completion, CompletionChoice, CompletionLogprobs, Usage, encode
 from lockstep.server.sse import DOCUMENTED, EventStream, event
 from lockstep.server.state import ServerState, State
+from lockstep.server.text_offsets import TextOffsets
 
 router = APIRouter(prefix="/v1", tags=["completions"], route_class=ParsedRoute)
 
@@ -36,7 +37,7 @@ async def completions(body: CompletionRequest, state: State, request: Request) -
     prompts = [await prepared(state, prompt, body, max_tokens=body.max_tokens) for prompt in body.prompts()]
     answer.batch = await Batch.make(state, prompts, answer.sampling(), response_id=answer.id, **routing(request, body))
     if body.stream:
-        await answer.batch.start()
+        await answer.batch.start(request)
         return EventStream(answer.events(), answer.batch.abort)
     return Response(encode(answer.whole(await answer.batch.results(request))), media_type="application/json")
 
@@ -53,6 +54,7 @@ class Answer:
         self._n = body.n or 1
         self._best_of = body.best_of or self._n
         self._writer = LogprobWriter(state.engine.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+        self._offsets: dict[int, TextOffsets] = {}  # of each choice that has log-probabilities
         if self._best_of < self._n:
             raise ApiError(400, f"best_of={body.best_of} is less than n={self._n}: the best n of best_of are told.", param="best_of")
         if self._best_of > self._n and body.stream:
@@ -81,7 +83,7 @@ class Answer:
             meter.add(i, output)
             best = sorted(output.outputs, key=mean_logprob, reverse=True)[: self._n] if self._best_of > self._n else output.outputs
             for index, one in enumerate(best):
-                choices.append(self._choice(output, one, i * self._n + index, first=True, offset=0))
+                choices.append(self._choice(output, one, i * self._n + index, first=True))
         return self._completion(choices, meter.usage)
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -89,9 +91,8 @@ class Answer:
         body, meter = self._body, Meter(self.batch.jobs)
         options = body.stream_options
         last, always = bool(options and options.include_usage), bool(options and options.continuous_usage_stats)
-        pace, lengths = Pace(body.stream_interval or 1), dict[int, int]()
+        pace, begun = Pace(body.stream_interval or 1), set[int]()
         async for prompt, output in self.batch.deltas():
-            raise_error(output)
             if body.max_tokens == 0:
                 output.outputs = [nothing(one) for one in output.outputs]
             meter.add(prompt, output)
@@ -100,8 +101,8 @@ class Answer:
                 index = prompt * self._n + one.index
                 ready = pace.take(index, one)
                 if ready is not None:
-                    choices.append(self._choice(output, ready, index, first=index not in lengths, offset=lengths.get(index, 0)))
-                    lengths[index] = lengths.get(index, 0) + len(choices[-1].text)
+                    choices.append(self._choice(output, ready, index, first=index not in begun))
+                    begun.add(index)
             if choices:
                 chunk = self._completion(choices, meter.usage if always else None)
                 yield event(chunk if always or last else without_usage(chunk))
@@ -119,15 +120,15 @@ class Answer:
             system_fingerprint=fingerprint,
         )
 
-    def _choice(self, output: RequestOutput, one: CompletionOutput, index: int, *, first: bool, offset: int) -> CompletionChoice:
+    def _choice(self, output: RequestOutput, one: CompletionOutput, index: int, *, first: bool) -> CompletionChoice:
         """A choice, or what is new of it. first: nothing was told of it before."""
         body, text = self._body, one.text
-        prompt = self._prompt_text(output) if body.echo and first else ""
+        prompt = self._prompt_text(output) if body.echo and first else None
         logprobs = None
         if body.logprobs is not None and one.logprobs is not None:
-            logprobs = self._logprobs(output, one, offset + len(prompt), echo=bool(body.echo and first))
+            logprobs = self._logprobs(output, one, index, prompt)
         choice = CompletionChoice(
-            index=index, text=prompt + text, logprobs=logprobs, finish_reason=one.finish_reason, stop_reason=one.stop_reason
+            index=index, text=(prompt or "") + text, logprobs=logprobs, finish_reason=one.finish_reason, stop_reason=one.stop_reason
         )
         if body.return_token_ids:
             choice.token_ids = one.token_ids
@@ -137,11 +138,16 @@ class Answer:
             choice.prompt_logprobs = prompt_positions(output.prompt_logprobs)
         return choice
 
-    def _logprobs(self, output: RequestOutput, one: CompletionOutput, offset: int, *, echo: bool) -> CompletionLogprobs:
-        written = self._writer.completion(one.logprobs or [], offset)
-        if not echo:
+    def _logprobs(self, output: RequestOutput, one: CompletionOutput, index: int, prompt: str | None) -> CompletionLogprobs:
+        """prompt: what is echoed before this part of the choice; None: nothing is."""
+        ids = output.prompt_token_ids
+        if index not in self._offsets:
+            special = self._body.skip_special_tokens is False
+            self._offsets[index] = TextOffsets(self._state.engine.tokenizer, begin=len(prompt or ""), context=ids, special=special)
+        written = self._writer.completion(one.logprobs or [], self._offsets[index])
+        if prompt is None:
             return written
-        return joined(self._writer.prompt(output.prompt_token_ids, output.prompt_logprobs or [None]), written)
+        return joined(self._writer.prompt(ids, output.prompt_logprobs or [None], prompt), written)
 
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:

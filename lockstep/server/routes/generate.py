@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from lockstep.frontend.outputs import CompletionOutput, RequestOutput
 from lockstep.protocol import RequestOutputKind, SamplingParams
-from lockstep.server.batch import Batch, raise_error, request_id, routing
+from lockstep.server.batch import Batch, request_id, routing
 from lockstep.server.errors import ApiError
 from lockstep.server.logprobs import least
 from lockstep.server.routes.parsed import ParsedRoute
@@ -37,9 +37,8 @@ async def generate(body: GenerateRequest, state: State, request: Request) -> Res
     started_s = time.monotonic()
     fields = as_fields(body)
     name = request_id(request, body.rid)
-    batch = await Batch.make(
-        state, body.prompts(), sampling(state, body, fields), param="text", response_id=name, **routing(request, fields)
-    )
+    options = routing(request, fields) | {"shape": shaped_by(body)}
+    batch = await Batch.make(state, body.prompts(), sampling(state, body, fields), param="text", response_id=name, **options)
 
     def shown(output: RequestOutput, which: list[CompletionOutput], prompt: int) -> list[dict[str, Any]]:
         return [answer(output, one, f"{name}-{prompt}" if body.several else name, started_s) for one in which]
@@ -51,14 +50,19 @@ async def generate(body: GenerateRequest, state: State, request: Request) -> Res
     async def events() -> AsyncIterator[bytes]:
         ended = set[tuple[int, int]]()  # (prompt, completion): their ends have been told
         async for i, output in batch.deltas():
-            raise_error(output)
             new = [one for one in output.outputs if (i, one.index) not in ended]
             ended.update((i, one.index) for one in new if one.finished)
             for one in shown(output, new, i):
                 yield event(one | ({"index": i} if body.several else {}))
 
-    await batch.start()
+    await batch.start(request)
     return EventStream(events(), batch.abort)
+
+
+def shaped_by(body: GenerateRequest) -> str:
+    """The field that says what the output must look like."""
+    given = body.sampling_params
+    return f"sampling_params.{next((name for name in ('json_schema', 'regex', 'ebnf') if getattr(given, name) is not None), 'json_schema')}"
 
 
 def as_fields(body: GenerateRequest) -> SamplingFields:

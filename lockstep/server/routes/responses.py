@@ -13,7 +13,7 @@ from fastapi.responses import Response
 
 from lockstep.frontend.outputs import RequestOutput
 from lockstep.protocol import FinishReason
-from lockstep.server.batch import Meter, raise_error, request_id, routing
+from lockstep.server.batch import Meter, request_id, routing
 from lockstep.server.errors import ApiError, as_api_error
 from lockstep.server.middleware_gate import Running
 from lockstep.server.response_events import ResponseEvents
@@ -22,6 +22,7 @@ from lockstep.server.response_store import Stored
 from lockstep.server.routes.chat import ChatAnswer
 from lockstep.server.routes.models import check_model
 from lockstep.server.routes.parsed import ParsedRoute
+from lockstep.server.sampling import refuse
 from lockstep.server.schemas.chat import Message
 from lockstep.server.schemas.responses import Item, NamedTool, ResponsesRequest
 from lockstep.server.schemas.wire import Usage, encode
@@ -37,15 +38,16 @@ async def responses(body: ResponsesRequest, state: State, request: Request) -> R
     check_model(state, body.model)
     if body.background and (not body.store or body.stream):
         raise ApiError(400, "background=true needs store=true and no stream: the response is fetched later by its id.", param="background")
-    before = state.responses.get(body.previous_response_id).messages if body.previous_response_id else []
+    previous = body.previous_response_id
+    before = state.responses.get(previous, "previous_response_id").messages if previous else []
     request_id(request, body.request_id)
     answer = ResponseAnswer(state, body, before)
     await answer.chat.prepare(**routing(request, body))
     if body.stream:
-        await answer.chat.batch.start()
+        await answer.chat.batch.start(request)
         return EventStream(answer.events(), answer.chat.batch.abort, done=b"")
     if body.background:
-        return told(await answer.in_background(request.scope["state"]["running"]))
+        return told(await answer.in_background(request))
     output = (await answer.chat.batch.results(request))[0]
     return told(answer.finished(output))
 
@@ -87,6 +89,7 @@ class ResponseAnswer:
 
     def __init__(self, state: ServerState, body: ResponsesRequest, before: list[Message]) -> None:
         """before: messages of earlier responses. Raises ApiError for what cannot be done."""
+        refuse(body)
         self._state, self._body, self._before = state, body, before
         self._id, self._created_s = new_id("resp"), time.time()
         self.chat = ChatAnswer(state, chat_of(body, before), self._id)
@@ -135,7 +138,6 @@ class ResponseAnswer:
         yield events.event("response.in_progress", response=self.response("in_progress"))
         try:
             async for _, output in self.chat.batch.deltas():
-                raise_error(output)
                 meter.add(0, output)
                 one = output.outputs[0]
                 for made in events.take(reader.read(one.text, last=one.finished)):
@@ -149,9 +151,10 @@ class ResponseAnswer:
         response = self._kept(self.response(status, events.output, meter.usage))
         yield events.event(f"response.{'completed' if status == 'completed' else 'incomplete'}", response=response)
 
-    async def in_background(self, running: Running) -> dict[str, Any]:
-        """Start it; the response as it is now. Its result is stored. running: the request, which ends when the response does."""
-        await self.chat.batch.start()
+    async def in_background(self, request: Request) -> dict[str, Any]:
+        """Start it; the response as it is now. Its result is stored, and the request ends when the response does."""
+        await self.chat.batch.start(request)
+        running: Running = request.scope["state"]["running"]
         first = self._kept(self.response("in_progress"))
         task = asyncio.create_task(self._run(running), name=self._id)
         self._state.responses.get(self._id).task = task
