@@ -55,8 +55,9 @@ async def until_gone(receive: Receive, abort: Callable[[], Awaitable[None]]) -> 
         await abort()
 
 
-# For OpenAPI: what a route answers that can stream.
-DOCUMENTED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+# For OpenAPI: what a route answers that can stream. Of events the schema is of each (so before 3.2 of the specification).
+_EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}, "required": ["data"]}
+DOCUMENTED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
 class EventStream(Response):

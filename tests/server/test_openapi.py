@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+import schemathesis as tool
 
 from lockstep.testing.server import RunningServer, running_server
 
@@ -66,3 +67,11 @@ def test_errors_are_documented_as_they_are(server: RunningServer) -> None:
     for path, operations in httpx.get(f"{server.url}/openapi.json", timeout=10).json()["paths"].items():
         for operation in operations.values():
             assert {"4XX", "5XX"} <= set(operation["responses"]) and "422" not in operation["responses"], path
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+def test_streams_are_documented_as_they_are(path: str, server: RunningServer) -> None:
+    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "input": "x", "max_tokens": 4, "stream": True}
+    operation = tool.openapi.from_url(f"{server.url}/openapi.json")[path]["POST"]
+    answer = operation.Case(body=body, media_type="application/json").call_and_validate(timeout=60)
+    assert answer.status_code == 200 and answer.headers["content-type"][0].startswith("text/event-stream"), answer
