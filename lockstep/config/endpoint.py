@@ -2,7 +2,7 @@
 
     internal   one server, the leader's, for all replicas of all hosts (no flag)
     hybrid     one server on each host, for the replicas there: -dph -dpl REPLICAS_HERE -dpr FIRST_OF_THEM
-    external   one server for each replica: -dpn REPLICA
+    external   one server for each replica: -dpn REPLICA, and -dpl REPLICAS_HERE where it shares this host with others
 
 Replicas of a model that is not split by experts have nothing to tell each other, so a host's replicas are an engine of their own.
 """
@@ -83,6 +83,9 @@ def for_endpoint(config: EngineConfig, options: ServeOptions) -> EngineConfig:
         raise ConfigError("data_parallel_external_lb with data_parallel_hybrid_lb: a server is one replica's, or a host's; leave one out.")
     if options.data_parallel_external_lb and rank is None:
         raise ConfigError("data_parallel_external_lb needs data_parallel_rank: say which replica this server is for.")
+    if rank is not None and local is None and parallel.nnodes == 1 and parallel.data_parallel_backend == "mp":
+        # Servers of one replica each are mostly given a host, or devices, of their own; those that share say so with -dpl.
+        config = replace(config, parallel=replace(parallel, data_parallel_size_local=1))
     if not options.data_parallel_hybrid_lb:
         return config
     if parallel.nnodes > 1:

@@ -52,7 +52,9 @@ class ParallelConfig:
         None, "Which replica this process is of, where each is started by itself; under external_launcher found from RANK.", "-dpn"
     )
     data_parallel_size_local: int | None = opt(
-        None, "Replicas that run on this host; default: all of them. The others are kept by other hosts, with headless.", "-dpl"
+        None,
+        "Replicas that run on this host; default: all of them (a server for one replica: that one). The others run on other hosts.",
+        "-dpl",
     )
     data_parallel_start_rank: int | None = opt(None, "The first of this host's replicas, where it runs headless, or with -dph.", "-dpr")
     data_parallel_address: str = opt(

@@ -226,8 +226,10 @@ def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cp
     if device == "cuda" and ranks > found:
         product = f" make {ranks} ranks," if " and " in sizes(parallel) or parallel.nnodes > 1 else " is"
         product = product.replace(",", " on this host,") if parallel.nnodes > 1 else product
+        alone = parallel.data_parallel_rank is not None and parallel.local_replicas > 1 and not launcher.is_external(parallel)
+        fewer = " Replicas that run on other hosts do not count once data_parallel_size_local says how many run here." if alone else ""
         raise ConfigError(
-            f"{sizes(parallel)}{product} more than the {found} CUDA device(s) visible here: use at most {found}, or device cpu."
+            f"{sizes(parallel)}{product} more than the {found} CUDA device(s) visible here: use at most {found}, or device cpu.{fewer}"
         )
     return device
 

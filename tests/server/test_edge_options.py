@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
+from lockstep.config import devices
 from lockstep.config.build import build_config
 from lockstep.config.endpoint import check_options, for_endpoint, is_open
 from lockstep.config.errors import ConfigError
 from lockstep.config.serve import ServeOptions
-from lockstep.config.tree import EngineConfig
+from lockstep.config.tree import EngineConfig, RuntimeConfig
+from lockstep.config.validate import pick_device
+from lockstep.executor import affinity
 from lockstep.utils import env
 
 
@@ -92,6 +95,25 @@ def test_a_hosts_own_endpoint_has_its_own_replicas() -> None:
     parallel = for_endpoint(config, ServeOptions(data_parallel_hybrid_lb=True)).parallel
     assert (parallel.data_parallel_size, parallel.local_replicas, parallel.data_parallel_start_rank) == (2, 2, None)
     assert for_endpoint(EngineConfig(), ServeOptions()) == EngineConfig()
+
+
+def test_a_replicas_own_server_has_its_host_for_itself_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"data_parallel_size": 4, "data_parallel_rank": 3}
+    alone = for_endpoint(build_config(**settings), ServeOptions()).parallel
+    assert (alone.local_replicas, alone.local_replica, alone.first_device, alone.ranks_here) == (1, 0, 0, 1)
+    shared = for_endpoint(build_config(**settings, data_parallel_size_local=2), ServeOptions()).parallel
+    assert (shared.local_replicas, shared.local_replica, shared.first_device, shared.ranks_here) == (2, 1, 1, 2)
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 1)
+    monkeypatch.setattr(devices, "torch_has_cuda", lambda: True)
+    assert pick_device(RuntimeConfig(), alone) == "cuda", "a pod sees its own device only"
+    with pytest.raises(ConfigError, match="data_parallel_size_local=2 is more than the 1 CUDA"):
+        pick_device(RuntimeConfig(), shared)
+    with pytest.raises(ConfigError, match="data_parallel_size_local says how many run here"):
+        pick_device(RuntimeConfig(), build_config(**settings).parallel)  # a program's: its replicas are taken to be here
+    monkeypatch.setattr(affinity.machine, "usable_cores", lambda: [(0,), (1,)])
+    monkeypatch.setattr(affinity.machine, "quota", lambda: None)
+    assert [rank.threads for rank in affinity.plan_here(1, alone)] == [2]
+    assert [rank.cores for rank in affinity.plan_here(1, shared)] == [(1,)]
 
 
 @pytest.mark.parametrize(
