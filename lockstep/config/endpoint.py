@@ -110,8 +110,7 @@ def for_endpoint(config: EngineConfig, options: ServeOptions) -> EngineConfig:
             f"data_parallel_start_rank={start} and data_parallel_size_local={local} make replicas {start} to {start + local - 1}, but "
             f"data_parallel_size={size} has 0 to {size - 1}: choose both so that they fit."
         )
-    here = replace(parallel, data_parallel_size=local, data_parallel_size_local=None, data_parallel_start_rank=None)
-    return replace(config, parallel=here)
+    return replace(config, parallel=replace(parallel, data_parallel_start_rank=start))
 
 
 def _bytes(name: str, value: int | str) -> int:

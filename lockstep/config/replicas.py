@@ -8,8 +8,11 @@ from lockstep.config.tree import ParallelConfig
 from lockstep.utils import net
 
 
-def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
-    """Refuse what no set of hosts can have. `headless`: this process keeps replicas for a leader elsewhere. Raises ConfigError."""
+def check_replicas(parallel: ParallelConfig, *, headless: bool = False, hybrid: bool = False) -> None:
+    """Refuse what no set of hosts can have. Raises ConfigError.
+
+    headless: this process keeps replicas for a leader elsewhere. hybrid: it is an endpoint for its host's own (`for_endpoint`).
+    """
     size, local, port = parallel.data_parallel_size, parallel.data_parallel_size_local, parallel.data_parallel_rpc_port
     if not 0 < port < 65536:
         raise ConfigError(f"data_parallel_rpc_port={port} must be from 1 to 65535: give the same free port on every host.")
@@ -23,8 +26,9 @@ def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
             f"use at most {size}, or raise data_parallel_size."
         )
     _check_rank(parallel, headless=headless)
-    _check_start(parallel, headless=headless)
-    if headless or (parallel.replicas_led < size and parallel.data_parallel_rank is None):
+    if not hybrid:
+        _check_start(parallel, headless=headless)
+    if headless or parallel.replicas_led < parallel.replicas_served:
         _check_meeting_point(parallel)
 
 

@@ -154,9 +154,21 @@ class ParallelConfig:
         return None if rank is None else (rank - (self.data_parallel_start_rank or 0)) % self.local_replicas
 
     @property
+    def first_replica(self) -> int:
+        """The number of the first replica behind this process: numbers that anybody sees count all hosts' replicas."""
+        return self.data_parallel_rank if self.data_parallel_rank is not None else self.data_parallel_start_rank or 0
+
+    @property
     def replicas_served(self) -> int:
-        """Replicas behind this process: all of them, or the one that data_parallel_rank names."""
-        return self.data_parallel_size if self.data_parallel_rank is None else 1
+        """Replicas behind this process: all of them, the one that data_parallel_rank names, or its host's where it has an endpoint."""
+        if self.data_parallel_rank is not None:
+            return 1
+        return self.data_parallel_size if self.data_parallel_start_rank is None else self.local_replicas
+
+    @property
+    def replica_numbers(self) -> range:
+        """Of the replicas behind this process."""
+        return range(self.first_replica, self.first_replica + self.replicas_served)
 
     @property
     def first_device(self) -> int:

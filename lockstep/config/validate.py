@@ -61,31 +61,31 @@ MISSING_PARALLELISM = {
 }
 
 
-def resolve(config: EngineConfig, *, headless: bool = False) -> tuple[EngineConfig, ModelSpec, Path]:
+def resolve(config: EngineConfig, *, headless: bool = False, hybrid: bool = False) -> tuple[EngineConfig, ModelSpec, Path]:
     """Check the whole tree, find the model, and fill what is automatic.
 
     Returns the frozen result, the model's numbers and its folder. Raises ConfigError for the first rule that is broken.
-    `headless`: this process serves a leader on another host.
+    `headless`: this process serves a leader on another host. `hybrid`: it is an endpoint for its host's replicas.
     """
     check_values(config)
     choice = automatic_backend(config)
     config = with_backend(config)
-    device, spec, folder = check(config, headless=headless)
+    device, spec, folder = check(config, headless=headless, hybrid=hybrid)
     config = replace(config, parallel=placed(config.parallel, headless=headless))
     warn_of_crowding(config.parallel, device)
-    warn_of_launcher(config.parallel)
+    warn_of_launcher(config.parallel, headless=headless)
     log.info("distributed_executor_backend is %s: %s", *choice)
     return fill(config, spec, device), spec, folder
 
 
-def check(config: EngineConfig, *, headless: bool = False) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path]:
+def check(config: EngineConfig, *, headless: bool = False, hybrid: bool = False) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path]:
     """The device, the model's numbers and its folder, every rule checked. Raises ConfigError for the first that is broken."""
     check_values(config)
     config = with_backend(config)
     check_available(config.parallel)
     check_nodes(config.parallel, headless=headless)
     config = replace(config, parallel=placed(config.parallel, headless=headless))
-    check_replicas(config.parallel, headless=headless and config.parallel.nodes_per_replica == 1)
+    check_replicas(config.parallel, headless=headless and config.parallel.nodes_per_replica == 1, hybrid=hybrid)
     if launcher.is_external(config.parallel):
         launcher.place(config.parallel)
     device = pick_device(config.runtime, config.parallel)
@@ -247,7 +247,7 @@ def check_room(kv_bytes: int | None, ranks: int, device: str) -> None:
         )
 
 
-def warn_of_launcher(parallel: ParallelConfig) -> None:
+def warn_of_launcher(parallel: ParallelConfig, *, headless: bool = False) -> None:
     """Settings that have no effect, where somebody meant them to."""
     started = env.torchrun_rank()
     if started is not None and started[2] > 1 and not launcher.is_external(parallel):
@@ -259,11 +259,11 @@ def warn_of_launcher(parallel: ParallelConfig) -> None:
     defaults = ParallelConfig()
     if parallel.nnodes == 1 and (parallel.master_addr, parallel.master_port) != (defaults.master_addr, defaults.master_port):
         log.warning("master_addr and master_port have no effect: nnodes=1 is this host alone. Set nnodes to use several.")
-    elsewhere = parallel.replicas_led < parallel.data_parallel_size and parallel.data_parallel_rank is None
+    elsewhere = headless or parallel.replicas_led < parallel.replicas_served
     if not elsewhere and parallel.data_parallel_address != defaults.data_parallel_address:
         log.warning(
             "data_parallel_address=%s has no effect: all %d replica(s) run here. Set data_parallel_size_local to keep some elsewhere.",
-            *(parallel.data_parallel_address, parallel.data_parallel_size),
+            *(parallel.data_parallel_address, parallel.replicas_served),
         )
 
 

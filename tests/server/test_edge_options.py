@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from lockstep.config import devices
 from lockstep.config.build import build_config
 from lockstep.config.endpoint import check_options, for_endpoint, is_open
 from lockstep.config.errors import ConfigError
+from lockstep.config.replicas import check_replicas
 from lockstep.config.serve import ServeOptions
 from lockstep.config.tree import EngineConfig, RuntimeConfig
 from lockstep.config.validate import pick_device
@@ -93,7 +95,13 @@ def test_open_to_others_without_a_key_is_noticed(settings: dict[str, Any], expec
 def test_a_hosts_own_endpoint_has_its_own_replicas() -> None:
     config = build_config(data_parallel_size=4, data_parallel_size_local=2, data_parallel_start_rank=2)
     parallel = for_endpoint(config, ServeOptions(data_parallel_hybrid_lb=True)).parallel
-    assert (parallel.data_parallel_size, parallel.local_replicas, parallel.data_parallel_start_rank) == (2, 2, None)
+    assert (parallel.replicas_led, parallel.replicas_served, parallel.ranks_here) == (2, 2, 2)
+    assert list(parallel.replica_numbers) == [2, 3], "whoever reads them knows them from other hosts'"
+    kept = [replace(parallel, data_parallel_rank=number) for number in (2, 3)]
+    assert [(one.local_replica, one.first_device, list(one.replica_numbers)) for one in kept] == [(0, 0, [2]), (1, 1, [3])]
+    check_replicas(parallel, hybrid=True)
+    with pytest.raises(ConfigError, match="without headless"):
+        check_replicas(parallel)
     assert for_endpoint(EngineConfig(), ServeOptions()) == EngineConfig()
 
 
