@@ -53,10 +53,13 @@ class ParallelConfig:
     )
     data_parallel_size_local: int | None = opt(
         None,
-        "Replicas that run on this host; default: all of them (a server for one replica: that one). The others run on other hosts.",
+        "Replicas that run on this host; default: all of them (a server for one replica: that one). The others run on other hosts; 0: all "
+        "do.",
         "-dpl",
     )
-    data_parallel_start_rank: int | None = opt(None, "The first of this host's replicas, where it runs headless, or with -dph.", "-dpr")
+    data_parallel_start_rank: int | None = opt(
+        None, "The first of this host's replicas, where it runs headless, or with -dph; default: 0.", "-dpr"
+    )
     data_parallel_address: str = opt(
         "127.0.0.1", "Address of the leader, which takes the requests, as other hosts with replicas reach it.", "-dpa"
     )

@@ -38,7 +38,6 @@ POSITIVE = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "data_parallel_size",
-    "data_parallel_size_local",
     "prefill_context_parallel_size",
     "decode_context_parallel_size",
     "nnodes",
@@ -213,7 +212,7 @@ def sizes(parallel: ParallelConfig) -> str:
 def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
     """The device the ranks run on. Raises ConfigError when it is not there, or has fewer devices than ranks."""
     found, ranks = devices.cuda_device_count(), launcher.ranks_here(parallel)
-    if launcher.is_ray(parallel):
+    if launcher.is_ray(parallel) or not ranks:
         return "cuda" if runtime.device == "cuda" or (runtime.device == "auto" and found and devices.torch_has_cuda()) else "cpu"
     if runtime.device == "cuda":
         if found == 0:
@@ -349,6 +348,6 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
     )
     # A GPU's memory cannot be asked for without torch; the ranks profile a step of this size there before anything else.
     # Engines that must plan alike, each from its own look at the memory that is free just then, do not look at all.
-    room = int(share * host_available_bytes()) // launcher.ranks_here(parallel) if device == "cpu" and not external else None
+    room = int(share * host_available_bytes()) // max(1, launcher.ranks_here(parallel)) if device == "cpu" and not external else None
     budget = default_token_budget(config, spec, room)
     return replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=budget))
