@@ -98,10 +98,11 @@ def for_endpoint(config: EngineConfig, options: ServeOptions) -> EngineConfig:
         raise ConfigError(
             f"data_parallel_hybrid_lb with data_parallel_rank={rank}: that is a server for each replica; leave one of them out."
         )
-    if local is None or start is None:
-        missing = "data_parallel_size_local" if local is None else "data_parallel_start_rank"
+    start = start or 0
+    if local is None:
         raise ConfigError(
-            f"data_parallel_hybrid_lb needs {missing}: say how many replicas this host runs (-dpl), and the first of them (-dpr)."
+            "data_parallel_hybrid_lb needs data_parallel_size_local: say how many replicas this host runs (-dpl), and the first of them "
+            "(-dpr; default: 0)."
         )
     if parallel.data_parallel_backend != "mp":
         raise ConfigError(f"data_parallel_hybrid_lb with data_parallel_backend={parallel.data_parallel_backend!r}: use mp.")
@@ -111,6 +112,21 @@ def for_endpoint(config: EngineConfig, options: ServeOptions) -> EngineConfig:
             f"data_parallel_size={size} has 0 to {size - 1}: choose both so that they fit."
         )
     return replace(config, parallel=replace(parallel, data_parallel_start_rank=start))
+
+
+def check_headless(options: ServeOptions) -> None:
+    """A headless host has no endpoint. (That it ignores where to listen, and for whom, lets all hosts be given one command.)
+
+    Raises ConfigError for what would say which endpoint it is, or of how many processes.
+    """
+    for name in ("data_parallel_external_lb", "data_parallel_hybrid_lb"):
+        if getattr(options, name):
+            raise ConfigError(f"{name} with headless: that is a server, and a headless host keeps replicas for one; leave one of them out.")
+    if options.api_server_count > 1:
+        raise ConfigError(
+            f"api_server_count={options.api_server_count} with headless: a headless host speaks no HTTP; leave it out here, and set it on "
+            "the leader."
+        )
 
 
 def _bytes(name: str, value: int | str) -> int:

@@ -37,6 +37,8 @@ def check_numbers(server: RunningServer, numbers: list[int]) -> None:
         answer = httpx.post(f"{server.url}/v1/completions", json=ASK, headers={"X-data-parallel-rank": str(number)}, timeout=60)
         assert answer.status_code == (200 if number in numbers else 400), (number, answer.text)
     assert "does not exist" in answer.json()["error"]["message"]
+    below = httpx.post(f"{server.url}/v1/completions", json=ASK, headers={"X-data-parallel-rank": "-1"}, timeout=60)
+    assert below.status_code == 400 and "a whole number from 0" in below.text
     engines: dict[str, set[str]] = {}
     for name, labels in re.findall(r"^([\w:]+)\{(.*)\}", httpx.get(f"{server.url}/metrics").text, re.MULTILINE):
         if found := re.search(r'\bengine="(\d+)"', labels):

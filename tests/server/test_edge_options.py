@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lockstep.cli.serve import run
 from lockstep.config import devices
 from lockstep.config.build import build_config
 from lockstep.config.endpoint import check_options, for_endpoint, is_open
@@ -103,6 +104,17 @@ def test_a_hosts_own_endpoint_has_its_own_replicas() -> None:
     with pytest.raises(ConfigError, match="without headless"):
         check_replicas(parallel)
     assert for_endpoint(EngineConfig(), ServeOptions()) == EngineConfig()
+    first = for_endpoint(
+        build_config(data_parallel_size=4, data_parallel_size_local=2), ServeOptions(data_parallel_hybrid_lb=True)
+    ).parallel
+    assert list(first.replica_numbers) == [0, 1] and first.replicas_led == 2
+
+
+@pytest.mark.parametrize("flags", [["-dph"], ["-dpe"], ["-asc", "2"]])
+def test_a_headless_host_is_no_endpoint(flags: list[str]) -> None:
+    name = {"-dph": "data_parallel_hybrid_lb", "-dpe": "data_parallel_external_lb", "-asc": "api_server_count=2"}[flags[0]]
+    with pytest.raises(ConfigError, match=f"{name} with headless"):
+        run(["--headless", "-dp", "2", "-dpl", "1", "-dpr", "1", "--startup-timeout-seconds", "1", *flags])
 
 
 def test_a_replicas_own_server_has_its_host_for_itself_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +143,6 @@ def test_a_replicas_own_server_has_its_host_for_itself_unless_told(monkeypatch: 
         ({}, {"data_parallel_external_lb": True, "data_parallel_hybrid_lb": True}, "leave one out"),
         ({"data_parallel_size": 2, "data_parallel_rank": 1}, {"data_parallel_hybrid_lb": True}, "data_parallel_rank=1"),
         ({"data_parallel_size": 2, "data_parallel_start_rank": 1}, {"data_parallel_hybrid_lb": True}, "data_parallel_size_local"),
-        ({"data_parallel_size": 2, "data_parallel_size_local": 1}, {"data_parallel_hybrid_lb": True}, "data_parallel_start_rank"),
         (
             {"data_parallel_size": 2, "data_parallel_size_local": 2, "data_parallel_start_rank": 1},
             {"data_parallel_hybrid_lb": True},
