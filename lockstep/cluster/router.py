@@ -78,12 +78,8 @@ class DataParallelClient(Operated):
         self._config, self._spec = config, spec
         count, self._first = config.parallel.replicas_served, config.parallel.first_replica
         self.timeline, self.failure, self._recording = Timeline(), None, False
-        self.book, self.health_book, self.mode, self.flight = (
-            LoadBook(count),
-            HealthBook(count, self._first),
-            Mode(),
-            FlightRecorder("engine"),
-        )
+        self.book, self.mode, self.flight = LoadBook(count), Mode(), FlightRecorder("engine")
+        self.health_book = HealthBook(count, self._first)
         self._reports = LiveBook(config.parallel, count)
         self.flight.listen()
         self.recoveries_s: list[float] = []  # of each request that went on elsewhere: from the loss to its next token
