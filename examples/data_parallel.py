@@ -4,6 +4,8 @@
     python examples/data_parallel.py ./my-llama -tp 1 -dp 4
 
 Replicas share out the prompts among themselves; the outputs come in the prompts' order all the same.
+A program that starts a process for each replica itself gives each LLM its data_parallel_rank, and where not all of them are on one
+host also data_parallel_size_local: how many share this one's cores and devices.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 import sys
 
 from lockstep.cli.flags import parse
+from lockstep.config.endpoint import check_headless
 from lockstep.config.serve import ServeOptions
 from lockstep.utils.interrupt import at_once
 
@@ -19,6 +20,7 @@ def run(argv: list[str]) -> int:
         else:
             from lockstep.server.launch import serve  # FastAPI is imported only now
     if found.options.headless:
+        check_headless(found.options)
         return serve_node(found.config, quiet=False)
     code = serve(found.config, found.options)
     if code > 128:  # told twice: taking an interpreter down in good order takes seconds

@@ -30,7 +30,7 @@ SLACK_TOKENS = 1024
 class ReplicaLoad:
     """What one replica carries. Written by the router's `LoadBook`; policies only read it."""
 
-    replica: int  # index of the replica: its data-parallel rank
+    replica: int  # index of the replica among those of its router
     routable: bool = True  # alive, and not draining: may be given requests
     waiting_tokens: int = 0  # prompt tokens it has still to compute
     running_tokens: int = 0  # tokens its running requests hold, or are expected to
@@ -106,16 +106,19 @@ def sticky(
     return max([load.replica for load, _ in within], key=draws.__getitem__)
 
 
-def explicit(replica: int, loads: Sequence[ReplicaLoad]) -> int:
-    """The replica that the request itself names, routable or not. Raises RoutingError if there is no such replica, or never again."""
+def explicit(replica: int, loads: Sequence[ReplicaLoad], first: int = 0) -> int:
+    """The index of the replica that the request itself names, routable or not. first: the number of the one with index 0.
+
+    Raises RoutingError if there is no such replica, or never again.
+    """
     for load in loads:
-        if load.replica == replica:
+        if first + load.replica == replica:
             if not load.given_up:
-                return replica
-            others = [other.replica for other in loads if not other.given_up]
+                return load.replica
+            others = [first + other.replica for other in loads if not other.given_up]
             remedy = f"Name one of {_listed(others)}, or none." if others else "So were all others: start the engine anew."
             raise RoutingError(f"data_parallel_rank={replica} takes no requests any more: its replica was given up. {remedy}")
-    known = _listed([load.replica for load in loads])
+    known = _listed([first + load.replica for load in loads])
     raise RoutingError(f"data_parallel_rank={replica} does not exist: the replicas are {known}. Name one of them, or none.")
 
 

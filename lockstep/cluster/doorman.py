@@ -206,9 +206,10 @@ class Doorman:
             return Refused(reason)
         if not p.local_replicas <= who.replica < p.data_parallel_size:
             places = "node_rank" if p.nnodes > 1 else "data_parallel_start_rank and data_parallel_size_local"
+            own = f"replicas 0 to {p.local_replicas - 1}" if p.local_replicas else "none"
             return Refused(
-                f"replica {who.replica} is not one that another host may keep: the leader runs replicas 0 to {p.local_replicas - 1} of "
-                f"{p.data_parallel_size}; choose {places} so that they fit"
+                f"replica {who.replica} is not one that another host may keep: the leader runs {own} of {p.data_parallel_size}; choose "
+                f"{places} so that they fit"
             )
         with self._lock:
             if who.replica in self._barred:

@@ -31,7 +31,7 @@ def make_client(config: EngineConfig, spec: ModelSpec, folder: Path) -> EngineCl
 
     Raises ConfigError when the model does not fit, ExecutorError when a rank does not start.
     """
-    if config.parallel.data_parallel_size > 1 and config.parallel.data_parallel_rank is None:
+    if config.parallel.replicas_served > 1:
         from lockstep.cluster.router import DataParallelClient
 
         return DataParallelClient(config, spec, folder)

@@ -80,7 +80,7 @@ class Fleet:
             config = actors.config
         self._config, self._spec, self._folder, self._actors = config, spec, folder, actors
         parallel = config.parallel
-        count = parallel.replicas_served
+        count, self._first = parallel.replicas_served, parallel.first_replica  # here replicas go by index; whoever reads has numbers
         self.supervisor = Supervisor(count, policy, time.monotonic())
         self._doorman = None
         try:
@@ -138,11 +138,11 @@ class Fleet:
                 yield from self._listen(key.data)
         yield from self._look_after_actors()
         for replica in self.supervisor.due(time.monotonic()):
-            _log.info("replica %d is started again", replica)
+            _log.info("replica %d is started again", self._first + replica)
             try:
                 self._start(replica)
             except OSError as e:  # no process or descriptor to be had just now
-                error = ExecutorError(f"replica {replica} could not be started: {e}.", phase="start", kind="died")
+                error = ExecutorError(f"replica {self._first + replica} could not be started: {e}.", phase="start", kind="died")
                 yield Lost(replica, error, self._after(replica, self.supervisor.failed(replica, time.monotonic()), error))
 
     def condemn(self, busy: Sequence[int]) -> Iterator[Event]:
@@ -189,6 +189,7 @@ class Fleet:
             return f"replicas {absent}, which Ray was to start, have not reported in {limit_s:g} s: {self._actors.words(absent)}."
         if absent and self._doorman is not None:
             return self._doorman.missing(absent, limit_s)
+        late = [self._first + i for i in late]
         return f"replicas {late} were not ready after {limit_s:g} s (see startup_timeout_seconds)." if late else ""
 
     def close(self) -> None:
@@ -209,7 +210,7 @@ class Fleet:
         handle: ReplicaHandle
         if replica < self._config.parallel.replicas_led:
             again = self._replaced or self.supervisor.lives[replica].starts > 1  # a first start that fails is for the user to know
-            handle = ReplicaProcess(self._config, self._spec, self._folder, replica, self._death_pipe[0], again=again)
+            handle = ReplicaProcess(self._config, self._spec, self._folder, self._first + replica, self._death_pipe[0], again=again)
         elif replica in self._waiting:
             handle = RemoteReplica(self._waiting.pop(replica))
         else:
@@ -300,7 +301,7 @@ class Fleet:
         if state is State.WAITING:
             return "its hosts are waited for anew" if absent else f"it is started again in {life.due_s - life.since_s:.2f} s"
         why = ": " if absent else f" after {life.failures} failures in a row, the last one: "
-        cause = f"replica {replica} was given up{why}{error}"
+        cause = f"replica {self._first + replica} was given up{why}{error}"
         self._causes[replica] = cause
         if self._doorman is not None:
             self._doorman.bar(replica, cause)

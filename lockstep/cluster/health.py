@@ -114,8 +114,9 @@ class _Entry:
 class HealthBook:
     """What each replica last said of itself. Written by the router."""
 
-    def __init__(self, replicas: int) -> None:
-        self._entries = [_Entry() for _ in range(replicas)]
+    def __init__(self, replicas: int, first: int = 0) -> None:
+        """first: the number of the first of them."""
+        self._entries, self._first = [_Entry() for _ in range(replicas)], first
         self._process = own_process()
 
     def heard(self, replica: int, pulse: wire.Pulse) -> None:
@@ -144,7 +145,7 @@ class HealthBook:
             pulse, lost = entry.pulse, entry.lost
             found.append(
                 ReplicaHealth(
-                    replica=i,
+                    replica=self._first + i,
                     state=life.state.value,
                     for_s=now_s - life.since_s,
                     pid=pids[i],

@@ -88,7 +88,7 @@ class LiveBook:
 
     def __init__(self, parallel: ParallelConfig, replicas: int) -> None:
         self._stage = parallel.stage_size  # ranks of one pipeline stage
-        self._first = parallel.data_parallel_rank or 0
+        self._first = parallel.first_replica
         self._replicas = [_Replica() for _ in range(replicas)]
 
     def heard(self, replica: int, report: EngineReport, now_s: float | None = None) -> None:

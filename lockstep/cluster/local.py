@@ -41,7 +41,7 @@ class LocalClient(EngineClient):
         return self.core.executor.timeline
 
     def check_request(self, request: EngineRequest) -> None:
-        wanted, mine = request.data_parallel_rank, self.config.parallel.data_parallel_rank or 0
+        wanted, mine = request.data_parallel_rank, self.config.parallel.first_replica
         if wanted not in (None, mine):
             raise RequestError(f"data_parallel_rank={wanted} does not exist: there is one engine here, {mine}. Name it, or none.")
         self.core.check_request(request)
@@ -55,10 +55,15 @@ class LocalClient(EngineClient):
     def step(self) -> list[EngineOutput]:
         if self._watched is not None and self.core.failure is None and not self.core.has_unfinished():
             select.select([self._watched], [], [], NAP_S)
-        return self.core.step()
+        return self._numbered(self.core.step())
 
     def gathered(self) -> list[EngineOutput]:
-        return self.core.scheduler.take_outputs()
+        return self._numbered(self.core.scheduler.take_outputs())
+
+    def _numbered(self, outputs: list[EngineOutput]) -> list[EngineOutput]:
+        for output in outputs:
+            output.replica = self.config.parallel.first_replica
+        return outputs
 
     def watch(self, fd: int) -> None:
         self._watched = fd
@@ -89,7 +94,7 @@ class LocalClient(EngineClient):
         pid, born = own_process()
         dead = self.core.failure
         one = ReplicaHealth(
-            replica=self.config.parallel.data_parallel_rank or 0,
+            replica=self.config.parallel.first_replica,
             state="ready" if dead is None else "stopped",
             pid=pid,
             ranks=self.core.executor.health(),
@@ -99,7 +104,7 @@ class LocalClient(EngineClient):
         return EngineHealth(pid=pid, born=born, replicas=[one], paused=self.core.paused, sleep_level=self.core.sleep_level)
 
     def requests(self) -> list[RequestInfo]:
-        now_s, replica = time.monotonic(), self.config.parallel.data_parallel_rank or 0
+        now_s, replica = time.monotonic(), self.config.parallel.first_replica
         scheduler = self.core.scheduler
         return [
             RequestInfo(

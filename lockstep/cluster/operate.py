@@ -52,7 +52,7 @@ class Operated(EngineClient):
 
     @abstractmethod
     def _requests(self) -> Mapping[str, tuple[EngineRequest, int, int]]:
-        """Request id -> (request, tokens that have come, replica or -1) of those that have not ended."""
+        """Request id -> (request, tokens that have come, its replica's number or -1) of those that have not ended."""
 
     def health(self) -> EngineHealth:
         return self.health_book.report(self._fleet.supervisor, self._fleet.pids(), self.mode.paused, self.mode.sleep_level)

@@ -18,14 +18,15 @@ class Placement:
     def __init__(self, config: EngineConfig) -> None:
         self._routing = config.parallel.data_parallel_routing
         self._caching = config.cache.enable_prefix_caching
-        self._prefixes = PrefixIndex(config.parallel.data_parallel_size)
+        self._prefixes = PrefixIndex(config.parallel.replicas_served)
+        self._first = config.parallel.first_replica
         self._routed = 0
 
     def check(self, request: EngineRequest, loads: Sequence[balance.ReplicaLoad]) -> None:
         """Raise RequestError when the request names a replica that there is not, or not any more."""
         if request.data_parallel_rank is not None:
             try:
-                balance.explicit(request.data_parallel_rank, loads)
+                balance.explicit(request.data_parallel_rank, loads, self._first)
             except RoutingError as e:
                 raise RequestError(str(e)) from None
 
@@ -39,7 +40,7 @@ class Placement:
         # A salted request reads no cache but that of its salt, which is nobody else's.
         keeps_index = self._routing == "prefix" and self._caching and request.cache_salt is None
         names = self._prefixes.names(tokens) if keeps_index else []
-        named = request.data_parallel_rank
+        named = None if request.data_parallel_rank is None else request.data_parallel_rank - self._first
         if named is not None and not again and loads[named].routable:
             replica = named
         elif request.session_id is not None:

@@ -37,7 +37,7 @@ class ReplicaHandle(ABC):
     pid: int  # of its process; 0 on another host
 
     def __init__(self, replica: int, channel: Channel[Any]) -> None:
-        self.replica, self.channel = replica, channel
+        self.replica, self.channel = replica, channel  # its number over all hosts
         self.failed: wire.Failed | None = None  # its last words, if it had any
         self.inbox: deque[Any] = deque()  # said, and not taken yet
         self.heard_s = self.spoke_s = time.monotonic()  # when it last said anything, or had nothing to say; when it last said anything
@@ -165,9 +165,8 @@ def start_process(
         raise
     finally:
         theirs.close()
-    rank = replica if config.parallel.data_parallel_rank is None else config.parallel.data_parallel_rank
     launch = wire.Launch(
-        config=replace(config, parallel=replace(config.parallel, data_parallel_rank=rank)),
+        config=replace(config, parallel=replace(config.parallel, data_parallel_rank=replica)),
         spec=spec,
         folder=str(folder),
         parent_pid=os.getpid(),

@@ -76,9 +76,10 @@ class DataParallelClient(Operated):
         replaced: this process is followed by another then.
         """
         self._config, self._spec = config, spec
-        count = config.parallel.replicas_served
+        count, self._first = config.parallel.replicas_served, config.parallel.first_replica
         self.timeline, self.failure, self._recording = Timeline(), None, False
-        self.book, self.health_book, self.mode, self.flight = LoadBook(count), HealthBook(count), Mode(), FlightRecorder("engine")
+        self.book, self.mode, self.flight = LoadBook(count), Mode(), FlightRecorder("engine")
+        self.health_book = HealthBook(count, self._first)
         self._reports = LiveBook(config.parallel, count)
         self.flight.listen()
         self.recoveries_s: list[float] = []  # of each request that went on elsewhere: from the loss to its next token
@@ -171,7 +172,7 @@ class DataParallelClient(Operated):
         if name is None:
             return  # aborted here while it was on its way
         live = self._live[name]
-        output.request_id, output.replica = name, live.replica
+        output.request_id, output.replica = name, self._first + live.replica
         if output.new_token_ids:
             live.tokens += output.new_token_ids
             if live.lost_s:
@@ -244,9 +245,9 @@ class DataParallelClient(Operated):
         lost_s = self._lost_since.pop(replica, None)
         if lost_s is not None:
             self._returns_s.append(now_s - lost_s)
-            _log.warning("replica %d is back, %.2f s after it was lost", replica, now_s - lost_s)
+            _log.warning("replica %d is back, %.2f s after it was lost", self._first + replica, now_s - lost_s)
         self.health_book.ready(replica)
-        self.flight.event("replica ready", replica=replica)
+        self.flight.event("replica ready", replica=self._first + replica)
         for order in self.mode.orders():
             self._fleet.send(replica, order)
         self.book.set_routable(replica, True)
@@ -259,11 +260,11 @@ class DataParallelClient(Operated):
         now_s, replica = time.monotonic(), event.replica
         self._lost_since.setdefault(replica, now_s)
         if not event.error.incident:  # it could not say anything itself
-            about = {"culprit": "replica", "culprit_replica": replica, **facts(event.error)}
+            about = {"culprit": "replica", "culprit_replica": self._first + replica, **facts(event.error)}
             event.error.incident = self.flight.dump(self._config.runtime.incident_dir, about)
             event.error.args = (f"{event.error}\nThe whole story: {event.error.incident}",)
         self.health_book.lost(replica, event.error)
-        self.flight.event("replica lost", replica=replica, kind=event.error.kind, incident=event.error.incident)
+        self.flight.event("replica lost", replica=self._first + replica, kind=event.error.kind, incident=event.error.incident)
         self.book.set_routable(replica, False)
         if self._given_up(replica):
             self.book.give_up(replica)
@@ -311,7 +312,7 @@ class DataParallelClient(Operated):
     # --- all replicas at once ---
 
     def _call(self, method: str, *args: Any, skip_lost: bool = False) -> list[tuple[int, Any]]:
-        """Call a method of every replica's engine: (replica, answer) of each that is not given up.
+        """Call a method of every replica's engine: (its number, answer) of each that is not given up.
 
         skip_lost: do without those that are down, or die meanwhile. Else they are waited for up to REPAIR_S after their loss, and
         ExecutorError names who is missing.
@@ -332,18 +333,18 @@ class DataParallelClient(Operated):
         found = []
         try:
             for replica, number in asked:
-                life = self.supervisor.lives[replica]
+                life, shown = self.supervisor.lives[replica], self._first + replica
                 while self._answers[number] is None and life.state is State.READY and life.starts == starts[replica]:
                     if time.monotonic() > deadline:
-                        raise TimeoutError(f"replica {replica} did not answer the call of {method} in {CALL_S:g} s")
+                        raise TimeoutError(f"replica {shown} did not answer the call of {method} in {CALL_S:g} s")
                     self._pump(0.1)
                 answer = self._answers[number]
                 if isinstance(answer, wire.Refused):
-                    raise ExecutorError(f"replica {replica}: {answer.message}", kind="raised")
+                    raise ExecutorError(f"replica {shown}: {answer.message}", kind="raised")
                 if answer is not None:
-                    found.append((replica, answer.value))
+                    found.append((shown, answer.value))
                 elif not skip_lost:
-                    raise ExecutorError(f"replica {replica} was lost during the call of {method}: call again.", kind="died")
+                    raise ExecutorError(f"replica {shown} was lost during the call of {method}: call again.", kind="died")
         finally:
             for _, number in asked:
                 self._answers.pop(number, None)
@@ -353,7 +354,8 @@ class DataParallelClient(Operated):
         """Until every replica that is not given up is ready. Raises ExecutorError when one has been away for too long."""
         while self.supervisor.repairing:
             now_s = time.monotonic()
-            late = [replica for replica, lost_s in self._lost_since.items() if now_s - lost_s > REPAIR_S and not self._given_up(replica)]
+            since = self._lost_since.items()
+            late = [self._first + replica for replica, lost_s in since if now_s - lost_s > REPAIR_S and not self._given_up(replica)]
             if late:
                 raise ExecutorError(
                     f"{method} is for every replica, and {late} have not come back in {REPAIR_S:g} s: call again when they have.",
@@ -366,7 +368,8 @@ class DataParallelClient(Operated):
         return self.supervisor.lives[replica].state is State.GIVEN_UP
 
     def _requests(self) -> dict[str, tuple[EngineRequest, int, int]]:
-        return {name: (live.request, len(live.tokens), live.replica) for name, live in self._live.items()}
+        shown = {name: self._first + live.replica if live.replica >= 0 else -1 for name, live in self._live.items()}
+        return {name: (live.request, len(live.tokens), shown[name]) for name, live in self._live.items()}
 
     def stats(self) -> EngineStats:
         return combined([msgspec.msgpack.decode(v, type=EngineStats) for _, v in self._call("stats", skip_lost=True)])

@@ -2,7 +2,7 @@
 
     internal   one server, the leader's, for all replicas of all hosts (no flag)
     hybrid     one server on each host, for the replicas there: -dph -dpl REPLICAS_HERE -dpr FIRST_OF_THEM
-    external   one server for each replica: -dpn REPLICA
+    external   one server for each replica: -dpn REPLICA, and -dpl REPLICAS_HERE where it shares this host with others
 
 Replicas of a model that is not split by experts have nothing to tell each other, so a host's replicas are an engine of their own.
 """
@@ -83,6 +83,9 @@ def for_endpoint(config: EngineConfig, options: ServeOptions) -> EngineConfig:
         raise ConfigError("data_parallel_external_lb with data_parallel_hybrid_lb: a server is one replica's, or a host's; leave one out.")
     if options.data_parallel_external_lb and rank is None:
         raise ConfigError("data_parallel_external_lb needs data_parallel_rank: say which replica this server is for.")
+    if rank is not None and local is None and parallel.nnodes == 1 and parallel.data_parallel_backend == "mp":
+        # Servers of one replica each are mostly given a host, or devices, of their own; those that share say so with -dpl.
+        config = replace(config, parallel=replace(parallel, data_parallel_size_local=1))
     if not options.data_parallel_hybrid_lb:
         return config
     if parallel.nnodes > 1:
@@ -95,10 +98,11 @@ def for_endpoint(config: EngineConfig, options: ServeOptions) -> EngineConfig:
         raise ConfigError(
             f"data_parallel_hybrid_lb with data_parallel_rank={rank}: that is a server for each replica; leave one of them out."
         )
-    if local is None or start is None:
-        missing = "data_parallel_size_local" if local is None else "data_parallel_start_rank"
+    start = start or 0
+    if local is None:
         raise ConfigError(
-            f"data_parallel_hybrid_lb needs {missing}: say how many replicas this host runs (-dpl), and the first of them (-dpr)."
+            "data_parallel_hybrid_lb needs data_parallel_size_local: say how many replicas this host runs (-dpl), and the first of them "
+            "(-dpr; default: 0)."
         )
     if parallel.data_parallel_backend != "mp":
         raise ConfigError(f"data_parallel_hybrid_lb with data_parallel_backend={parallel.data_parallel_backend!r}: use mp.")
@@ -107,8 +111,22 @@ def for_endpoint(config: EngineConfig, options: ServeOptions) -> EngineConfig:
             f"data_parallel_start_rank={start} and data_parallel_size_local={local} make replicas {start} to {start + local - 1}, but "
             f"data_parallel_size={size} has 0 to {size - 1}: choose both so that they fit."
         )
-    here = replace(parallel, data_parallel_size=local, data_parallel_size_local=None, data_parallel_start_rank=None)
-    return replace(config, parallel=here)
+    return replace(config, parallel=replace(parallel, data_parallel_start_rank=start))
+
+
+def check_headless(options: ServeOptions) -> None:
+    """A headless host has no endpoint. (That it ignores where to listen, and for whom, lets all hosts be given one command.)
+
+    Raises ConfigError for what would say which endpoint it is, or of how many processes.
+    """
+    for name in ("data_parallel_external_lb", "data_parallel_hybrid_lb"):
+        if getattr(options, name):
+            raise ConfigError(f"{name} with headless: that is a server, and a headless host keeps replicas for one; leave one of them out.")
+    if options.api_server_count > 1:
+        raise ConfigError(
+            f"api_server_count={options.api_server_count} with headless: a headless host speaks no HTTP; leave it out here, and set it on "
+            "the leader."
+        )
 
 
 def _bytes(name: str, value: int | str) -> int:

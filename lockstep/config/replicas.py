@@ -8,8 +8,11 @@ from lockstep.config.tree import ParallelConfig
 from lockstep.utils import net
 
 
-def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
-    """Refuse what no set of hosts can have. `headless`: this process keeps replicas for a leader elsewhere. Raises ConfigError."""
+def check_replicas(parallel: ParallelConfig, *, headless: bool = False, hybrid: bool = False) -> None:
+    """Refuse what no set of hosts can have. Raises ConfigError.
+
+    headless: this process keeps replicas for a leader elsewhere. hybrid: it is an endpoint for its host's own (`for_endpoint`).
+    """
     size, local, port = parallel.data_parallel_size, parallel.data_parallel_size_local, parallel.data_parallel_rpc_port
     if not 0 < port < 65536:
         raise ConfigError(f"data_parallel_rpc_port={port} must be from 1 to 65535: give the same free port on every host.")
@@ -22,10 +25,28 @@ def check_replicas(parallel: ParallelConfig, *, headless: bool = False) -> None:
             f"data_parallel_size_local={local} is more than data_parallel_size={size}: a host runs a part of all replicas; "
             f"use at most {size}, or raise data_parallel_size."
         )
+    if local is not None and local < 1:
+        _check_none_here(parallel, headless=headless)
     _check_rank(parallel, headless=headless)
-    _check_start(parallel, headless=headless)
-    if headless or (parallel.replicas_led < size and parallel.data_parallel_rank is None):
+    if not hybrid:
+        _check_start(parallel, headless=headless)
+    if headless or parallel.replicas_led < parallel.replicas_served:
         _check_meeting_point(parallel)
+
+
+def _check_none_here(parallel: ParallelConfig, *, headless: bool) -> None:
+    """data_parallel_size_local=0: a leader may run no replica itself, and only take the requests for those of other hosts."""
+    local, why = parallel.data_parallel_size_local, ""
+    if local != 0:
+        why = "it is 0 on a leader that runs none itself, and else at least 1"
+    elif headless:
+        why = "a headless host keeps at least 1"
+    elif parallel.data_parallel_rank is not None:
+        why = f"data_parallel_rank={parallel.data_parallel_rank} is one that runs here"
+    elif parallel.data_parallel_size == 1:
+        why = "with data_parallel_size=1 there are no others, on other hosts; raise that"
+    if why:
+        raise ConfigError(f"data_parallel_size_local={local} is impossible: {why}, or leave it out.")
 
 
 def _check_ray(parallel: ParallelConfig, *, headless: bool) -> None:
@@ -64,7 +85,7 @@ def _check_rank(parallel: ParallelConfig, *, headless: bool) -> None:
 
 
 def _check_start(parallel: ParallelConfig, *, headless: bool) -> None:
-    """data_parallel_start_rank: which replicas a headless host keeps. The leader's are the first, from 0 on."""
+    """data_parallel_start_rank: which replicas a headless host keeps; by default all, for a leader that runs none."""
     start, size, local = parallel.data_parallel_start_rank, parallel.data_parallel_size, parallel.data_parallel_size_local
     if not headless:
         if start is not None:
@@ -75,18 +96,18 @@ def _check_start(parallel: ParallelConfig, *, headless: bool) -> None:
         return
     if size == 1:
         raise ConfigError("--headless with data_parallel_size=1: one replica has nobody to keep it for; raise data_parallel_size.")
-    if local is None:
-        raise ConfigError("--headless needs data_parallel_size_local: say how many replicas this host keeps.")
-    if start is None:
+    start = start or 0  # not given: all of them, or the first
+    if start < 0:
+        raise ConfigError(f"data_parallel_start_rank={start} must be at least 0: replicas are numbered from there.")
+    if local is None and start:
         raise ConfigError(
-            "--headless needs data_parallel_start_rank: say which of them is the first that this host keeps; the leader has 0."
+            f"data_parallel_start_rank={start} with headless needs data_parallel_size_local: say how many replicas this host keeps."
         )
-    if start < 1:
-        raise ConfigError(f"data_parallel_start_rank={start} must be at least 1 with headless: replica 0 is the leader's.")
+    local = size if local is None else local
     if start + local > size:
         raise ConfigError(
             f"data_parallel_start_rank={start} and data_parallel_size_local={local} make replicas up to {start + local - 1}, but "
-            f"data_parallel_size={size} has them up to {size - 1}: start at {max(1, size - local)}, or keep {max(0, size - start)}."
+            f"data_parallel_size={size} has them up to {size - 1}: start at {max(0, size - local)}, or keep {max(0, size - start)}."
         )
 
 

@@ -50,7 +50,10 @@ class ServeOptions:
     shutdown_timeout: float = opt(30.0, "Seconds that running requests have to finish after SIGTERM; a second signal ends them at once.")
     headless: bool = opt(False, "Take no requests: run this host's ranks (--node-rank 1 and up) or replicas (-dpr) for a leader.")
     data_parallel_external_lb: bool = opt(
-        False, "One server for each replica, this one for --data-parallel-rank (which implies it): a load balancer is in front.", "-dpe"
+        False,
+        "One server for each replica, this one for --data-parallel-rank (which implies it), alone on its host but for -dpl: a load "
+        "balancer is in front.",
+        "-dpe",
     )
     data_parallel_hybrid_lb: bool = opt(
         False, "One server for each host, over its own replicas (-dpl of them, from -dpr on): a load balancer is in front.", "-dph"

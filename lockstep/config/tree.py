@@ -52,9 +52,14 @@ class ParallelConfig:
         None, "Which replica this process is of, where each is started by itself; under external_launcher found from RANK.", "-dpn"
     )
     data_parallel_size_local: int | None = opt(
-        None, "Replicas that run on this host; default: all of them. The others are kept by other hosts, with headless.", "-dpl"
+        None,
+        "Replicas that run on this host; default: all of them (a server for one replica: that one). The others run on other hosts; 0: all "
+        "do.",
+        "-dpl",
     )
-    data_parallel_start_rank: int | None = opt(None, "The first of this host's replicas, where it runs headless, or with -dph.", "-dpr")
+    data_parallel_start_rank: int | None = opt(
+        None, "The first of this host's replicas, where it runs headless, or with -dph; default: 0.", "-dpr"
+    )
     data_parallel_address: str = opt(
         "127.0.0.1", "Address of the leader, which takes the requests, as other hosts with replicas reach it.", "-dpa"
     )
@@ -152,9 +157,21 @@ class ParallelConfig:
         return None if rank is None else (rank - (self.data_parallel_start_rank or 0)) % self.local_replicas
 
     @property
+    def first_replica(self) -> int:
+        """The number of the first replica behind this process: numbers that anybody sees count all hosts' replicas."""
+        return self.data_parallel_rank if self.data_parallel_rank is not None else self.data_parallel_start_rank or 0
+
+    @property
     def replicas_served(self) -> int:
-        """Replicas behind this process: all of them, or the one that data_parallel_rank names."""
-        return self.data_parallel_size if self.data_parallel_rank is None else 1
+        """Replicas behind this process: all of them, the one that data_parallel_rank names, or its host's where it has an endpoint."""
+        if self.data_parallel_rank is not None:
+            return 1
+        return self.data_parallel_size if self.data_parallel_start_rank is None else self.local_replicas
+
+    @property
+    def replica_numbers(self) -> range:
+        """Of the replicas behind this process."""
+        return range(self.first_replica, self.first_replica + self.replicas_served)
 
     @property
     def first_device(self) -> int:

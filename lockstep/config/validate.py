@@ -38,7 +38,6 @@ POSITIVE = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "data_parallel_size",
-    "data_parallel_size_local",
     "prefill_context_parallel_size",
     "decode_context_parallel_size",
     "nnodes",
@@ -61,31 +60,31 @@ MISSING_PARALLELISM = {
 }
 
 
-def resolve(config: EngineConfig, *, headless: bool = False) -> tuple[EngineConfig, ModelSpec, Path]:
+def resolve(config: EngineConfig, *, headless: bool = False, hybrid: bool = False) -> tuple[EngineConfig, ModelSpec, Path]:
     """Check the whole tree, find the model, and fill what is automatic.
 
     Returns the frozen result, the model's numbers and its folder. Raises ConfigError for the first rule that is broken.
-    `headless`: this process serves a leader on another host.
+    `headless`: this process serves a leader on another host. `hybrid`: it is an endpoint for its host's replicas.
     """
     check_values(config)
     choice = automatic_backend(config)
     config = with_backend(config)
-    device, spec, folder = check(config, headless=headless)
+    device, spec, folder = check(config, headless=headless, hybrid=hybrid)
     config = replace(config, parallel=placed(config.parallel, headless=headless))
     warn_of_crowding(config.parallel, device)
-    warn_of_launcher(config.parallel)
+    warn_of_launcher(config.parallel, headless=headless)
     log.info("distributed_executor_backend is %s: %s", *choice)
     return fill(config, spec, device), spec, folder
 
 
-def check(config: EngineConfig, *, headless: bool = False) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path]:
+def check(config: EngineConfig, *, headless: bool = False, hybrid: bool = False) -> tuple[Literal["cpu", "cuda"], ModelSpec, Path]:
     """The device, the model's numbers and its folder, every rule checked. Raises ConfigError for the first that is broken."""
     check_values(config)
     config = with_backend(config)
     check_available(config.parallel)
     check_nodes(config.parallel, headless=headless)
     config = replace(config, parallel=placed(config.parallel, headless=headless))
-    check_replicas(config.parallel, headless=headless and config.parallel.nodes_per_replica == 1)
+    check_replicas(config.parallel, headless=headless and config.parallel.nodes_per_replica == 1, hybrid=hybrid)
     if launcher.is_external(config.parallel):
         launcher.place(config.parallel)
     device = pick_device(config.runtime, config.parallel)
@@ -213,7 +212,7 @@ def sizes(parallel: ParallelConfig) -> str:
 def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
     """The device the ranks run on. Raises ConfigError when it is not there, or has fewer devices than ranks."""
     found, ranks = devices.cuda_device_count(), launcher.ranks_here(parallel)
-    if launcher.is_ray(parallel):
+    if launcher.is_ray(parallel) or not ranks:
         return "cuda" if runtime.device == "cuda" or (runtime.device == "auto" and found and devices.torch_has_cuda()) else "cpu"
     if runtime.device == "cuda":
         if found == 0:
@@ -226,8 +225,10 @@ def pick_device(runtime: RuntimeConfig, parallel: ParallelConfig) -> Literal["cp
     if device == "cuda" and ranks > found:
         product = f" make {ranks} ranks," if " and " in sizes(parallel) or parallel.nnodes > 1 else " is"
         product = product.replace(",", " on this host,") if parallel.nnodes > 1 else product
+        alone = parallel.data_parallel_rank is not None and parallel.local_replicas > 1 and not launcher.is_external(parallel)
+        fewer = " Replicas that run on other hosts do not count once data_parallel_size_local says how many run here." if alone else ""
         raise ConfigError(
-            f"{sizes(parallel)}{product} more than the {found} CUDA device(s) visible here: use at most {found}, or device cpu."
+            f"{sizes(parallel)}{product} more than the {found} CUDA device(s) visible here: use at most {found}, or device cpu.{fewer}"
         )
     return device
 
@@ -245,7 +246,7 @@ def check_room(kv_bytes: int | None, ranks: int, device: str) -> None:
         )
 
 
-def warn_of_launcher(parallel: ParallelConfig) -> None:
+def warn_of_launcher(parallel: ParallelConfig, *, headless: bool = False) -> None:
     """Settings that have no effect, where somebody meant them to."""
     started = env.torchrun_rank()
     if started is not None and started[2] > 1 and not launcher.is_external(parallel):
@@ -257,11 +258,11 @@ def warn_of_launcher(parallel: ParallelConfig) -> None:
     defaults = ParallelConfig()
     if parallel.nnodes == 1 and (parallel.master_addr, parallel.master_port) != (defaults.master_addr, defaults.master_port):
         log.warning("master_addr and master_port have no effect: nnodes=1 is this host alone. Set nnodes to use several.")
-    elsewhere = parallel.replicas_led < parallel.data_parallel_size and parallel.data_parallel_rank is None
+    elsewhere = headless or parallel.replicas_led < parallel.replicas_served
     if not elsewhere and parallel.data_parallel_address != defaults.data_parallel_address:
         log.warning(
             "data_parallel_address=%s has no effect: all %d replica(s) run here. Set data_parallel_size_local to keep some elsewhere.",
-            *(parallel.data_parallel_address, parallel.data_parallel_size),
+            *(parallel.data_parallel_address, parallel.replicas_served),
         )
 
 
@@ -347,6 +348,6 @@ def fill(config: EngineConfig, spec: ModelSpec, device: Literal["cpu", "cuda"]) 
     )
     # A GPU's memory cannot be asked for without torch; the ranks profile a step of this size there before anything else.
     # Engines that must plan alike, each from its own look at the memory that is free just then, do not look at all.
-    room = int(share * host_available_bytes()) // launcher.ranks_here(parallel) if device == "cpu" and not external else None
+    room = int(share * host_available_bytes()) // max(1, launcher.ranks_here(parallel)) if device == "cpu" and not external else None
     budget = default_token_budget(config, spec, room)
     return replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=budget))

@@ -227,9 +227,10 @@ class AsyncEngine:
             request.session_id, request.data_parallel_rank = session_id, data_parallel_rank
         job.call(request_id.get(), response_id)
         check_request(job.requests[0], self._limits)
-        replicas = self.config.parallel.replicas_served
-        if data_parallel_rank is not None and not 0 <= data_parallel_rank < replicas:
-            raise RequestError(f"data_parallel_rank={data_parallel_rank} does not exist: there are {replicas}, from 0 on.")
+        known = self.config.parallel.replica_numbers
+        if data_parallel_rank is not None and data_parallel_rank not in known:
+            here = f"are {known[0]} to {known[-1]}" if len(known) > 1 else f"is {known[0]}"
+            raise RequestError(f"data_parallel_rank={data_parallel_rank} does not exist: there {here}. Name it, or none.")
         return job
 
     async def _check_structured(self, sampling: SamplingParams) -> None:

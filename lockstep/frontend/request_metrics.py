@@ -131,7 +131,8 @@ class RequestMetrics:
         self.started_s = clock()
         self.sleep_level = 0
         self._open: dict[str, _Open] = {}
-        self._engines: dict[int, EngineNumbers] = {0: EngineNumbers.empty()}
+        self._first = client.config.parallel.first_replica
+        self._engines: dict[int, EngineNumbers] = {self._first: EngineNumbers.empty()}
         self._families: dict[str, _Family] = {}  # of requests of several completions
         self._swept_s = self.started_s
         self._firsts: deque[float] = deque(maxlen=RECENT_FIRST)
@@ -221,7 +222,7 @@ class RequestMetrics:
         for name, family in list(self._families.items()):
             if not family.running and now_s - family.last_s >= INCOMPLETE_S:
                 del self._families[name]
-                self._engines[0].histograms["request_max_num_generation_tokens"].observe(family.longest)
+                self._engines[self._first].histograms["request_max_num_generation_tokens"].observe(family.longest)
 
     def snapshot(self) -> MetricsSnapshot:
         """The numbers of this moment."""

@@ -48,7 +48,9 @@ def routing(request: Request, body: SamplingFields) -> dict[str, Any]:
     header = request.headers.get("x-data-parallel-rank")
     if rank is None and header is not None:
         if not (header.isascii() and header.isdecimal() and len(header) < 9):
-            raise ApiError(400, f"the header X-data-parallel-rank is {header[:40]!r}: it must be a number.", param="data_parallel_rank")
+            raise ApiError(
+                400, f"the header X-data-parallel-rank is {header[:40]!r}: it must be a whole number from 0.", param="data_parallel_rank"
+            )
         rank = int(header)
     where = {"priority": body.priority or 0, "session_id": session and session[:256], "data_parallel_rank": rank}
     return where | {"shape": shaped_by(body)}

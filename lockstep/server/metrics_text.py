@@ -107,7 +107,8 @@ class _Fixed(Collector):
 
 def families(snapshot: MetricsSnapshot, model: str, cache: dict[str, Any]) -> Iterator[Metric]:
     """Every family, under every name it has."""
-    engines = {one.replica: one for one in snapshot.replicas} or {0: ReplicaNow(replica=0, state="ready")}
+    only = min(snapshot.engines, default=0)
+    engines = {one.replica: one for one in snapshot.replicas} or {only: ReplicaNow(replica=only, state="ready")}
     numbers = {engine: snapshot.engines.get(engine) or EngineNumbers.empty() for engine in sorted(engines.keys() | snapshot.engines.keys())}
     labels = {engine: (model, str(engine)) for engine in numbers}
     stats = {engine: engines[engine].stats or NOTHING for engine in engines}

@@ -34,10 +34,20 @@ class KeeperProcess:
     """`lockstep generate --headless ...` with what it says on standard error in a file."""
 
     def __init__(
-        self, port: int, *flags: str, host: str = "127.0.0.1", key: str = KEY, netns: str = "", start: int = 1, size: int = 2
+        self,
+        port: int,
+        *flags: str,
+        host: str = "127.0.0.1",
+        key: str = KEY,
+        netns: str = "",
+        start: int = 1,
+        size: int = 2,
+        place: tuple[str, ...] | None = None,
     ) -> None:
+        """place: flags that say which replicas it keeps; None: one, number `start`."""
+        place = ("-dpl", "1", "-dpr", str(start)) if place is None else place
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this lives)
-        command = [sys.executable, "-m", "lockstep", "generate", "--headless", "-dp", str(size), "-dpl", "1", "-dpr", str(start)]
+        command = [sys.executable, "-m", "lockstep", "generate", "--headless", "-dp", str(size), *place]
         command += ["-dpa", host, "-dpp", str(port), "--startup-timeout-seconds", "90", "--log-level", "info", *FLAGS, *flags]
         self.process = subprocess.Popen(
             [*(["ip", "netns", "exec", netns] if netns else []), *command],

@@ -226,6 +226,19 @@ def test_a_port_that_is_taken_and_hosts_that_do_not_come(monkeypatch: pytest.Mon
     assert keeper.end() == 1 and "was not reached in --startup-timeout-seconds=1" in plain(keeper.said())
 
 
+def test_a_leader_without_replicas_takes_requests_for_a_host_that_has_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCKSTEP_CLUSTER_KEY", KEY)
+    port = free_port()
+    keeper = KeeperProcess(port, place=())
+    try:
+        with leader(port, data_parallel_size_local=0) as llm:
+            assert client(llm).pids() == [0, 0], "both replicas are the other host's"
+            assert streamed(llm) == undisturbed() and all(finished(llm))
+        assert keeper.end() == 0, keeper.said()
+    finally:
+        keeper.kill()
+
+
 # --- two network namespaces ---
 
 

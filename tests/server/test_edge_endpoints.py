@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 
 import httpx
@@ -10,7 +11,7 @@ import psutil
 import pytest
 
 from lockstep.testing.executors import wait_for
-from lockstep.testing.server import running_server
+from lockstep.testing.server import RunningServer, running_server
 
 ASK = {"prompt": "def f(", "max_tokens": 8, "temperature": 0}
 
@@ -27,25 +28,56 @@ def replicas_of(pid: int) -> list[tuple[int, list[str]]]:
     return found
 
 
+def check_numbers(server: RunningServer, numbers: list[int]) -> None:
+    """Whatever the server shows or takes has the numbers that its replicas have over all hosts."""
+    assert {word for _, words in replicas_of(server.pid) for word in words if word.startswith("replica=")} == {
+        f"replica={number}" for number in numbers
+    }
+    for number in range(max(numbers) + 2):
+        answer = httpx.post(f"{server.url}/v1/completions", json=ASK, headers={"X-data-parallel-rank": str(number)}, timeout=60)
+        assert answer.status_code == (200 if number in numbers else 400), (number, answer.text)
+    assert "does not exist" in answer.json()["error"]["message"]
+    below = httpx.post(f"{server.url}/v1/completions", json=ASK, headers={"X-data-parallel-rank": "-1"}, timeout=60)
+    assert below.status_code == 400 and "a whole number from 0" in below.text
+    engines: dict[str, set[str]] = {}
+    for name, labels in re.findall(r"^([\w:]+)\{(.*)\}", httpx.get(f"{server.url}/metrics").text, re.MULTILINE):
+        if found := re.search(r'\bengine="(\d+)"', labels):
+            engines.setdefault(name, set()).add(found[1])
+    assert len(engines) > 20 and {frozenset(found) for found in engines.values()} == {frozenset(map(str, numbers))}, engines
+    cluster = httpx.get(f"{server.url}/v1/cluster").json()["replicas"]
+    assert [one["replica"] for one in cluster] == numbers
+    assert sorted({rank["dp"] for one in cluster for rank in one["ranks"]}) == numbers
+
+
+def unwell(server: RunningServer) -> set[int]:
+    """The replicas of which /health says that they are not well."""
+    return {one["replica"] for one in httpx.get(f"{server.url}/health").json().get("problems", [])}
+
+
 @pytest.mark.parametrize(
-    ("flags", "count"),
+    ("flags", "numbers"),
     [
-        (("-dp", "4", "-dpn", "3"), 1),
-        (("-dp", "4", "-dpn", "3", "-dpe", "-dpl", "2"), 1),
-        (("-dp", "4", "-dph", "-dpl", "2", "-dpr", "2"), 2),
+        (("-dp", "4", "-dpn", "3"), [3]),
+        (("-dp", "4", "-dpn", "3", "-dpe", "-dpl", "2"), [3]),
+        (("-dp", "4", "-dph", "-dpl", "2", "-dpr", "2"), [2, 3]),
     ],
     ids=["external", "external, two a host", "hybrid"],
 )
-def test_a_server_has_its_own_replicas_and_they_are_started_again(flags: tuple[str, ...], count: int) -> None:
+def test_a_server_has_its_own_replicas_and_they_are_started_again(flags: tuple[str, ...], numbers: list[int]) -> None:
+    count = len(numbers)
     with running_server(*flags, tp=1) as server:
         running = replicas_of(server.pid)
         assert len(running) == count
         first = httpx.post(f"{server.url}/v1/completions", json=ASK, timeout=60).json()["choices"][0]["text"]
+        check_numbers(server, numbers)
         for pid, _ in running:
             os.kill(pid, signal.SIGKILL)
+        assert wait_for(lambda: unwell(server) == set(numbers)), "the replicas are named as anywhere else"
         again = httpx.post(f"{server.url}/v1/completions", json=ASK, timeout=60)
         assert again.status_code == 200 and again.json()["choices"][0]["text"] == first
         assert wait_for(
             lambda: len(replicas_of(server.pid)) == count and not {p for p, _ in replicas_of(server.pid)} & {p for p, _ in running}
         )
+        said = {int(number) for number in re.findall(r"\breplica (\d+)", server.said())}
+        assert said == set(numbers), server.said()
         assert server.stop() == 0

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from lockstep.cli.serve import run
+from lockstep.config import devices
 from lockstep.config.build import build_config
 from lockstep.config.endpoint import check_options, for_endpoint, is_open
 from lockstep.config.errors import ConfigError
+from lockstep.config.replicas import check_replicas
 from lockstep.config.serve import ServeOptions
-from lockstep.config.tree import EngineConfig
+from lockstep.config.tree import EngineConfig, RuntimeConfig
+from lockstep.config.validate import pick_device
+from lockstep.executor import affinity
 from lockstep.utils import env
 
 
@@ -90,8 +96,44 @@ def test_open_to_others_without_a_key_is_noticed(settings: dict[str, Any], expec
 def test_a_hosts_own_endpoint_has_its_own_replicas() -> None:
     config = build_config(data_parallel_size=4, data_parallel_size_local=2, data_parallel_start_rank=2)
     parallel = for_endpoint(config, ServeOptions(data_parallel_hybrid_lb=True)).parallel
-    assert (parallel.data_parallel_size, parallel.local_replicas, parallel.data_parallel_start_rank) == (2, 2, None)
+    assert (parallel.replicas_led, parallel.replicas_served, parallel.ranks_here) == (2, 2, 2)
+    assert list(parallel.replica_numbers) == [2, 3], "whoever reads them knows them from other hosts'"
+    kept = [replace(parallel, data_parallel_rank=number) for number in (2, 3)]
+    assert [(one.local_replica, one.first_device, list(one.replica_numbers)) for one in kept] == [(0, 0, [2]), (1, 1, [3])]
+    check_replicas(parallel, hybrid=True)
+    with pytest.raises(ConfigError, match="without headless"):
+        check_replicas(parallel)
     assert for_endpoint(EngineConfig(), ServeOptions()) == EngineConfig()
+    first = for_endpoint(
+        build_config(data_parallel_size=4, data_parallel_size_local=2), ServeOptions(data_parallel_hybrid_lb=True)
+    ).parallel
+    assert list(first.replica_numbers) == [0, 1] and first.replicas_led == 2
+
+
+@pytest.mark.parametrize("flags", [["-dph"], ["-dpe"], ["-asc", "2"]])
+def test_a_headless_host_is_no_endpoint(flags: list[str]) -> None:
+    name = {"-dph": "data_parallel_hybrid_lb", "-dpe": "data_parallel_external_lb", "-asc": "api_server_count=2"}[flags[0]]
+    with pytest.raises(ConfigError, match=f"{name} with headless"):
+        run(["--headless", "-dp", "2", "-dpl", "1", "-dpr", "1", "--startup-timeout-seconds", "1", *flags])
+
+
+def test_a_replicas_own_server_has_its_host_for_itself_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"data_parallel_size": 4, "data_parallel_rank": 3}
+    alone = for_endpoint(build_config(**settings), ServeOptions()).parallel
+    assert (alone.local_replicas, alone.local_replica, alone.first_device, alone.ranks_here) == (1, 0, 0, 1)
+    shared = for_endpoint(build_config(**settings, data_parallel_size_local=2), ServeOptions()).parallel
+    assert (shared.local_replicas, shared.local_replica, shared.first_device, shared.ranks_here) == (2, 1, 1, 2)
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 1)
+    monkeypatch.setattr(devices, "torch_has_cuda", lambda: True)
+    assert pick_device(RuntimeConfig(), alone) == "cuda", "a pod sees its own device only"
+    with pytest.raises(ConfigError, match="data_parallel_size_local=2 is more than the 1 CUDA"):
+        pick_device(RuntimeConfig(), shared)
+    with pytest.raises(ConfigError, match="data_parallel_size_local says how many run here"):
+        pick_device(RuntimeConfig(), build_config(**settings).parallel)  # a program's: its replicas are taken to be here
+    monkeypatch.setattr(affinity.machine, "usable_cores", lambda: [(0,), (1,)])
+    monkeypatch.setattr(affinity.machine, "quota", lambda: None)
+    assert [rank.threads for rank in affinity.plan_here(1, alone)] == [2]
+    assert [rank.cores for rank in affinity.plan_here(1, shared)] == [(1,)]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +143,6 @@ def test_a_hosts_own_endpoint_has_its_own_replicas() -> None:
         ({}, {"data_parallel_external_lb": True, "data_parallel_hybrid_lb": True}, "leave one out"),
         ({"data_parallel_size": 2, "data_parallel_rank": 1}, {"data_parallel_hybrid_lb": True}, "data_parallel_rank=1"),
         ({"data_parallel_size": 2, "data_parallel_start_rank": 1}, {"data_parallel_hybrid_lb": True}, "data_parallel_size_local"),
-        ({"data_parallel_size": 2, "data_parallel_size_local": 1}, {"data_parallel_hybrid_lb": True}, "data_parallel_start_rank"),
         (
             {"data_parallel_size": 2, "data_parallel_size_local": 2, "data_parallel_start_rank": 1},
             {"data_parallel_hybrid_lb": True},

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from lockstep.cli.refused import UNAVAILABLE
+from lockstep.config import devices
 from lockstep.config.build import build_config
 from lockstep.config.errors import ConfigError
 from lockstep.config.replicas import check_replicas
-from lockstep.config.tree import ParallelConfig
-from lockstep.config.validate import check_values
+from lockstep.config.tree import ParallelConfig, RuntimeConfig
+from lockstep.config.validate import pick_device, resolve
 from lockstep.executor import affinity
 from lockstep.utils.cores import PhysicalCore
 
@@ -41,10 +42,12 @@ BROKEN = [
     (True, {**KEPT, "data_parallel_rank": 2}, ["data_parallel_rank=2 with headless", "leave"]),
     (True, {**KEPT, "data_parallel_start_rank": 3}, ["data_parallel_start_rank=3", "up to 4", "up to 3", "start at 2"]),
     (True, {**KEPT, "data_parallel_start_rank": 9}, ["data_parallel_start_rank=9", "start at 2"]),
-    (True, {**KEPT, "data_parallel_start_rank": 0}, ["data_parallel_start_rank=0", "replica 0 is the leader's"]),
-    (True, {**KEPT, "data_parallel_start_rank": -1}, ["data_parallel_start_rank=-1"]),
-    (True, LEADER, ["headless needs data_parallel_start_rank"]),
+    (True, {**KEPT, "data_parallel_start_rank": -1}, ["data_parallel_start_rank=-1", "at least 0"]),
     (True, {"data_parallel_size": 4, "data_parallel_start_rank": 2}, ["headless needs data_parallel_size_local"]),
+    (True, {**KEPT, "data_parallel_size_local": 0}, ["data_parallel_size_local=0", "headless host keeps at least 1"]),
+    (False, {"data_parallel_size_local": 0}, ["data_parallel_size_local=0", "data_parallel_size=1"]),
+    (False, {**LEADER, "data_parallel_size_local": -1}, ["data_parallel_size_local=-1", "at least 1"]),
+    (False, {**LEADER, "data_parallel_size_local": 0, "data_parallel_rank": 1}, ["data_parallel_size_local=0", "data_parallel_rank=1"]),
     (True, {}, ["headless with data_parallel_size=1"]),
     (True, {**KEPT, "data_parallel_address": ""}, ["data_parallel_address=''"]),
 ]
@@ -65,8 +68,16 @@ def test_what_can_be() -> None:
     check_replicas(parallel(**KEPT), headless=True)
     check_replicas(parallel(**{**KEPT, "data_parallel_start_rank": 1}), headless=True)
     check_replicas(parallel(**LEADER, data_parallel_rank=3))
-    with pytest.raises(ConfigError, match="data_parallel_size_local=0 is impossible"):
-        check_values(build_config(data_parallel_size=2, data_parallel_size_local=0))
+    check_replicas(parallel(**LEADER), headless=True)  # the first two, for a leader that runs none
+
+
+def test_a_leader_may_run_no_replica_and_one_other_host_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, _, _ = resolve(build_config(data_parallel_size=2, data_parallel_size_local=0))
+    assert (leader.parallel.ranks_here, leader.parallel.replicas_led, leader.parallel.replicas_served) == (0, 0, 2)
+    keeper, _, _ = resolve(build_config(data_parallel_size=2), headless=True)
+    assert (keeper.parallel.data_parallel_start_rank, keeper.parallel.local_replicas) == (None, 2)
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 0)
+    assert pick_device(RuntimeConfig(device="cuda"), leader.parallel) == "cuda", "as its replicas say; it needs none itself"
 
 
 @pytest.mark.parametrize(

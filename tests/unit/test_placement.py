@@ -28,6 +28,15 @@ def test_a_named_replica_wins_whatever_it_carries(routing: str) -> None:
         assert placement.choose(request(data_parallel_rank=1, session_id="s"), PROMPT, loads(0, 10**9, 0)) == 1
 
 
+def test_replicas_are_named_by_their_number_over_all_hosts() -> None:
+    placement = Placement(build_config(data_parallel_size=6, data_parallel_size_local=2, data_parallel_start_rank=4))
+    for number, index in ((4, 0), (5, 1)):
+        placement.check(request(data_parallel_rank=number), loads(0, 0))
+        assert placement.choose(request(data_parallel_rank=number), PROMPT, loads(0, 0)) == index
+    with pytest.raises(RequestError, match=r"data_parallel_rank=0 does not exist: the replicas are 4, 5"):
+        placement.check(request(data_parallel_rank=0), loads(0, 0))
+
+
 def test_a_replay_may_go_anywhere() -> None:
     placement = Placement(build_config(data_parallel_size=3, data_parallel_routing="shortest_queue"))
     assert placement.choose(request(data_parallel_rank=1), PROMPT, loads(5, 0, 0, down=1), again=True) == 2
