@@ -21,6 +21,7 @@ from lockstep.cli.chat import ChatOptions
 from lockstep.cli.flags import flag_names
 from lockstep.cli.generate import GenerateOptions
 from lockstep.config.build import group_of
+from lockstep.config.serve import ServeOptions
 from lockstep.utils import env
 from lockstep.version import __version__
 
@@ -33,6 +34,7 @@ TEXTS = [*MANIFESTS, *EXAMPLES, *SCRIPTS, ROOT / "deploy" / "Dockerfile", ROOT /
 
 OVER_HOSTS = {"--nnodes", "--node-rank", "--master-addr", "--master-port", "--headless"}
 FLAGS = {"generate": {*flag_names(GenerateOptions), *OVER_HOSTS}, "chat": set(flag_names(ChatOptions))}
+FLAGS["serve"] = set(flag_names(ServeOptions, sampling=False))
 # Other verbs have flags of their own and are written out in full here.
 FLAGS |= {"doctor": {"-tp", "--tensor-parallel-size"}, "verify": {"-tp", "--tensor-parallel-size"}, "version": set()}
 
