@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import yaml
 from referencing import Registry, Resource
 
 from lockstep.cli.chat import ChatOptions
-from lockstep.cli.flags import flag_names
+from lockstep.cli.flags import flag_names, parse
 from lockstep.cli.generate import GenerateOptions
 from lockstep.config.build import build_config, group_of
+from lockstep.config.endpoint import for_endpoint
 from lockstep.config.serve import ServeOptions
 from lockstep.utils import env
 from lockstep.version import __version__
@@ -31,6 +33,8 @@ MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SCRIPTS = [ROOT / "examples" / "multi_node.sh", ROOT / "deploy" / "run_cluster.sh"]
 TEXTS = [*MANIFESTS, *EXAMPLES, *SCRIPTS, ROOT / "deploy" / "Dockerfile", ROOT / "docs" / "deployment.md", ROOT / "examples" / "README.md"]
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 OVER_HOSTS = {"--nnodes", "--node-rank", "--master-addr", "--master-port", "--headless"}
 FLAGS = {"generate": {*flag_names(GenerateOptions), *OVER_HOSTS}, "chat": set(flag_names(ChatOptions))}
@@ -254,11 +258,31 @@ def test_every_flag_exists(path: Path) -> None:
         assert not unknown, f"lockstep {verb} has no {unknown}"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_every_flag_of_a_page_exists(path: Path) -> None:
+    """Of the verbs whose flags are generated. (`serve`, say, is a word too: what follows it has no flags then.)"""
+    for verb, flags in commands(path.read_text()):
+        unknown = set(flags) - FLAGS[verb] - {"--help"} if verb in ("generate", "chat", "serve") else ()
+        assert not unknown, f"lockstep {verb} has no {unknown}"
+
+
+def test_the_servers_of_a_page_can_be_parsed() -> None:
+    """Each with its values; and what they say of the endpoint goes together."""
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    found = [line for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    served = [shlex.split(line)[2:] for line in found if line.startswith("lockstep serve ")]
+    parsed = [parse("serve", argv, ServeOptions, max_tokens=None, description="", sampling=False) for argv in served]
+    kept = [for_endpoint(p.config, p.options).parallel for p in parsed]
+    assert sum(p.options.data_parallel_hybrid_lb for p in parsed) == 2
+    assert sum(p.options.headless for p in parsed) == 1
+    assert [k.data_parallel_rank for k in kept if k.data_parallel_rank is not None] == [0, 1, 2, 3]
+
+
 def test_commands_are_found() -> None:
     lines = 'x && lockstep generate M --nnodes "$N" \\\n  --wrong=1 -tp 2 --prompt "a --b" && other --flag\n`lockstep doctor`'
     assert list(commands(lines)) == [("generate", ["--nnodes", "--wrong", "-tp", "--prompt"]), ("doctor", [])]
     counts = {path.name: len(list(commands(path.read_text()))) for path in TEXTS}
-    assert counts["leaderworkerset.yaml"] == 2 and counts["multi_node.sh"] >= 2 and counts["kuberay.yaml"] == 1
+    assert counts["leaderworkerset.yaml"] == 2 and counts["multi_node.sh"] >= 4 and counts["kuberay.yaml"] == 1
     assert counts["deployment.md"] >= 5
 
 

@@ -103,7 +103,9 @@ def test_multi_node_starts_a_worker(model: list[str], tools: Path) -> None:
     assert said(tools) == [*words.split(), "--pipeline-parallel-size", "1"]
 
 
-@pytest.mark.parametrize(("role", "first"), [("leader", "serve my-llama --node-rank 0"), ("worker", "serve my-llama --headless --node-rank 1")])
+@pytest.mark.parametrize(
+    ("role", "first"), [("leader", "serve my-llama --node-rank 0"), ("worker", "serve my-llama --headless --node-rank 1")]
+)
 def test_multi_node_starts_a_server(role: str, first: str, tools: Path) -> None:
     """With the same options on both sides: a headless server knows all that a server knows."""
     done = run(MULTI_NODE, role, "head", "my-llama", "--port", "80", tools=tools, SERVE="1")
