@@ -8,7 +8,7 @@ usage: multi_node.sh leader MASTER_ADDR [MODEL [OPTION...]]     on the host that
        multi_node.sh worker MASTER_ADDR [MODEL [OPTION...]]     on every other host
 
 MODEL    a folder or hub id, the same on all hosts; "" or nothing: the embedded demo model
-OPTION   handed on to `lockstep generate`, the same on all hosts (like --dtype float32)
+OPTION   handed on to `lockstep generate`, or `lockstep serve`, the same on all hosts (like --dtype float32)
 
 Set in the environment, the same on all hosts unless it says otherwise:
   MASTER_PORT=29501   a free port of the leader
@@ -17,6 +17,8 @@ Set in the environment, the same on all hosts unless it says otherwise:
   TP=2 PP=2           tensor and pipeline parallel sizes; TP x PP is a multiple of the hosts of a replica
   DP=1                replicas; each has NNODES / DP of the hosts, or each host has DP / NNODES of the replicas
   PROMPT=...          what to complete, leader only
+  SERVE=1             an OpenAI-compatible server on the leader instead of one completion; OPTION may then be
+                      --host 0.0.0.0 --port 8000 (with LOCKSTEP_API_KEY=..., leader only) and all else that `lockstep serve` knows
   LOCKSTEP_CLUSTER_KEY=...  a secret that hosts prove to each other (make one with: openssl rand -hex 32);
                       without it whoever reaches the leader's port can take part
 TEXT
@@ -44,7 +46,8 @@ model=${3:-}
 [[ $model != -* ]] || fail "MODEL comes before '$model': write \"\" for the embedded demo model"
 shift $(($# < 3 ? $# : 3))
 
-master_port=${MASTER_PORT:-29501} nnodes=${NNODES:-2} node_rank=${NODE_RANK:-1} tp=${TP:-2} pp=${PP:-2} dp=${DP:-1}
+master_port=${MASTER_PORT:-29501} nnodes=${NNODES:-2} node_rank=${NODE_RANK:-1} tp=${TP:-2} pp=${PP:-2} dp=${DP:-1} serve=${SERVE:-0}
+[[ $serve == [01] ]] || fail "SERVE='$serve' is neither 1 (a server) nor 0 (one completion)"
 number MASTER_PORT "$master_port" 1 65535
 number NNODES "$nnodes" 2 9999
 number NODE_RANK "$node_rank" 1 9999
@@ -59,9 +62,11 @@ command -v lockstep >/dev/null || {
   exit 1
 }
 
-if [[ $role == leader ]]; then
-  exec lockstep generate ${model:+"$model"} --nnodes "$nnodes" --node-rank 0 --master-addr "$master_addr" --master-port "$master_port" \
-    --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" ${DP:+--data-parallel-size "$dp"} --temperature 0 --prompt "${PROMPT:-def fibonacci(n):}" "$@"
-fi
-exec lockstep generate ${model:+"$model"} --headless --nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" \
-  --master-port "$master_port" --tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" ${DP:+--data-parallel-size "$dp"} "$@"
+split=(--tensor-parallel-size "$tp" --pipeline-parallel-size "$pp" ${DP:+--data-parallel-size "$dp"})
+meet=(--nnodes "$nnodes" --master-addr "$master_addr" --master-port "$master_port")
+case $role$serve in
+  leader0) exec lockstep generate ${model:+"$model"} --node-rank 0 "${meet[@]}" "${split[@]}" --temperature 0 --prompt "${PROMPT:-def fibonacci(n):}" "$@" ;;
+  leader1) exec lockstep serve ${model:+"$model"} --node-rank 0 "${meet[@]}" "${split[@]}" "$@" ;;
+  worker0) exec lockstep generate ${model:+"$model"} --headless --node-rank "$node_rank" "${meet[@]}" "${split[@]}" "$@" ;;
+  worker1) exec lockstep serve ${model:+"$model"} --headless --node-rank "$node_rank" "${meet[@]}" "${split[@]}" "$@" ;;
+esac

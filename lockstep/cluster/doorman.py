@@ -6,6 +6,7 @@ The router never waits for a stranger: it learns of a replica when the greeting 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import select
@@ -16,10 +17,11 @@ from dataclasses import dataclass
 
 from lockstep.cluster import greeting, wire
 from lockstep.cluster.greeting import Challenge, Identity, Refused, Welcome
+from lockstep.config.defaults import default_backend
 from lockstep.config.errors import ConfigError
 from lockstep.config.nodes import meeting_point, own_address
 from lockstep.config.tree import ParallelConfig
-from lockstep.observability.logging import get_logger
+from lockstep.observability.logging import get_logger, say
 from lockstep.utils import env, net
 from lockstep.utils.frames import NO_MESSAGE, receive_one, send_one
 from lockstep.utils.handshake import prove, proven
@@ -76,6 +78,9 @@ class Doorman:
             end.setblocking(False)
         if not self._key and not net.is_loopback(self.host):
             _log.warning("LOCKSTEP_CLUSTER_KEY is not set: whoever reaches %s can join; set the same secret on every host.", self.at)
+        if key is None and _log.isEnabledFor(logging.WARNING):  # a key of its own: Ray starts the others, and nobody has to be told
+            ranks = f"{parallel.world_size} rank{'s' if parallel.world_size > 1 else ''}"
+            say(f"distributed_executor_backend is {default_backend(parallel)}, as a replica has {ranks}: hosts report at {self.at}")
         self._thread = threading.Thread(target=self._listen, name="dp-doorman", daemon=True)
         self._thread.start()
 

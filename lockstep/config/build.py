@@ -37,7 +37,9 @@ def is_size(name: str) -> bool:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Paths and torch types as the text that a command line would have; amounts of memory as bytes."""
+    """Paths and torch types as the text that a command line would have; amounts of memory as bytes; None where the default has a name."""
+    if name == "distributed_executor_backend" and value == "auto":
+        return None
     if is_size(name) and isinstance(value, str):
         count = parse_size(value)
         return value if count is None else count  # checked later

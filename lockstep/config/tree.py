@@ -73,7 +73,8 @@ class ParallelConfig:
     enable_expert_parallel: bool = opt(False, "Place whole experts on ranks instead of cutting each.", "-ep")
     distributed_executor_backend: str | None = opt(
         None,
-        "uni (in this process), mp (worker processes), ray (on a Ray cluster), external_launcher; default: uni for one rank, mp for more.",
+        "uni (in this process), mp (worker processes), ray (on a Ray cluster), external_launcher, or auto, the default: uni for one rank, "
+        "mp for more, and ray for more where Ray started this program, or RAY_ADDRESS is set and this host has too few devices.",
     )
     nnodes: int = opt(
         1, "Hosts that share the ranks, or the replicas; start the same command on each, with its node_rank (mp only).", "-n", "--node-size"

@@ -68,12 +68,13 @@ def resolve(config: EngineConfig, *, headless: bool = False, hybrid: bool = Fals
     """
     check_values(config)
     choice = automatic_backend(config)
+    is_surprise = choice.value == "ray" and config.parallel.distributed_executor_backend is None  # nobody asked for a cluster
     config = with_backend(config)
     device, spec, folder = check(config, headless=headless, hybrid=hybrid)
     config = replace(config, parallel=placed(config.parallel, headless=headless))
     warn_of_crowding(config.parallel, device)
     warn_of_launcher(config.parallel, headless=headless)
-    log.info("distributed_executor_backend is %s: %s", *choice)
+    log.log(logging.WARNING if is_surprise else logging.INFO, "distributed_executor_backend is %s: %s", *choice)
     return fill(config, spec, device), spec, folder
 
 
@@ -188,7 +189,7 @@ def check_available(parallel: ParallelConfig) -> None:
         return
     if backend not in BACKENDS:
         raise ConfigError(
-            f"distributed_executor_backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.{nearest(backend, BACKENDS)}"
+            f"distributed_executor_backend={backend!r} is unknown: choose one of auto, {', '.join(BACKENDS)}.{nearest(backend, BACKENDS)}"
         )
     if backend == "ray" and not launcher.has_ray():
         raise ConfigError(

@@ -174,12 +174,8 @@ class Fleet(Crew):
             self.workers += self.local
             self._nodes.start((listener.host, listener.port), self._attend, self)
             if self._door is not None:
-                interface = net.interface_of(listener.host)
-                at = f"{listener.host} ({interface})"
-                _log.info(
-                    "node 0 of %d, the leader: %s; nodes report at %s, ranks meet at port %d of %s",
-                    *(self.plan.config.parallel.nnodes, rank_list(self.plan.ranks), self._door.at, listener.port, at),
-                )
+                where = f"{rank_list(self.plan.ranks)} on node 0, the leader"
+                self._nodes.tell_where_ranks_meet(f"{listener.host} ({net.interface_of(listener.host)})", listener.port, where)
 
     def _watch(self) -> None:
         """One round: sleep until something happens, then handle all of it, deaths last (their last words come first)."""

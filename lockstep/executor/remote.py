@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from lockstep.executor.gather import Door, Gathering, Node, RemoteRank
 from lockstep.executor.link import Link, LinkLost
 from lockstep.executor.node_wire import BEAT_S, Again, Beat, End, Ended, Leaving, Meeting, Order, Replied, Said, Stacks, Start
 from lockstep.executor.spawn import Plan
-from lockstep.observability.logging import get_logger
+from lockstep.observability.logging import get_logger, say
 from lockstep.utils.shm import Bell
 
 SILENT_S = 2.5 * BEAT_S  # a node that says nothing for so long may be what another rank's exception is about
@@ -62,6 +63,14 @@ class Nodes:
             if rendezvous is not None or number == first:
                 self._start(node, *(rendezvous or ("", 0)))
         self.watch()
+
+    def tell_where_ranks_meet(self, host: str, port: int, where: str) -> None:
+        """A line for who started this: what runs the ranks, and the addresses that other hosts must reach. where: who serves the port."""
+        parallel, door = self._plan.config.parallel, self._door
+        backend = parallel.distributed_executor_backend or "mp"
+        why = f", as nnodes={parallel.nnodes} wants it" if backend == "mp" else ""
+        if door is not None and _log.isEnabledFor(logging.WARNING):  # no warning, but to be seen where "waiting for node 1" is
+            say(f"distributed_executor_backend is {backend}{why}: {where}; nodes report at {door.at}, ranks meet at port {port} of {host}")
 
     def _start(self, node: Node, host: str, port: int) -> None:
         node.link.send(Start(self._plan.config, self._plan.spec, host, port, self._plan.again))
@@ -129,7 +138,7 @@ class Nodes:
         if isinstance(message, Beat):
             self._show(node, message)
         elif isinstance(message, Meeting):
-            _log.info("ranks meet at port %d of %s, on %s", message.port, message.host, node.name)
+            self.tell_where_ranks_meet(message.host, message.port, f"rank {min(node.ranks)} on {node.name}")
             for other in self._nodes.values():
                 if other is not node:
                     self._start(other, message.host, message.port)

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from lockstep.cli.flags import parse
 from lockstep.config import devices, validate
 from lockstep.config.build import build_config
 from lockstep.config.defaults import choose_backend, default_backend
 from lockstep.config.errors import ConfigError
+from lockstep.config.serve import ServeOptions
 from lockstep.config.tree import ParallelConfig
 from lockstep.config.validate import resolve
 from lockstep.executor.ray import fitting
@@ -51,10 +53,20 @@ def test_the_resolved_configuration_has_it_and_says_why(monkeypatch: pytest.Monk
         config, _, _ = resolve(build_config(tensor_parallel_size=2, device="cpu"))
     assert config.parallel.distributed_executor_backend == "ray"
     assert "distributed_executor_backend is ray: 2 ranks are more than the 1 devices here" in caplog.text
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING], "the cores here are not the ranks' cores"
+    (seen,) = [r for r in caplog.records if r.levelno >= logging.WARNING]  # no other: the cores here are not the ranks' cores
+    assert "distributed_executor_backend is ray" in seen.message, "nobody asked for it by name, so it is told"
     for address in ("", "local", "ray://10.0.0.1:10001"):
         monkeypatch.setenv("RAY_ADDRESS", address)
         assert resolve(build_config(tensor_parallel_size=2, device="cpu"))[0].parallel.distributed_executor_backend == "mp"
+
+
+def test_auto_is_the_default_by_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    assert build_config(distributed_executor_backend="auto") == build_config()
+    with caplog.at_level(logging.WARNING, logger="lockstep.config"):
+        assert resolve(build_config(distributed_executor_backend="auto", device="cpu"))[0].parallel.distributed_executor_backend == "uni"
+    assert not caplog.records, "the obvious one needs no word"
+    parsed = parse("serve", ["--distributed-executor-backend", "auto"], ServeOptions, max_tokens=None, description="", sampling=False)
+    assert parsed.config.parallel.distributed_executor_backend is None
 
 
 def test_in_a_placement_group_without_importing_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import yaml
 from referencing import Registry, Resource
 
 from lockstep.cli.chat import ChatOptions
-from lockstep.cli.flags import flag_names
+from lockstep.cli.flags import flag_names, parse
 from lockstep.cli.generate import GenerateOptions
-from lockstep.config.build import group_of
+from lockstep.config.build import build_config, group_of
+from lockstep.config.endpoint import for_endpoint
+from lockstep.config.serve import ServeOptions
 from lockstep.utils import env
 from lockstep.version import __version__
 
@@ -31,8 +34,11 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SCRIPTS = [ROOT / "examples" / "multi_node.sh", ROOT / "deploy" / "run_cluster.sh"]
 TEXTS = [*MANIFESTS, *EXAMPLES, *SCRIPTS, ROOT / "deploy" / "Dockerfile", ROOT / "docs" / "deployment.md", ROOT / "examples" / "README.md"]
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
 OVER_HOSTS = {"--nnodes", "--node-rank", "--master-addr", "--master-port", "--headless"}
 FLAGS = {"generate": {*flag_names(GenerateOptions), *OVER_HOSTS}, "chat": set(flag_names(ChatOptions))}
+FLAGS["serve"] = set(flag_names(ServeOptions, sampling=False))
 # Other verbs have flags of their own and are written out in full here.
 FLAGS |= {"doctor": {"-tp", "--tensor-parallel-size"}, "verify": {"-tp", "--tensor-parallel-size"}, "version": set()}
 
@@ -102,29 +108,61 @@ def test_a_pod_is_whole(path: Path) -> None:
 
 
 def test_pods_prove_a_secret_that_is_not_in_the_file() -> None:
-    (document,) = documents(MANIFESTS[1])
+    document = documents(MANIFESTS[1])[0]
     keys = [v for env in found(document, "env") for v in env if v["name"] == "LOCKSTEP_CLUSTER_KEY"]
     assert len(keys) == 2 and keys[0] == keys[1]
     secret = keys[0]["valueFrom"]["secretKeyRef"]
     assert not secret.get("optional"), "without it pods must not start"
     assert f"kubectl create secret generic {secret['name']} --from-literal={secret['key']}=" in MANIFESTS[1].read_text()
+    for manifest in MANIFESTS:  # a server that listens for others asks its clients for a key
+        text = manifest.read_text()
+        (api_key,) = [v["valueFrom"]["secretKeyRef"] for env in found(documents(manifest)[0], "env") for v in env if "API_KEY" in v["name"]]
+        assert re.search(rf"kubectl create secret generic {api_key['name']} .*--from-literal={api_key['key']}=", text), manifest
     assert documents(MANIFESTS[0])[0]["spec"]["authOptions"] == {"mode": "token"}, "on Ray the key travels by Ray, which has its own"
 
 
 def test_leader_and_worker_say_the_same() -> None:
-    (document,) = documents(MANIFESTS[1])
+    document = documents(MANIFESTS[1])[0]
     template = document["spec"]["leaderWorkerTemplate"]
     leader, worker = (template[role]["spec"]["containers"][0] for role in ("leaderTemplate", "workerTemplate"))
     sizes = [dict(re.findall(r"(--(?:nnodes|master-port|[a-z]+-parallel-size)) (\S+)", c["args"][0])) for c in (leader, worker)]
     assert sizes[0] == sizes[1] and len(sizes[0]) == 4
     assert int(sizes[0]["--tensor-parallel-size"]) * int(sizes[0]["--pipeline-parallel-size"]) % template["size"] == 0
-    assert int(sizes[0]["--master-port"]) == leader["ports"][0]["containerPort"]
+    assert int(sizes[0]["--master-port"]) in {port["containerPort"] for port in leader["ports"]}
+    assert all(c["args"][0].startswith("exec lockstep serve ") for c in (leader, worker)), "signals are for the server, not for a shell"
     assert "--headless" in worker["args"][0] and "--headless" not in leader["args"][0]
     assert '--master-addr "$LWS_LEADER_ADDRESS"' in worker["args"][0] and "--node-rank 0" in leader["args"][0]
 
 
+def test_the_leader_is_asked_what_the_server_says_of_itself() -> None:
+    """Each probe has its own route, at the port that is served; and a start may take as long as the server gives it."""
+    template = documents(MANIFESTS[1])[0]["spec"]["leaderWorkerTemplate"]["leaderTemplate"]["spec"]
+    (leader,) = template["containers"]
+    probes = {name: leader[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
+    assert {name: p["httpGet"] for name, p in probes.items()} == {
+        name: {"path": path, "port": "http"} for name, path in (("startup", "/startupz"), ("liveness", "/livez"), ("readiness", "/readyz"))
+    }
+    assert probes["startup"]["periodSeconds"] * probes["startup"]["failureThreshold"] > build_config(nnodes=2).start_limit_s
+    assert template["terminationGracePeriodSeconds"] > ServeOptions().shutdown_timeout
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.stem)
+def test_a_service_leads_to_the_server(path: Path) -> None:
+    *others, service = documents(path)
+    assert service["kind"] == "Service" and service["metadata"]["name"] not in {d["metadata"]["name"] for d in others}
+    (port,) = service["spec"]["ports"]
+    places = [c for d in others for containers in found(d, "containers") for c in containers if "API_KEY" in str(c.get("env"))]
+    (http,) = [p for c in places for p in c["ports"] if p["name"] == port["targetPort"]]
+    text = " ".join(str(t) for d in others for key in ("args", "entrypoint") for t in found(d, key))
+    assert re.findall(r"--host 0\.0\.0\.0 --port (\d+)", text) == [str(http["containerPort"])]
+    labels = [t["metadata"]["labels"] for t in found(others, "leaderTemplate")] or [
+        {"ray.io/cluster": others[0]["metadata"]["name"], "ray.io/node-type": "head"}  # which KubeRay puts on the head's pod
+    ]
+    assert service["spec"]["selector"] == labels[0]
+
+
 def test_ray_has_room_for_every_rank() -> None:
-    cluster, job = documents(MANIFESTS[0])
+    cluster, job, _ = documents(MANIFESTS[0])
     assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
     assert f"ray[default]=={cluster['spec']['rayVersion']}" in (ROOT / "deploy" / "Dockerfile").read_text()
     ranks = 1
@@ -162,7 +200,12 @@ DROP = object()
         ("leaderworkerset", 0, f"{LEADER}.ports.0.containerPort", 70000),
         ("leaderworkerset", 0, f"{LEADER}.resources.limits.memory", "8 GB"),
         ("leaderworkerset", 0, f"{LEADER}.volumeMounts.0.path", "/x"),
-        ("leaderworkerset", 0, f"{LEADER}.readinessProbe.exec", DROP),
+        ("leaderworkerset", 0, f"{LEADER}.readinessProbe.httpGet", DROP),
+        ("leaderworkerset", 0, f"{LEADER}.livenessProbe.httpGet.path", "livez"),
+        ("leaderworkerset", 1, "spec.ports", []),
+        ("leaderworkerset", 1, "spec.ports.0.targetPort", "Http"),
+        ("leaderworkerset", 1, "spec.selectors", {"app": "lockstep"}),
+        ("leaderworkerset", 1, "spec.selector", {}),
         ("leaderworkerset", 0, f"{LEADER}.readinessProbe.tcpSocket", {"port": 1}),
         ("leaderworkerset", 0, f"{LEADER}.startupProbe.failureThreshold", 0),
         ("leaderworkerset", 0, f"{LWS}.leaderTemplate.spec.volumes.0.emptyDir.medium", "memory"),
@@ -215,11 +258,31 @@ def test_every_flag_exists(path: Path) -> None:
         assert not unknown, f"lockstep {verb} has no {unknown}"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_every_flag_of_a_page_exists(path: Path) -> None:
+    """Of the verbs whose flags are generated. (`serve`, say, is a word too: what follows it has no flags then.)"""
+    for verb, flags in commands(path.read_text()):
+        unknown = set(flags) - FLAGS[verb] - {"--help"} if verb in ("generate", "chat", "serve") else ()
+        assert not unknown, f"lockstep {verb} has no {unknown}"
+
+
+def test_the_servers_of_a_page_can_be_parsed() -> None:
+    """Each with its values; and what they say of the endpoint goes together."""
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    found = [line for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    served = [shlex.split(line)[2:] for line in found if line.startswith("lockstep serve ")]
+    parsed = [parse("serve", argv, ServeOptions, max_tokens=None, description="", sampling=False) for argv in served]
+    kept = [for_endpoint(p.config, p.options).parallel for p in parsed]
+    assert sum(p.options.data_parallel_hybrid_lb for p in parsed) == 2
+    assert sum(p.options.headless for p in parsed) == 1
+    assert [k.data_parallel_rank for k in kept if k.data_parallel_rank is not None] == [0, 1, 2, 3]
+
+
 def test_commands_are_found() -> None:
     lines = 'x && lockstep generate M --nnodes "$N" \\\n  --wrong=1 -tp 2 --prompt "a --b" && other --flag\n`lockstep doctor`'
     assert list(commands(lines)) == [("generate", ["--nnodes", "--wrong", "-tp", "--prompt"]), ("doctor", [])]
     counts = {path.name: len(list(commands(path.read_text()))) for path in TEXTS}
-    assert counts["leaderworkerset.yaml"] == 2 and counts["multi_node.sh"] >= 2 and counts["kuberay.yaml"] == 1
+    assert counts["leaderworkerset.yaml"] == 2 and counts["multi_node.sh"] >= 4 and counts["kuberay.yaml"] == 1
     assert counts["deployment.md"] >= 5
 
 

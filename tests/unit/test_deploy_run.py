@@ -76,6 +76,7 @@ def test_bash_can_read_it(script: Path) -> None:
         (["leader", "10.0.0.1"], {"NNODES": "3"}, "TP x PP = 4 ranks do not divide among NNODES=3"),
         (["leader", "10.0.0.1"], {"DP": "3"}, "DP=3 replicas do not divide among NNODES=2"),
         (["leader", "10.0.0.1"], {"DP": "2", "NNODES": "4", "TP": "1", "PP": "1"}, "of each of DP=2 replicas do not divide among NNODES=4"),
+        (["leader", "10.0.0.1"], {"SERVE": "yes"}, "SERVE='yes' is neither 1"),
         (["worker", "10.0.0.1"], {"NODE_RANK": "2"}, "NODE_RANK=2 is not below NNODES=2"),
     ],
 )
@@ -89,7 +90,7 @@ def test_multi_node_starts_the_leader(tools: Path) -> None:
     done = run(MULTI_NODE, "leader", "10.0.0.1", "./my-llama", "--dtype", "float32", tools=tools, PROMPT="a b", MASTER_PORT="1234")
     assert done.returncode == 0, done.stderr
     words = (
-        "generate ./my-llama --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 --master-port 1234 --tensor-parallel-size 2"
+        "generate ./my-llama --node-rank 0 --nnodes 2 --master-addr 10.0.0.1 --master-port 1234 --tensor-parallel-size 2"
         " --pipeline-parallel-size 2 --temperature 0 --prompt"
     )
     assert said(tools) == [*words.split(), "a b", "--dtype", "float32"]
@@ -98,8 +99,19 @@ def test_multi_node_starts_the_leader(tools: Path) -> None:
 @pytest.mark.parametrize("model", [[], [""]])
 def test_multi_node_starts_a_worker(model: list[str], tools: Path) -> None:
     assert run(MULTI_NODE, "worker", "head", *model, tools=tools, TP="4", PP="1", NNODES="4", NODE_RANK="3").returncode == 0
-    words = "generate --headless --nnodes 4 --node-rank 3 --master-addr head --master-port 29501 --tensor-parallel-size 4"
+    words = "generate --headless --node-rank 3 --nnodes 4 --master-addr head --master-port 29501 --tensor-parallel-size 4"
     assert said(tools) == [*words.split(), "--pipeline-parallel-size", "1"]
+
+
+@pytest.mark.parametrize(
+    ("role", "first"), [("leader", "serve my-llama --node-rank 0"), ("worker", "serve my-llama --headless --node-rank 1")]
+)
+def test_multi_node_starts_a_server(role: str, first: str, tools: Path) -> None:
+    """With the same options on both sides: a headless server knows all that a server knows."""
+    done = run(MULTI_NODE, role, "head", "my-llama", "--port", "80", tools=tools, SERVE="1")
+    assert done.returncode == 0, done.stderr
+    words = f"{first} --nnodes 2 --master-addr head --master-port 29501 --tensor-parallel-size 2 --pipeline-parallel-size 2 --port 80"
+    assert said(tools) == words.split()
 
 
 def test_multi_node_starts_replicas(tools: Path) -> None:

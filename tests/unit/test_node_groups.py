@@ -65,13 +65,15 @@ def test_a_start_over_nodes_may_take_both_waits() -> None:
     assert whole.start_limit_s == whole.runtime.startup_timeout_seconds
 
 
-def test_a_node_that_keeps_replicas_is_named_as_it_was_started() -> None:
+def test_a_node_that_keeps_replicas_is_named_as_it_was_started(capfd: pytest.CaptureFixture[str]) -> None:
     parallel = replace(at(2, 4, 1, 0), data_parallel_rpc_port=0, master_port=29777)
     doorman = Doorman(parallel, {})
     try:
         words = doorman.missing([2, 3], 5.0)
     finally:
         doorman.close()
+    said = f"distributed_executor_backend is uni, as a replica has 1 rank: hosts report at 127.0.0.1:{doorman.port}\n"
+    assert capfd.readouterr().err == said, "told at the start, with the port that was found"
     assert "replicas 2, 3 have not reported" in words
     assert "-dp 4 --nnodes 2 --node-rank N --master-addr 127.0.0.1 --master-port 29777` on node N = 1" in words
     assert "give its network address as master_addr" in words
