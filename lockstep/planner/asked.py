@@ -24,14 +24,14 @@ def check(work: Workload, shape: ModelShape, memory_share: float, quantization: 
     for name, number in (("rate", work.rate), ("ttft", work.ttft_s), ("tpot", work.tpot_s)):
         if number is not None and not (_number(number) and number > 0):
             unit = "requests per second" if name == "rate" else "seconds"
-            raise ConfigError(f"{name}={shown(number)} must be more than 0 and finite: give {unit}.")
+            raise ConfigError(f"{name}={_brief(number)} must be more than 0 and finite: give {unit}.")
     if price is not None and not (_number(price) and price >= 0):
-        raise ConfigError(f"price={shown(price)} must be 0 or more and finite: give dollars per device-hour.")
+        raise ConfigError(f"price={_brief(price)} must be 0 or more and finite: give dollars per device-hour.")
     if not (_number(work.margin) and 0 <= work.margin < 1):
-        raise ConfigError(f"margin={shown(work.margin)} must be at least 0 and below 1: give a share, like 0.2.")
+        raise ConfigError(f"margin={_brief(work.margin)} must be at least 0 and below 1: give a share, like 0.2.")
     _lengths(work, shape)
     if not (_number(memory_share) and 0 < memory_share <= 1):
-        raise ConfigError(f"gpu_memory_utilization={shown(memory_share)} must be greater than 0 and at most 1: give a share, like 0.9.")
+        raise ConfigError(f"gpu_memory_utilization={_brief(memory_share)} must be greater than 0 and at most 1: give a share, like 0.9.")
     if quantization not in ("", NONE, "int8", "fp8"):
         raise ConfigError(f"quantization={quantization!r} is not one of int8, fp8, {NONE}: name one of them, or none at all.")
     return work
@@ -86,3 +86,8 @@ def _number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         return False
+
+
+def _brief(value: Any) -> str:
+    """As `shown`, of numbers that need not be whole."""
+    return f"{value:g}" if isinstance(value, float) else shown(value)

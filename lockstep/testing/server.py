@@ -18,7 +18,7 @@ from lockstep.utils import procs
 
 ROOT = Path(__file__).parents[2]
 START_S, STOP_S = 120.0, 30.0
-ADDRESS = re.compile(r"^lockstep serves \S+ at (http://\S+|\S+)$", re.MULTILINE)
+ADDRESS = re.compile(r'(?:^|"message": ")lockstep serves \S+ at ([^\s"]+)(?:"|$)', re.MULTILINE)  # with --log-format json too
 
 
 class RunningServer:

@@ -49,7 +49,7 @@ def test_a_calibrated_machine_says_how_many_ranks_were_measured(tmp_path: Path):
         ({"output_len": True}, "output_len=True must be"),
         ({"rate": True}, "rate=True must be more than 0"),
         ({"rate": "5"}, "rate='5' must be more than 0"),
-        ({"price": -1.0}, "price=-1.0 must be 0 or more"),
+        ({"price": -1.0}, "price=-1 must be 0 or more"),
         ({"margin": False}, "margin=False must be"),
         ({"fixed": {"foo": 1}}, "'foo': 1 is no axis with a size"),
         ({"fixed": {"tp": 2.0}}, "'tp': 2.0 is no axis with a size"),

@@ -18,6 +18,7 @@ import pytest
 import zmq
 
 from lockstep.cluster.health import EngineHealth
+from lockstep.config.tree import EngineConfig
 from lockstep.frontend import engine_wire as wire
 from lockstep.frontend.chat import render
 from lockstep.frontend.engine_server import EngineServer, bind
@@ -98,7 +99,7 @@ def test_a_serving_tree_unpickles_nothing(tmp_path: Path) -> None:
 
 def test_one_who_does_not_know_the_runs_secret_is_told_nothing(tmp_path: Path) -> None:
     class Client:
-        config = memory = failure = None
+        config, memory, failure = EngineConfig(), None, None
         added: list[Any] = []
 
         def watch(self, fd: int) -> None:

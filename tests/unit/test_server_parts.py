@@ -13,6 +13,7 @@ from lockstep.server.errors import ApiError
 from lockstep.server.logprobs import LEAST, LogprobWriter, token_bytes
 from lockstep.server.pace import Pace
 from lockstep.server.response_store import ResponseStore, Stored
+from lockstep.server.text_offsets import TextOffsets
 
 
 def stored(name: str, size: int = 1) -> Stored:
@@ -64,5 +65,5 @@ def test_bytes_of_every_token() -> None:
 def test_minus_infinity_is_a_number_in_json() -> None:
     writer = LogprobWriter(load_tokenizer(DEMO_FOLDER))
     position = {5: Logprob(-0.5, 1, "a"), 6: Logprob(float("-inf"), 2, "b")}
-    assert writer.completion([position], 0).top_logprobs == [{"a": -0.5, "b": LEAST}]
+    assert writer.completion([position], TextOffsets(load_tokenizer(DEMO_FOLDER))).top_logprobs == [{"a": -0.5, "b": LEAST}]
     assert writer.chat([position], 2).content[0].top_logprobs[1].logprob == LEAST
