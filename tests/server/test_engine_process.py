@@ -347,6 +347,8 @@ def test_who_does_not_read_is_dropped_and_told_once_it_does(
 
 
 def test_who_hangs_up_with_a_word_is_forgotten_without_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", logger="lockstep")  # whatever a test before this one configured
+
     async def tell() -> None:
         async with threaded(tmp_path) as (engine, server):
             running = asyncio.create_task(run(engine, [5]))
@@ -364,6 +366,7 @@ def test_who_hangs_up_with_a_word_is_forgotten_without_one(tmp_path: Path, caplo
 def test_a_goodbye_is_heard_where_the_hanging_up_is_noticed_first(
     tmp_path: Path, context: zmq.Context[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("WARNING", logger="lockstep")  # whatever a test before this one configured
     config, spec, folder = SETTINGS
     client, endpoint = Loud(make(config, spec, folder).config), f"ipc://{tmp_path}/engine"
     server = EngineServer(client, bind(context, endpoint), "secret")
@@ -383,6 +386,7 @@ def test_a_goodbye_is_heard_where_the_hanging_up_is_noticed_first(
 def test_who_is_gone_is_worth_an_error_if_it_ran_something(
     tmp_path: Path, context: zmq.Context[Any], caplog: pytest.LogCaptureFixture, owned: int
 ) -> None:
+    caplog.set_level("WARNING", logger="lockstep")  # whatever a test before this one configured
     config, spec, folder = SETTINGS
     client, endpoint = Loud(make(config, spec, folder).config), f"ipc://{tmp_path}/engine"
     server = EngineServer(client, bind(context, endpoint), "secret")
