@@ -108,10 +108,14 @@ def main() -> None:
 
 
 def _launch(channel: Channel[wire.Launch]) -> wire.Launch:
-    while True:
-        channel.wait(None)
-        if found := channel.receive():
-            return found[0]
+    """What is to be run. Ends this process where its starter has ended first: there is nothing to do, and nobody to tell."""
+    try:
+        while True:
+            channel.wait(None)
+            if found := channel.receive():
+                return found[0]
+    except ConnectionError:
+        os._exit(1)
 
 
 def _alive(health: EngineHealth) -> Alive:
