@@ -8,7 +8,8 @@ usage: multi_node.sh leader MASTER_ADDR [MODEL [OPTION...]]     on the host that
        multi_node.sh worker MASTER_ADDR [MODEL [OPTION...]]     on every other host
 
 MODEL    a folder or hub id, the same on all hosts; "" or nothing: the embedded demo model
-OPTION   handed on to `lockstep generate`, or `lockstep serve`, the same on all hosts (like --dtype float32)
+OPTION   handed on to `lockstep generate`, or `lockstep serve`, the same on all hosts (like --dtype float32;
+         --api-server-count on the leader alone)
 
 Set in the environment, the same on all hosts unless it says otherwise:
   MASTER_PORT=29501   a free port of the leader

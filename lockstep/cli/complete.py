@@ -10,12 +10,11 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from lockstep.cli.client import URL, Server, Unreadable
+from lockstep.cli.client import KEY_HELP, URL, Server, Unreadable, key_for
 from lockstep.cli.dialogue import is_person, read_lines, text_of, write_pieces
 from lockstep.cli.errors import UsageError, show_error
 from lockstep.cli.session import note
 from lockstep.cli.tls import add_tls_flags, client_context
-from lockstep.utils import env
 
 STOPPED = 130  # by Ctrl-C
 HINT = "Each line is completed as it is. Ctrl-C stops an answer, Ctrl-D ends."
@@ -26,14 +25,14 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="lockstep complete", description="Complete prompts by a running server.")
     parser.add_argument("--url", default=URL, help=f"of the server (default {URL})")
     parser.add_argument("--model-name", metavar="NAME", help="of the model (default: the server's first)")
-    parser.add_argument("--api-key", metavar="KEY", help="the server's key (default: the environment's OPENAI_API_KEY)")
+    parser.add_argument("--api-key", metavar="KEY", help=KEY_HELP)
     add_tls_flags(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of a completion (default: the server's, 16 of lockstep)")
     parser.add_argument("-q", "--quick", metavar="PROMPT", help="complete this, and end")
     args = parser.parse_args(argv)
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UsageError(f"--max-tokens={args.max_tokens} is impossible: it must be at least 1.")
-    key = env.openai_api_key() if args.api_key is None else args.api_key
+    key = key_for(args.url, args.api_key)
     server = Server(args.url, key, client_context(args.ca_cert, args.insecure))
     try:
         body = {"model": args.model_name or _first_model(server)} | ({} if args.max_tokens is None else {"max_tokens": args.max_tokens})

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from lockstep.cli.client import URL, Server, Unreadable
+from lockstep.cli.client import KEY_HELP, URL, Server, Unreadable, key_for
 from lockstep.cli.errors import UsageError, show_error
 from lockstep.cli.tls import add_tls_flags, client_context
 from lockstep.utils import env
@@ -21,9 +21,7 @@ def run(argv: list[str]) -> int:
     """Draw until interrupted, or once with --once."""
     parser = argparse.ArgumentParser(prog="lockstep top", description=__doc__.partition("\n")[0])
     parser.add_argument("url", nargs="?", default=URL, metavar="URL", help=f"of the server (default {URL})")
-    parser.add_argument(
-        "--api-key", metavar="KEY", help="the server's key (default: the environment's LOCKSTEP_API_KEY, or OPENAI_API_KEY)"
-    )
+    parser.add_argument("--api-key", metavar="KEY", help=KEY_HELP)
     add_tls_flags(parser)
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between two looks (default 1)")
     parser.add_argument("--once", action="store_true", help="look once, print, and end")
@@ -32,7 +30,7 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.interval <= 0:
         raise UsageError(f"--interval={args.interval:g} must be more than 0: give seconds.")
-    key = env.key_to_send() if args.api_key is None else args.api_key
+    key = key_for(args.url, args.api_key)
     server = Server(args.url, key, client_context(args.ca_cert, args.insecure))
     try:
         if args.json or args.once:

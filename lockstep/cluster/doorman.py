@@ -79,8 +79,7 @@ class Doorman:
         if not self._key and not net.is_loopback(self.host):
             _log.warning("LOCKSTEP_CLUSTER_KEY is not set: whoever reaches %s can join; set the same secret on every host.", self.at)
         if key is None and _log.isEnabledFor(logging.WARNING):  # a key of its own: Ray starts the others, and nobody has to be told
-            ranks = f"{parallel.world_size} rank{'s' if parallel.world_size > 1 else ''}"
-            say(f"distributed_executor_backend is {default_backend(parallel)}, as a replica has {ranks}: hosts report at {self.at}")
+            say(f"distributed_executor_backend is {default_backend(parallel)}: hosts report at {self.at}")
         self._thread = threading.Thread(target=self._listen, name="dp-doorman", daemon=True)
         self._thread.start()
 

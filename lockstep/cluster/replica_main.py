@@ -179,7 +179,8 @@ def main() -> None:
         code = LOST_ROUTER
     except Exception as e:
         code = 1
-        tell_hosts(executor, core, e)  # first: who hears of the failure below may end this process at once
+        if executor is not None:
+            executor.give_up(e)  # first: who hears of the failure below may end this process at once
         failed = _failed(e, core, launch.config)
         with contextlib.suppress(ConnectionError):
             if replica is not None:
@@ -191,12 +192,6 @@ def main() -> None:
         core.shutdown()
     sys.stderr.flush()
     os._exit(code)  # tear-down of a loaded maths library can hang
-
-
-def tell_hosts(executor: Executor | None, core: EngineCore | None, error: Exception) -> None:
-    """Those that run ranks for this process hear what went wrong above the ranks: unless told, they take its end for one in good order."""
-    if executor is not None and (core is None or core.failure is None):
-        executor.give_up(error)
 
 
 def _launch(channel: Channel[wire.Order]) -> tuple[wire.Launch, list[wire.Order]]:

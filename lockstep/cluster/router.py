@@ -37,7 +37,7 @@ from lockstep.executor.contract import ExecutorError, RankMemory
 from lockstep.observability.flight_recorder import FlightRecorder
 from lockstep.observability.logging import get_logger
 from lockstep.observability.timeline import Timeline
-from lockstep.protocol import EngineOutput, EngineRequest
+from lockstep.protocol import EngineOutput, EngineRequest, FinishReason
 from lockstep.utils.words import counted, joined
 
 MOST_REPLAYS = 5  # of one request: if every replica that takes it dies, it is the cause
@@ -88,7 +88,7 @@ class DataParallelClient(Operated):
         self._live: dict[str, _Live] = {}
         self._aliases: dict[str, str] = {}  # alias -> request id
         self._placed = 0
-        self._homeless: list[str] = []  # requests that no replica can take now
+        self._homeless: dict[str, None] = {}  # requests that no replica can take now
         self._outputs: list[EngineOutput] = []
         self._answers: dict[int, wire.Answer | wire.Refused | None] = {}  # of calls that are waited for
         self._calls = 0
@@ -130,8 +130,7 @@ class DataParallelClient(Operated):
         for name in request_ids:
             live = self._live.get(name)
             if live is not None:  # ended here and now: what its replica still says of it, or whether it dies, is all the same
-                self._finish(name)
-                self._outputs.append(EngineOutput(request_id=name, new_token_ids=[], finish_reason="abort"))
+                self._end(name, "abort", live.replica)
                 if live.replica >= 0:
                     self._fleet.send(live.replica, wire.Abort([live.alias]))
 
@@ -155,7 +154,7 @@ class DataParallelClient(Operated):
         live = self._live[name]
         loads = self.book.loads
         if not any(load.routable for load in loads):
-            self._homeless.append(name)
+            self._homeless[name] = None
             return
         known = live.request.prompt_token_ids + live.tokens
         replica = self._placement.choose(live.request, known, loads, again=live.replays > 0)
@@ -188,8 +187,7 @@ class DataParallelClient(Operated):
         live = self._live.pop(name)
         self._aliases.pop(live.alias, None)
         self.book.finish(name, len(live.tokens))
-        if name in self._homeless:
-            self._homeless.remove(name)
+        self._homeless.pop(name, None)
 
     # --- replicas ---
 
@@ -225,8 +223,7 @@ class DataParallelClient(Operated):
                 self._fleet.supervisor.worked(replica)
             for output in reply.outputs:
                 self._take(output)
-            if reply.load is not None:
-                load = reply.load
+            if (load := reply.load) is not None:
                 self.book.reconcile(replica, load.waiting_tokens, load.running_tokens, load.requests, reply.ticket)
         elif isinstance(reply, wire.Pulse):
             self.health_book.heard(replica, reply)
@@ -251,7 +248,7 @@ class DataParallelClient(Operated):
         for order in self.mode.orders():
             self._fleet.send(replica, order)
         self.book.set_routable(replica, True)
-        homeless, self._homeless = self._homeless, []
+        homeless, self._homeless = self._homeless, {}
         for name in homeless:
             self._place(name)
 
@@ -290,20 +287,24 @@ class DataParallelClient(Operated):
     def _replay(self, name: str, now_s: float, error: ExecutorError) -> None:
         live = self._live[name]
         self._aliases.pop(live.alias, None)
-        live.replica, live.replays, live.lost_s = -1, live.replays + 1, live.lost_s or now_s
+        last, live.replica, live.replays, live.lost_s = live.replica, -1, live.replays + 1, live.lost_s or now_s
         if live.replays > MOST_REPLAYS:
-            self._finish(name)
             message = f"request {name!r} was given up: {live.replays} replicas died while they ran it; the last one: {error}"
-            self._outputs.append(EngineOutput(request_id=name, new_token_ids=[], finish_reason="error", error=message))
+            self._end(name, "error", last, message)
         else:
             self._place(name)
 
     def _fail(self, error: ExecutorError) -> None:
         """Nothing runs any more, and nothing will: every request ends with the error."""
         self.failure = error
-        for name in list(self._live):
-            self._finish(name)
-            self._outputs.append(EngineOutput(request_id=name, new_token_ids=[], finish_reason="error", error=str(error)))
+        for name, live in list(self._live.items()):
+            self._end(name, "error", live.replica, str(error))
+
+    def _end(self, name: str, why: FinishReason, at: int, error: str | None = None) -> None:
+        """End a request from here. at: the replica that ran it; where none did (-1), it counts as the first one's."""
+        self._finish(name)
+        number = self._first + max(0, at)
+        self._outputs.append(EngineOutput(request_id=name, new_token_ids=[], finish_reason=why, error=error, replica=number))
 
     def _raise_failure(self) -> None:
         if self.failure is not None:

@@ -38,7 +38,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = ("shutdown_timeout", "max_num_queued_reqs", "port")
 _FILES = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
 MOST_API_SERVERS = 64
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([^\s/?#@:A-Z\[\]]+|\[[0-9a-f:.]+\])(:[1-9][0-9]*)?")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9_.~-]+|\[[0-9a-f:.]+\])(?::([1-9][0-9]{0,4}))?")
 _OWN_PORTS = {"http": ":80", "https": ":443"}
 
 
@@ -106,7 +106,11 @@ def for_endpoint(config: EngineConfig, options: ServeOptions) -> EngineConfig:
         )
     if parallel.data_parallel_backend != "mp":
         raise ConfigError(f"data_parallel_hybrid_lb with data_parallel_backend={parallel.data_parallel_backend!r}: use mp.")
-    if local < 1 or start < 0 or start + local > size:
+    if local < 1:
+        raise ConfigError(
+            f"data_parallel_hybrid_lb with data_parallel_size_local={local}: a host with an endpoint runs at least 1 replica."
+        )
+    if start < 0 or start + local > size:
         raise ConfigError(
             f"data_parallel_start_rank={start} and data_parallel_size_local={local} make replicas {start} to {start + local - 1}, but "
             f"data_parallel_size={size} has 0 to {size - 1}: choose both so that they fit."
@@ -187,10 +191,13 @@ def check_folder(name: str, path: str | None, mode: int = 0o777) -> None:
 
 def _check_origins(options: ServeOptions) -> None:
     for origin in options.allowed_origins:
-        if origin != "*" and (not _ORIGIN.fullmatch(origin) or origin.endswith(_OWN_PORTS.get(origin.partition(":")[0], "/"))):
+        if origin in ("*", "null"):  # null: of pages without an origin, like files
+            continue
+        found = _ORIGIN.fullmatch(origin)
+        if not found or int(found[2] or 1) > 65535 or origin.endswith(_OWN_PORTS.get(origin.partition(":")[0], "/")):
             raise ConfigError(
                 f"allowed_origins={origin!r} is no origin as browsers send it: write scheme://host or scheme://host:port, in lower case, "
-                "with no path and no port that is the scheme's own, like https://a.example; * is any."
+                "international names as xn--..., with no path and no port that is the scheme's own, like https://a.example; * alone is any."
             )
     if options.allow_credentials and "*" in options.allowed_origins:
         raise ConfigError("allow_credentials with allowed_origins '*': any page could act for whoever visits it; name the origins.")

@@ -41,6 +41,8 @@ def _check_none_here(parallel: ParallelConfig, *, headless: bool) -> None:
         why = "it is 0 on a leader that runs none itself, and else at least 1"
     elif headless:
         why = "a headless host keeps at least 1"
+    elif launcher.is_external(parallel):
+        why = "a launcher's processes are ranks of the replicas on this host; with it it is found by itself"
     elif parallel.data_parallel_rank is not None:
         why = f"data_parallel_rank={parallel.data_parallel_rank} is one that runs here"
     elif parallel.data_parallel_size == 1:

@@ -120,7 +120,8 @@ class Executor(ABC):
         """From here on this process is followed by another when it fails: hosts that only have ranks of it wait for that one then."""
 
     def give_up(self, error: Exception) -> None:
-        """As `shutdown`, for something that went wrong above the ranks: those who run some for this process are told what."""
+        """As `shutdown`, at once, for something that went wrong above the ranks: those who run some for this process are told what, and
+        else would take its end for one in good order. What failed by itself has told them its own reason."""
         del error
         self.shutdown()
 

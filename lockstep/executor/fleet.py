@@ -355,8 +355,9 @@ class Fleet(Crew):
                 _log.exception("a failure callback raised")
 
     def _check_stopping(self, now: float) -> None:
-        """Shutdown: let ranks leave by themselves, then make them. Ranks that are starting look for no order: end them."""
-        if not self.settled.is_set():
+        """Shutdown: let ranks leave by themselves, then make them. Ranks that are starting look for no order: end them, and
+        those of an engine that failed."""
+        if not self.settled.is_set() or self.why:
             self._over = True
             return
         waited = now - self._stopping_since

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import msgspec
 
+from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.tree import EngineConfig
 from lockstep.executor import affinity, wire
@@ -104,7 +105,8 @@ class MultiprocExecutor(Executor):
         self._fleet.say_again()
 
     def give_up(self, error: Exception) -> None:
-        self._fleet.why = str(error).partition("\n")[0] or type(error).__name__
+        words = str(error).partition("\n")[0]
+        self._fleet.why = words if words and isinstance(error, ConfigError | ExecutorError) else f"{type(error).__name__}: {words}"
         self.shutdown()
 
     def shutdown(self) -> None:

@@ -97,7 +97,7 @@ def _connect(parallel: ParallelConfig, kind: str) -> None:
             f"{ray.__version__} and Python {platform.python_version()}), set RAY_AUTH_MODE=token if it wants a token (see `ray "
             "get-auth-token`), or set RAY_ADDRESS=local for a cluster of this process's own."
         ) from None
-    if parallel.data_parallel_size > 1:
+    if parallel.local_replicas > 1:
         raise ConfigError(
             f"data_parallel_size={parallel.data_parallel_size} with distributed_executor_backend='ray': every replica connects to the "
             "same cluster, and none runs here: start one with `ray start --head`, or set RAY_ADDRESS."

@@ -68,9 +68,8 @@ class Nodes:
         """A line for who started this: what runs the ranks, and the addresses that other hosts must reach. where: who serves the port."""
         parallel, door = self._plan.config.parallel, self._door
         backend = parallel.distributed_executor_backend or "mp"
-        why = f", as nnodes={parallel.nnodes} wants it" if backend == "mp" else ""
         if door is not None and _log.isEnabledFor(logging.WARNING):  # no warning, but to be seen where "waiting for node 1" is
-            say(f"distributed_executor_backend is {backend}{why}: {where}; nodes report at {door.at}, ranks meet at port {port} of {host}")
+            say(f"distributed_executor_backend is {backend}: {where}; nodes report at {door.at}, ranks meet at port {port} of {host}")
 
     def _start(self, node: Node, host: str, port: int) -> None:
         node.link.send(Start(self._plan.config, self._plan.spec, host, port, self._plan.again))

@@ -353,7 +353,7 @@ class AsyncEngine:
     async def _take(self, news: list[EngineOutput]) -> None:
         by_job: dict[str, list[EngineOutput]] = {}
         for one in news:
-            by_job.setdefault(one.request_id.rpartition(".")[0] or one.request_id, []).append(one)
+            by_job.setdefault(wire.job_of(one.request_id), []).append(one)
         now_s, ended = time.monotonic(), list[str]()
         for name, outputs in by_job.items():
             self._replays.brought(name, now_s)

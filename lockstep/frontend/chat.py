@@ -8,6 +8,7 @@ from typing import Any
 from lockstep.config.errors import ConfigError
 from lockstep.frontend.errors import PromptError
 from lockstep.frontend.tokenizer import encode
+from lockstep.utils.interrupt import at_once
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -24,7 +25,8 @@ def conversations(messages: Conversation | Sequence[Conversation]) -> list[Conve
 
 def check_template(name: str, text: str) -> None:
     """Compile a template where it will be rendered, in the tokenizer's sandbox. Raises ConfigError where that fails; name: of its file."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    with at_once():
+        from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
         render_jinja_template(conversations=[], chat_template=text)

@@ -42,7 +42,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "wake_up": lambda client: client.wake_up(),
     "reset_prefix_cache": lambda client: client.reset_prefix_cache(),
     "requests": lambda client: client.requests(),
-    "unfinished": lambda client: len(client.requests()),
+    "unfinished": lambda client: len({wire.job_of(info.request_id) for info in client.requests()}),
     "abort_requests": lambda client, names=None: abort(client, names),
     "mode": lambda client: [(health := client.health()).paused, health.sleep_level],
     "write_profile": lambda client, folder: str(client.stop_profile().write(folder)),
@@ -78,7 +78,7 @@ def abort(client: EngineClient, names: list[str] | None) -> list[str]:
     """
     asked, found = set(names or ()), []
     for info in client.requests():
-        called = {info.response_id, info.external_id, info.request_id, info.request_id.rpartition(".")[0]} - {""}
+        called = {info.response_id, info.external_id, info.request_id, wire.job_of(info.request_id)} - {""}
         if names is None or called & asked:
             found.append(info.request_id)
     client.abort(found)

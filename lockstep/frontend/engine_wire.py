@@ -134,3 +134,8 @@ def engine_proof(secret: str, theirs: bytes, ours: bytes) -> bytes:
 def api_proof(secret: str, ours: bytes, theirs: bytes) -> bytes:
     """What an API process says to be believed; nonces: as above."""
     return handshake.prove(secret, "api", ours, theirs)
+
+
+def job_of(request_id: str) -> str:
+    """The job of an engine's request: `JOB`, or `JOB.CHOICE` where it makes several completions."""
+    return request_id.rpartition(".")[0] or request_id

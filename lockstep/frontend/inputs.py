@@ -81,7 +81,7 @@ class InputProcessor:
         others = msgspec.structs.replace(first, prompt_logprobs=None) if first.prompt_logprobs is not None else first
         requests = [
             EngineRequest(
-                request_id=name if sampling.n == 1 else f"{name}.{choice}",
+                request_id=name if sampling.n == 1 else f"{name}.{choice}",  # see job_of
                 prompt_token_ids=ids,
                 sampling=others if choice else first,
                 seed=seed,

@@ -244,7 +244,7 @@ class RequestMetrics:
             shape={
                 "tp": parallel.tensor_parallel_size,
                 "pp": parallel.pipeline_parallel_size,
-                "dp": parallel.data_parallel_size,
+                "dp": parallel.replicas_served,
             },
             uptime_s=self._clock() - self.started_s,
             requests=sum(sum(numbers.finished.values()) for numbers in self._engines.values()),

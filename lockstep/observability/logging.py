@@ -5,6 +5,7 @@ What clients send (prompts, keys, queries) is in none of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -44,10 +45,12 @@ def configure(level: str = "warning", rank: int | None = None) -> None:
 
 
 def say(message: str) -> None:
-    """Write what an operator is to read whatever the level is: as it is, or, among lines of JSON, as one of them."""
+    """Write what an operator is to read whatever the level is: as it is, or, among lines of JSON, as one of them. Never raises."""
     if env.log_format() == "json":
         message = _Json(None).format(logging.LogRecord(ROOT, logging.INFO, "", 0, message, (), None))
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error any more
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
 
 
 def adopt(name: str, level: str) -> None:

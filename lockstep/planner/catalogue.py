@@ -20,7 +20,7 @@ from lockstep.planner.quantity import COUNT, mapping, read
 from lockstep.utils import env
 
 SHIPPED = Path(__file__).parent / "data" / "devices.json"
-_CLUSTER = re.compile(r"(?:(\d+)[xX])?(?:(\d+)[xX])?([A-Za-z][\w.+-]*)")
+_CLUSTER = re.compile(r"(?:([0-9]{1,9})[xX])?(?:([0-9]{1,9})[xX])?([A-Za-z][\w.+-]*)")
 _FILES = (".yaml", ".yml", ".json")
 
 FORM = "A cluster is NODESxDEVICESxDEVICE, as in 2x8xH100 or 8xH200, or the name of a YAML file."

@@ -174,16 +174,20 @@ class Batch:
     async def wait(self) -> list[RequestOutput]:
         """The last output of each that was started. Raises ApiError when one fails."""
         outputs = await asyncio.gather(*(last(stream) for stream in self._streams))
-        for output in outputs:
-            self._raise_error(output)
+        for error in map(self._error, outputs):
+            if error is not None:
+                raise error
         return outputs
 
     async def deltas(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(prompt, output) of those that were started, as they come. Raises ApiError when one fails."""
         if len(self._streams) == 1:
             async for output in self._streams[0]:
-                self._raise_error(output)
-                yield 0, output
+                error = self._error(output)
+                if error is None or _reopened(output):
+                    yield 0, output
+                if error is not None:
+                    raise error
             return
         queue: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
         pumps = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self._streams)]
@@ -192,23 +196,40 @@ class Batch:
             while left:
                 index, output = await queue.get()
                 left -= output.finished
-                self._raise_error(output)
-                yield index, output
+                error = self._error(output)
+                if error is None or _reopened(output):
+                    yield index, output
+                if error is not None:
+                    raise error
         finally:
             for pump in pumps:
                 pump.cancel()
 
-    def _raise_error(self, output: RequestOutput) -> None:
-        """Raises ApiError for an output that failed, or that the server cut off: at a deadline, or at the end of a drain."""
-        if self._running is not None and self._running.why is not None and any(one.finish_reason == "abort" for one in output.outputs):
-            raise self._running.why
+    def _error(self, output: RequestOutput) -> ApiError | None:
+        """What to tell for an output that failed, or that the server cut off: at a deadline, or at the end of a drain."""
+        if self._running is not None and self._running.why is not None and _cut(output):
+            return self._running.why
         for one in output.outputs:
             if one.finish_reason != "error":
                 continue
             said = output.error or "the request failed in the engine."
             if said.startswith("structured_outputs"):  # found only beside the model: what was asked for cannot be written
-                raise misshapen(said, self._shape)
-            raise ApiError(503, said, code="shutting_down" if said == SHUTTING_DOWN else "engine_error", headers=AGAIN)
+                return misshapen(said, self._shape)
+            return ApiError(503, said, code="shutting_down" if said == SHUTTING_DOWN else "engine_error", headers=AGAIN)
+        return None
+
+
+def _cut(output: RequestOutput) -> bool:
+    """Whether a completion was ended from outside."""
+    return any(one.finish_reason == "abort" for one in output.outputs)
+
+
+def _reopened(output: RequestOutput) -> bool:
+    """Whether completions were ended from outside, whose last text is to be told: they have not ended by themselves."""
+    cut = [one for one in output.outputs if one.finish_reason == "abort"]
+    for one in cut:
+        one.finish_reason = None
+    return bool(cut)
 
 
 async def _pump(index: int, stream: Stream, queue: asyncio.Queue[tuple[int, RequestOutput]]) -> None:

@@ -240,11 +240,12 @@ class BatchOutput:
         if self._part is None:
             return
         try:
+            os.fsync(self._file.fileno())  # some file systems say only now that there is no room
             self._part.replace(self._path)  # while it is held: whoever comes next finds none, and makes its own
+            self._part = None
             self._file.close()
         except OSError as e:
             raise self._unwritable(e) from None
-        self._part = None
 
     def _unwritable(self, error: OSError) -> ConfigError:
         if isinstance(error, _HeldError):

@@ -71,13 +71,8 @@ def hub_offline() -> bool:
 
 
 def openai_api_key() -> str:
-    """OPENAI_API_KEY: the key that `lockstep bench serve` and `lockstep complete` send when none is given; empty means none."""
+    """OPENAI_API_KEY: a client's key; empty means none."""
     return _text("OPENAI_API_KEY")
-
-
-def key_to_send() -> str:
-    """The key that `lockstep top` sends when none is given: the first of LOCKSTEP_API_KEY, else OPENAI_API_KEY; empty means none."""
-    return next(iter(api_keys()), "") or openai_api_key()
 
 
 def torchrun_rank() -> tuple[int, int, int] | None:

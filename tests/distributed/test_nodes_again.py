@@ -14,15 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, call
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
-from lockstep.cluster.replica_main import tell_hosts
 from lockstep.config.errors import ConfigError
+from lockstep.engine.core import EngineCore
 from lockstep.executor.contract import ExecutorError
-from lockstep.testing.executors import children_of, decode_plan, fake_executor, wait_for
+from lockstep.protocol import EngineRequest, SamplingParams
+from lockstep.testing.executors import SPEC, children_of, decode_plan, fake_config, fake_executor, wait_for
 from lockstep.testing.nodes import Agent, fake_agent, held_port, held_ports, pids_by_rank, seconds
 from lockstep.testing.server import RunningServer, running_server
 from lockstep.utils import procs
@@ -105,24 +106,43 @@ def test_an_engine_that_failed_above_its_ranks_is_joined_again() -> None:
         common = {"tp": 2, "nnodes": 2, "master_port": port, "cpu_binding": False, "startup_s": 30}
         with fake_agent(**common, node_rank=1) as agent:
             with fake_executor(**common) as executor:
+                core = EngineCore(fake_config(**common), SPEC, executor, just_in_time=True)
                 executor.say_again()
-                steps(executor)
-                tell_hosts(executor, None, KeyError("a block that is not there"))
+                core.scheduler.schedule = Mock(side_effect=KeyError("a block that is not there"))
+                core.add_request(EngineRequest(request_id="x", prompt_token_ids=[1, 2], seed=0, sampling=SamplingParams(max_tokens=3)))
+                with pytest.raises(KeyError) as found:
+                    core.step()
+                executor.give_up(found.value)  # as the replica's process does
+                core.shutdown()
             with fake_executor(**common) as executor:
                 steps(executor)
             assert agent.wait() == 0, agent.said()
-            assert "a block that is not there" in agent.said() and agent.said().count("looks for the leader") == 1
+            assert "KeyError: 'a block that is not there'" in agent.said() and agent.said().count("looks for the leader") == 1
 
 
-def test_hosts_are_told_of_a_failure_unless_the_executor_told_them() -> None:
-    executor, core = Mock(), Mock(failure=None)
-    tell_hosts(executor, core, error := KeyError("x"))
-    tell_hosts(executor, None, error)
-    assert executor.give_up.mock_calls == [call(error), call(error)]
-    core.failure = ExecutorError("rank 1 died")
-    tell_hosts(executor, core, core.failure)
-    tell_hosts(None, None, error)
-    assert len(executor.mock_calls) == 2
+def test_what_failed_by_itself_has_told_its_own_reason() -> None:
+    with held_port() as port:
+        common = {"tp": 2, "nnodes": 2, "master_port": port, "cpu_binding": False, "startup_s": 30}
+        with fake_agent(**common, node_rank=1) as agent:
+            with fake_executor(**common) as executor:
+                executor.say_again()
+                os.kill(pids_by_rank(executor)[0], signal.SIGKILL)
+                with pytest.raises(ExecutorError, match="rank 0 died"):
+                    executor.collective_rpc("misbehave", ("sleep:5",))
+                executor.give_up(KeyError("what came of it"))
+            with fake_executor(**common) as executor:
+                steps(executor)
+            assert agent.wait() == 0, agent.said()
+            assert "rank 0 died" in agent.said() and "what came of it" not in agent.said()
+
+
+def test_nodes_start_where_nobody_reads_standard_error_any_more() -> None:
+    with held_port() as port:
+        common = {"tp": 2, "nnodes": 2, "master_port": port, "cpu_binding": False, "startup_s": 30}
+        with fake_agent(**common, node_rank=1), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stderr", Mock(write=Mock(side_effect=BrokenPipeError)))
+            with fake_executor(**common) as executor:
+                steps(executor)
 
 
 def test_an_agent_looks_for_its_leader_for_as_long_as_a_start_may_take() -> None:

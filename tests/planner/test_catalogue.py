@@ -45,6 +45,11 @@ def test_no_devices_are_refused():
         catalogue.cluster("0x8xH100")
 
 
+def test_a_cluster_of_a_number_without_end_is_refused():
+    with pytest.raises(ConfigError, match="cannot be read"):
+        catalogue.cluster("9" * 5000 + "xH100")
+
+
 def test_a_cluster_of_an_unknown_device_is_told_what_a_cluster_is():
     with pytest.raises(ConfigError, match=r"cluster 'foo': .* not in the catalogue.* NODESxDEVICESxDEVICE, as in 2x8xH100"):
         catalogue.cluster("foo")

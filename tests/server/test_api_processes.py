@@ -41,7 +41,7 @@ def processes(server: RunningServer, module: str) -> list[psutil.Process]:
 def test_one_that_is_stopped_is_replaced() -> None:
     with running_server("--api-server-count", "2", tp=1) as server:
         (first, second), (engine,) = processes(server, "processes_child"), processes(server, "engine_process")
-        long = {"prompt": "def f(", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        long = {"prompt": "def f(", "max_tokens": 1500, "ignore_eos": True, "stream": True, "n": 2}
         with httpx.stream("POST", server.url + "/v1/completions", json=long, timeout=60) as stream:
             lines = stream.iter_lines()  # kept: a stream whose iterator is gone is closed
             next(lines)

@@ -66,6 +66,13 @@ def test_a_stream_that_the_server_cuts_off_ends_with_the_error_that_it_is(path: 
     assert "abort" not in answer.text
 
 
+def test_what_was_held_back_for_a_stop_string_is_told_when_the_server_cuts_off() -> None:
+    body = BODIES["/v1/completions"] | {"stop": ["pass on"], "stream": True, "stream_options": {"include_usage": True}}
+    answer = cut(Scripted("def f(): pass", hangs=True), "/v1/completions", "deadline_exceeded", **body)
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert "".join(one["text"] for chunk in chunks[:-1] for one in chunk["choices"]) == "def f(): pass" and "error" in chunks[-1]
+
+
 @pytest.mark.parametrize("more", [{"n": 3}, {"prompt": ["x", "y"]}, {"prompt": ["x", "y"], "n": 2, "stream_interval": 4}])
 def test_of_several_choices_there_is_one_error(more: dict[str, Any]) -> None:
     answer = cut(Scripted("def f(): pass", hangs=True), "/v1/completions", "deadline_exceeded", **{"prompt": "x"} | more, stream=True)

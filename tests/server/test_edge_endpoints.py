@@ -70,6 +70,12 @@ def test_a_server_has_its_own_replicas_and_they_are_started_again(flags: tuple[s
         assert len(running) == count
         first = httpx.post(f"{server.url}/v1/completions", json=ASK, timeout=60).json()["choices"][0]["text"]
         check_numbers(server, numbers)
+        long = ASK | {"max_tokens": 1500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=long, timeout=60) as stream:
+            next(stream.iter_lines())
+        assert wait_for(lambda: 'finished_reason="abort"} 1.0' in httpx.get(f"{server.url}/metrics").text)
+        engines = set(re.findall(r'engine="(\d+)"', httpx.get(f"{server.url}/metrics").text))
+        assert engines == {str(number) for number in numbers}, "what a client ended counts for the replica that ran it"
         for pid, _ in running:
             os.kill(pid, signal.SIGKILL)
         assert wait_for(lambda: unwell(server) == set(numbers)), "the replicas are named as anywhere else"

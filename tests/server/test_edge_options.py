@@ -51,9 +51,11 @@ from lockstep.utils import env
                 "https://a.example/",
                 "https://A.example",
                 "http://a:80",
-                "null",
                 "*.a",
                 "http://a:b",
+                "https://*.example.com",
+                "https://bücher.example",
+                "http://a:65536",
             )
         ),
         ({"served_model_name": ["m", ""]}, "served_model_name='' is no name"),
@@ -68,7 +70,7 @@ def test_refused(settings: dict[str, Any], word: str) -> None:
 
 
 def test_origins_as_browsers_send_them() -> None:
-    origins = ["*", "https://a.example", "http://localhost:5173", "http://[::1]:80800", "chrome-extension://abc", "https://a:80"]
+    origins = ["*", "https://a.example", "http://localhost:5173", "http://[::1]:8080", "null", "chrome-extension://abc", "https://a:80"]
     assert check_options(ServeOptions(allowed_origins=origins)).allowed_origins == origins
 
 

@@ -53,8 +53,9 @@ def until(true: Callable[[], bool], limit_s: float = 20.0) -> None:
 class Streaming:
     """A stream read on a thread."""
 
-    def __init__(self, server: RunningServer, tokens: int = 600, prompt: str = "def f(a):") -> None:
-        self.text, self.reason, self._body = "", None, {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    def __init__(self, server: RunningServer, tokens: int = 600, prompt: str = "def f(a):", n: int = 1) -> None:
+        self.text, self.reason = "", None
+        self._body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0 if n == 1 else 1, "stream": True, "n": n}
         self._url = server.url + "/v1/completions"
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.thread.start()
@@ -63,9 +64,9 @@ class Streaming:
         with httpx.stream("POST", self._url, json=self._body, timeout=60) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
-                    (choice,) = json.loads(line[6:])["choices"]
-                    self.text += choice["text"]
-                    self.reason = choice["finish_reason"] or self.reason
+                    for choice in json.loads(line[6:])["choices"]:
+                        self.text += choice["text"]
+                        self.reason = choice["finish_reason"] or self.reason
 
 
 def rank_memory(server: RunningServer) -> int:
@@ -90,6 +91,10 @@ def test_load_is_of_this_moment(server: RunningServer) -> None:
     for stream in streams:
         stream.thread.join(60)
     assert get(server, "/load")["server_load"] == 0
+    several = Streaming(server, n=2)
+    until(lambda: bool(several.text))
+    assert get(server, "/load")["server_load"] == 1, "a request, of two completions"
+    several.thread.join(60)
 
 
 def test_a_pause_keeps_requests(server: RunningServer) -> None:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -363,6 +364,18 @@ def test_an_empty_part_file_of_a_killed_run_is_taken_over(tmp_path: Path) -> Non
         out.write(result_of(read_line(1, b"no json")))
         out.finish()
     assert (tmp_path / "out").read_bytes().count(b"\n") == 1 and not part.exists()
+
+
+def test_what_a_file_system_says_late_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, old = str(tmp_path / "out"), b"of an earlier run"
+    Path(name).write_bytes(old)
+    with BatchOutput(name) as out:
+        out.write(result_of(read_line(1, b"no json")))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EDQUOT, "quota")))
+            with pytest.raises(ConfigError, match="quota"):
+                out.finish()
+        assert Path(name).read_bytes() == old and Path(out.where).read_bytes().count(b"\n") == 1
 
 
 def test_a_run_that_ends_leaves_alone_what_is_not_its_own(tmp_path: Path) -> None:

@@ -48,6 +48,11 @@ BROKEN = [
     (False, {"data_parallel_size_local": 0}, ["data_parallel_size_local=0", "data_parallel_size=1"]),
     (False, {**LEADER, "data_parallel_size_local": -1}, ["data_parallel_size_local=-1", "at least 1"]),
     (False, {**LEADER, "data_parallel_size_local": 0, "data_parallel_rank": 1}, ["data_parallel_size_local=0", "data_parallel_rank=1"]),
+    (
+        False,
+        {"data_parallel_size": 2, "data_parallel_size_local": 0, "distributed_executor_backend": "external_launcher"},
+        ["data_parallel_size_local=0", "launcher's processes", "leave it out"],
+    ),
     (True, {}, ["headless with data_parallel_size=1"]),
     (True, {**KEPT, "data_parallel_address": ""}, ["data_parallel_address=''"]),
 ]

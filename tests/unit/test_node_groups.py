@@ -72,7 +72,7 @@ def test_a_node_that_keeps_replicas_is_named_as_it_was_started(capfd: pytest.Cap
         words = doorman.missing([2, 3], 5.0)
     finally:
         doorman.close()
-    said = f"distributed_executor_backend is uni, as a replica has 1 rank: hosts report at 127.0.0.1:{doorman.port}\n"
+    said = f"distributed_executor_backend is uni: hosts report at 127.0.0.1:{doorman.port}\n"
     assert capfd.readouterr().err == said, "told at the start, with the port that was found"
     assert "replicas 2, 3 have not reported" in words
     assert "-dp 4 --nnodes 2 --node-rank N --master-addr 127.0.0.1 --master-port 29777` on node N = 1" in words

@@ -51,6 +51,13 @@ def test_special_tokens_count_where_the_text_has_them() -> None:
 
 def test_tokens_that_the_tokenizer_adds_to_a_prompt_are_not_in_its_text() -> None:
     tokenizer = Tokenizer()
-    for text, expected in (("ab", [0, 0, 1]), ("<bos>ab", [0, 5, 6])):
-        found = prompt_offsets(tokenizer, [256, 97, 98], text)
-        assert [found.next(i, tokenizer.decode([i], skip_special_tokens=False)) for i in (256, 97, 98)] == expected
+    for ids, text, expected in (
+        ([256, 97, 98], "ab", [0, 0, 1]),
+        ([256, 97, 98], "<bos>ab", [0, 5, 6]),
+        ([256, 97, 257, 98], "a<eos>b", [0, 0, 1, 6]),
+        ([256, 257, 98, 257], "<eos>b", [0, 0, 5, 6]),
+        ([256], "", [0]),
+        ([256, 97], "another", [0, 0]),
+    ):
+        found = prompt_offsets(tokenizer, ids, text)
+        assert [found.next(i, tokenizer.decode([i], skip_special_tokens=False)) for i in ids] == expected

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from lockstep.cli import client, collect_env, top
+from lockstep.cli.client import key_for
 from lockstep.cli.errors import UsageError
 from lockstep.cli.top_table import picture
 from lockstep.frontend.request_metrics import RequestMetrics
@@ -88,6 +89,19 @@ def test_once_prints_one_table_or_one_line_of_json(capsys: pytest.CaptureFixture
                 for name, value in variables.items():
                     patch.setenv(name, value)
                 assert top.run([url, "--once"]) == 0
+
+
+def test_the_servers_own_key_is_sent_to_this_host_or_through_tls_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCKSTEP_API_KEY", "own other")
+    for url in ("http://127.0.0.1:8000", "http://localhost:8000/v1", "http://[::1]:80", "https://gpu.example"):
+        assert key_for(url, None) == "own"
+        assert key_for(url, "") == ""
+    for url in ("http://gpu.example:8000", "http://10.0.0.1", "http://[", "gpu.example"):
+        assert key_for(url, None) == ""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPENAI_API_KEY", "sk")
+            assert key_for(url, None) == "sk"
+            assert key_for(url, "given") == "given"
 
 
 @pytest.mark.parametrize(("body", "status", "words"), [(b"hello", 200, "JSON"), (b"[]", 200, "replicas"), (b"{}", 500, "HTTP 500")])

@@ -25,10 +25,10 @@ from lockstep.cli.bench.serve_client import Client, LoadError, Record
 from lockstep.cli.bench.serve_load import Ask, arrivals, random_load, read_load
 from lockstep.cli.bench.serve_plot import plot
 from lockstep.cli.bench.serve_stats import figures, parse_sla, percentile, table
+from lockstep.cli.client import KEY_HELP, key_for
 from lockstep.cli.errors import UsageError
 from lockstep.cli.tls import client_context
 from lockstep.config.tree import opt
-from lockstep.utils import env
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 TICK_S = 0.02  # how often the client looks whether it is late itself
@@ -41,7 +41,7 @@ class ServeArgs:
 
     base_url: str = opt("http://127.0.0.1:8000", "Address of the server, without /v1.")
     model: str | None = opt(None, "Name of the model in requests; default: the server's first.")
-    api_key: str | None = opt(None, "Key to send; default: the environment's OPENAI_API_KEY.")
+    api_key: str | None = opt(None, KEY_HELP)
     ca_cert: str | None = opt(None, "File of certificates (PEM) to trust for https, instead of the system's.")
     insecure: bool = opt(False, "Take any certificate.")
     endpoint: str = opt("completions", "completions or chat (also as paths: /v1/completions, /v1/chat/completions).")
@@ -129,7 +129,7 @@ class Outcome:
 
 async def drive(args: ServeArgs) -> Outcome:
     """Send the load. Raises LoadError when the server cannot be asked for its model, or refuses every warm-up."""
-    key = args.api_key or env.openai_api_key()
+    key = key_for(args.base_url, args.api_key or None)
     tls = client_context(args.ca_cert, args.insecure)
     client = Client(args.base_url, {"Authorization": f"Bearer {key}"} if key else {}, args.request_timeout, tls)
     try:
