@@ -1,4 +1,5 @@
-"""How much of the time pipeline stages idle, beside what theory allows with the stage times of the same run.
+"""How much of the time pipeline stages idle, beside what theory allows with the stage times of the same run: each step's own time
+(`predicted`), the stages' mean times (`by_means`), and equal ones (`formula`).
 
     python benchmarks/pipeline.py MODEL -pp 2
 
@@ -34,7 +35,7 @@ def run(llm: LLM, count: int, prompt_len: int, output_len: int, seed: int) -> Sc
     return Schedule.of(llm.stop_profile(), parallel.pipeline_parallel_size, parallel.stage_size)
 
 
-def line(name: str, measured: list[float], predicted: list[float], **more: Any) -> dict[str, Any]:
+def line(name: str, measured: list[float], predicted: list[float], by_means: list[float], **more: Any) -> dict[str, Any]:
     """A result: medians, their ratio, and every repetition."""
     ratio = median(m / p for m, p in zip(measured, predicted, strict=True)) if min(predicted) > 1e-3 else None
     return {
@@ -45,6 +46,7 @@ def line(name: str, measured: list[float], predicted: list[float], **more: Any) 
         "measured_over_predicted": None if ratio is None else round(ratio, 3),
         "all": [round(m, 4) for m in measured],
         "all_predicted": [round(p, 4) for p in predicted],
+        "by_means": round(median(by_means), 4),
         **more,
     }
 
@@ -63,25 +65,30 @@ def main() -> None:
     about |= {"partition": args.pipeline_layer_partition or "balanced", "command": "python " + " ".join([sys.argv[0], *sys.argv[2:]])}
     room = {"max_model_len": 1024, "kv_cache_memory_bytes": 1 << 28, "enable_prefix_caching": False}
     split = {"pipeline_parallel_size": args.pipeline_parallel_size, "pipeline_layer_partition": args.pipeline_layer_partition}
-    found: dict[str, list[list[float]]] = {"prefill": [[], []], "decode": [[], []]}
+    found: dict[str, list[list[float]]] = {"prefill": [[], [], []], "decode": [[], [], []]}
+    p, m = args.pipeline_parallel_size, min(args.batch, args.pipeline_parallel_size)
+    formulas = {"prefill": (p - 1) / (p + args.prompts - 1), "decode": 1 - m / p}
     with LLM(args.model, max_num_batched_tokens=PROMPT_LEN, max_num_seqs=args.batch, threads_per_rank=1, **split, **room) as llm:
         run(llm, args.batch, 16, 8, 0)
         for number in range(1, args.repetitions + 1):
             watch = machine.Noise()
             prefill = run(llm, args.prompts, PROMPT_LEN, 1, number)
-            decode = run(llm, args.batch, 16, 64, number).middle()
-            for name, schedule, predicted in (
-                ("prefill", prefill, bounded_idle(prefill.mean_s(), prefill.micro_batches)),
-                ("decode", decode, steady_idle(decode.mean_s(), min(args.batch, args.pipeline_parallel_size))),
+            whole = run(llm, args.batch, 16, 64, number)
+            decode = whole.middle()
+            for name, schedule, played, means in (
+                ("prefill", prefill, prefill.played(), bounded_idle(prefill.mean_s(), prefill.micro_batches)),
+                ("decode", decode, whole.played(m).middle(), steady_idle(decode.mean_s(), m)),
             ):
-                found[name][0].append(schedule.idle_share())
-                found[name][1].append(predicted)
+                for values, value in zip(found[name], (schedule.idle_share(), played.idle_share(), means), strict=True):
+                    values.append(value)
                 times = ", ".join(f"{mean * 1e3:.1f}" for mean in schedule.mean_s())
-                print(f"{name}: idle {schedule.idle_share():.3f}, predicted {predicted:.3f}; ms a stage {times}", file=sys.stderr)
+                said = f"idle {schedule.idle_share():.3f}, predicted {played.idle_share():.3f}, by means {means:.3f}"
+                print(f"{name}: {said}; ms a stage {times}", file=sys.stderr)
             print(f"other cores busy: {watch.other_cores():.2f}", file=sys.stderr)
         print(f"{decode.picture()}", file=sys.stderr)
     for name, what in (("prefill", "idle_share_bounded_prefill"), ("decode", "idle_share_steady_decode")):
-        print(json.dumps(line(what, *found[name], batch=args.prompts if name == "prefill" else args.batch, **about)))
+        batch = args.prompts if name == "prefill" else args.batch
+        print(json.dumps(line(what, *found[name], formula=round(formulas[name], 4), batch=batch, **about)))
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """just_in_time: for a caller that hears of requests while steps run, between its calls of `step`. The next step is then
-        planned when the one that runs is about to end, not at once, so that a request need not wait for two. (In a pipeline,
-        where every stage has a step, there is no such moment.)
+        planned when the one that runs is about to end, not at once, so that a request need not wait for two. In a pipeline every
+        stage has a step, and the next one is planned when the oldest is about to end.
         """
         self.memory, self.config = size_engine(config, spec, executor)
         self.executor = executor
@@ -64,7 +64,8 @@ class EngineCore:
         )
         ahead = config.scheduler.async_scheduling or config.parallel.pipeline_parallel_size > 1
         self.depth = executor.max_concurrent_batches if ahead else 1
-        self._just_in_time = just_in_time and ahead and config.parallel.pipeline_parallel_size == 1
+        self._stages = config.parallel.pipeline_parallel_size
+        self._just_in_time = just_in_time and self.depth > self._stages
         self._timeout_s = config.parallel.execute_model_timeout_seconds + RESULT_GRACE_S
         self._meter = StepMeter(clock)
         self._in_flight: deque[tuple[ScheduledStep, StepFuture, float]] = deque()  # oldest first, with when it was issued
@@ -115,6 +116,7 @@ class EngineCore:
         if not self._just_in_time:
             self._issue(self.depth)
         elif self._in_flight:
+            self._issue(self._stages)
             slack_s = self._slack_s()
             if slack_s <= 0:
                 self._issue(self.depth)
@@ -123,7 +125,7 @@ class EngineCore:
         if self._in_flight:
             self._take_oldest()
         if self._just_in_time:
-            self._issue(1)  # does nothing but where the ranks have nothing to do
+            self._issue(self._stages)  # does nothing but where ranks have nothing to do
 
     def _issue(self, depth: int) -> None:
         """Plan steps and hand them over, until `depth` are in flight."""

@@ -20,7 +20,7 @@ class ScheduledStep:
 class PlanBuilder:
     """Collects the rows of one step under its token budget."""
 
-    __slots__ = ("arrived", "budget", "new", "new_blocks", "num_computed", "num_tokens", "rows", "sampled", "samples", "slots")
+    __slots__ = ("budget", "new", "new_blocks", "num_computed", "num_tokens", "rows", "sampled", "samples", "slots")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # tokens left
@@ -32,7 +32,6 @@ class PlanBuilder:
         self.samples: list[bool] = []
         self.new: list[NewRequest] = []
         self.new_blocks: list[tuple[int, list[int]]] = []
-        self.arrived: list[tuple[int, list[int]]] = []
 
     def add(self, request: Request, end: int, samples: bool) -> None:
         """Let the step compute the request up to token `end`; if it samples (or pools), a placeholder token is in flight from now on."""
@@ -60,6 +59,5 @@ class PlanBuilder:
             new=self.new,
             new_blocks=self.new_blocks,
             freed=freed,
-            arrived=self.arrived,
         )
         return ScheduledStep(plan, self.rows, self.sampled)

@@ -47,7 +47,7 @@ class Request:
         "prompt_logprobs",
         "queued_s",
         "request_id",
-        "sent",
+        "sampled_in",
         "slot",
         "source",
         "status",
@@ -72,7 +72,7 @@ class Request:
         self.block_ids: list[int] = []
         self.num_computed = 0
         self.in_flight = 0  # sampled tokens that have not arrived
-        self.sent = 0  # tokens that plans have told the workers; kept in pipelines only
+        self.sampled_in = 0  # the last step that sampled for it; kept in pipelines only
         self.block_hashes: list[bytes] = []  # names of its first full blocks, as far as they were needed
         self.next_publish = NEVER  # number of computed tokens that completes the next block to publish
         self.num_cached = -1  # prompt tokens found in the cache when it first ran

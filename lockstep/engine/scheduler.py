@@ -11,9 +11,10 @@ One `schedule` call:
 `schedule` may be called again before the results of earlier plans have arrived. Each such step in flight has left a
 placeholder token on every request that sampled in it, so lengths are known ahead though tokens are not.
 
-In a pipeline the steps in flight are micro-batches, one for each stage, and all different requests: one whose token is in
-flight waits for it (the first stage could not embed it), and a step takes no more than its share of the requests, so that
-the others find some too. A prompt's chunks may follow each other at once.
+In a pipeline the steps in flight are micro-batches, one for each stage, of different requests: a step takes no more than its
+share of them, so that the others find some too, and one whose token is in flight is left out until every stage has had a step
+since it was planned. Then its token comes from the last stage just when the first one is free for it: the step may be planned,
+and handed over, before. A prompt's chunks may follow each other at once.
 """
 
 from __future__ import annotations
@@ -124,6 +125,9 @@ class Scheduler:
         if not plan.rows:
             return None
         self.kv.commit()
+        if self._stages > 1:
+            for request in plan.sampled:
+                request.sampled_in = self._steps
         step = plan.build(self._steps, self._freed_slots)
         self._freed_slots = []
         self._steps += 1
@@ -140,7 +144,7 @@ class Scheduler:
         while at < len(running) and plan.budget > 0 and len(plan.sampled) < rows:
             request = running[at]
             at += 1
-            if pipelined and request.in_flight:
+            if pipelined and request.in_flight and self._steps - request.sampled_in < self._stages:
                 continue
             known = len(request.token_ids)
             total = known + request.in_flight
@@ -153,9 +157,6 @@ class Scheduler:
                 break  # it was the last, and preempted itself
             if end >= request.next_publish <= known:
                 self.kv.stage(request, end)
-            if pipelined and request.sent < known:
-                plan.arrived.append((request.slot, request.token_ids[request.sent :]))
-                request.sent = known
             plan.add(request, end, end == total)
         return self._preemptions != preemptions
 
@@ -216,7 +217,6 @@ class Scheduler:
         if not request.preemptions:
             request.queued_s = self._clock() - request.added_s
         request.status = Status.RUNNING
-        request.sent = len(request.token_ids)
         self.running.add(request)
         plan.new.append(request.as_new())
         if end >= request.next_publish:

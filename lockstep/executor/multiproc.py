@@ -41,7 +41,9 @@ class MultiprocExecutor(Executor):
         """
         self.timeline = Timeline()
         parallel = config.parallel
-        self.max_concurrent_batches = max(parallel.pipeline_parallel_size, 2 if config.scheduler.async_scheduling else 1)
+        # One for each stage, and one that waits for the first: the ranks never wait for the engine.
+        stages = parallel.pipeline_parallel_size
+        self.max_concurrent_batches = stages + 1 if config.scheduler.async_scheduling else stages
         self._step_limit_s = parallel.execute_model_timeout_seconds
         self._fleet = self._make_fleet(Plan(config, spec, Path(folder), worker_cls, again=again))
         self._finalizer = weakref.finalize(self, self._fleet.stop)  # also at exit

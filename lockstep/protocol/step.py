@@ -38,8 +38,8 @@ class StepPlan(msgspec.Struct, array_like=True, gc=False):
     keys and values to its blocks. If samples[i], the last of them yields logits and one new token, which every rank
     appends to the request's tokens by itself, so that the next plan may be made before this one's result is known.
 
-    Between pipeline stages sampled tokens travel in plans instead: a request is not scheduled while its token is in
-    flight, and the plan that schedules it again brings what it sampled (`arrived`).
+    In a pipeline only its last stage knows a token, and hands it back to the first one, which waits for it. So a request whose
+    token is in flight is not scheduled before every stage has had a step since.
     """
 
     step: int
@@ -50,7 +50,6 @@ class StepPlan(msgspec.Struct, array_like=True, gc=False):
     new: list[NewRequest] = []
     new_blocks: list[tuple[int, list[int]]] = []  # (slot, block ids appended to its table)
     freed: list[int] = []  # slots given back; applied before `new`
-    arrived: list[tuple[int, list[int]]] = []  # (slot, tokens it sampled that the ranks do not know); pipelines only
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):

@@ -111,7 +111,7 @@ class _Slot:
         self.new = new
         self.tokens = list(new.token_ids)
         self.blocks = list(new.block_ids)
-        self.owed: list[int] = []  # sampled, and not brought by a plan yet
+        self.sampled_in = -(1 << 30)  # the last step that sampled
         self.num_computed: int | None = None  # unknown until its first row: some of it may be cached
         self.first: int | None = None  # position that was computed first
         self.stops = set(new.eos_token_ids) | set(new.sampling.stop_token_ids or ())
@@ -140,7 +140,7 @@ class FakeFuture:
 
     def __init__(self, executor: FakeExecutor, plan: StepPlan, result: StepResult) -> None:
         self._executor, self._plan, self._result = executor, plan, result
-        self._delivered = False
+        self.step, self._delivered = plan.step, False
 
     def done(self) -> bool:
         return self._executor.issued - self._plan.step > self._executor.lag
@@ -160,7 +160,7 @@ class FakeExecutor(Executor):
     row reads: a block reused too early, shared wrongly or never written is found at the step that reads it.
 
     fail_at_step: raise ExecutorError at that step, when it is issued or (fail_on="result") waited for.
-    stages: of the pipeline that it stands for: above 1, sampled tokens are known only once a plan brings them.
+    stages: of the pipeline that it stands for: a token comes back to the first when the step has been through all of them.
     sick: called with (request id, position); true makes the row yield token -1, as a sampler without a usable logit.
     """
 
@@ -260,6 +260,8 @@ class FakeExecutor(Executor):
         assert len(set(plan.slots)) == len(plan.slots), "two rows of one slot"
         for at, count, slot, samples in zip(plan.num_computed, plan.num_tokens, plan.slots, plan.samples, strict=True):
             row = self._slots[slot]
+            near = plan.step - row.sampled_in < self.stages and any(row.sampled_in == future.step for future in self._pending)
+            assert self.stages == 1 or not near, f"slot {slot}: step {plan.step} would wait for the token of step {row.sampled_in}"
             values = self._compute(row, at, count, slot, access)
             if row.new.sampling.prompt_logprobs is not None:
                 last = min(at + count, row.new.num_prompt_tokens - 1)
@@ -267,19 +269,20 @@ class FakeExecutor(Executor):
                 result.prompt_logprobs.append((slot, entries))
             done = at + count == len(row.tokens)
             if row.new.pooling is not None:
-                assert not samples and not row.owed, f"slot {slot} wants a vector, and samples"
+                assert not samples, f"slot {slot} wants a vector, and samples"
                 assert row.new.pooling == "last" or row.first == 0, f"slot {slot} wants the mean of positions from {row.first} on"
                 if done:
                     result.embeddings.append((slot, embedding(row.tokens, row.new.pooling)))
                 continue
             assert samples == done, f"slot {slot}: samples={samples} at {at + count} of {len(row.tokens)} tokens"
             if samples:
+                row.sampled_in = plan.step
                 result.tokens.append(self._sample(row, values[-1]))
-                over, error = fake_grammar(row.new.sampling, len(row.tokens) + len(row.owed) - row.new.num_prompt_tokens)
+                over, error = fake_grammar(row.new.sampling, len(row.tokens) - row.new.num_prompt_tokens)
                 if over:
                     result.ended.append((len(result.tokens) - 1, error))
                 asked = row.new.sampling.logprobs is not None
-                logprobs.append(TokenLogprobs([result.tokens[-1]], [-float(len(row.tokens) + len(row.owed))], 1) if asked else None)
+                logprobs.append(TokenLogprobs([result.tokens[-1]], [-float(len(row.tokens))], 1) if asked else None)
         access.check()
         result.logprobs = logprobs if any(entry is not None for entry in logprobs) else None
         return result
@@ -294,11 +297,6 @@ class FakeExecutor(Executor):
             self._slots[new.slot] = _Slot(new)
         for slot, blocks in plan.new_blocks:
             self._slots[slot].blocks += blocks
-        for slot, tokens in plan.arrived:
-            assert self.stages > 1 and slot in plan.slots, f"slot {slot} is brought tokens without a row"
-            assert self._slots[slot].owed == tokens, f"slot {slot} is brought {tokens}, and sampled {self._slots[slot].owed}"
-            self._slots[slot].tokens += tokens
-            self._slots[slot].owed = []
 
     def _compute(self, row: _Slot, at: int, count: int, slot: int, access: _StepAccess) -> list[int]:
         """Check what the row reads, then write its keys and values. Returns these."""
@@ -324,13 +322,12 @@ class FakeExecutor(Executor):
     def _sample(self, row: _Slot, state: int) -> int:
         """Choose the next token and append it, as every rank does by itself."""
         new, num_output = row.new, len(row.tokens) - row.new.num_prompt_tokens
-        into = row.owed if self.stages > 1 else row.tokens
         if self.sick is not None and self.sick(new.request_id, len(row.tokens)):
-            into.append(0)
+            row.tokens.append(0)
             return -1
         forbidden = row.stops if num_output < new.sampling.min_tokens else ()
-        into.append(next_token(state, new.seed, new.choice, self.vocab_size, forbidden))
-        return into[-1]
+        row.tokens.append(next_token(state, new.seed, new.choice, self.vocab_size, forbidden))
+        return row.tokens[-1]
 
 
 class NoopFuture:

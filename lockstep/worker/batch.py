@@ -1,11 +1,12 @@
 """What a worker remembers of its running requests: one row per slot, the same on every rank.
 
 Every rank applies the same plans and appends the same sampled tokens, so all ranks' states stay equal without talking.
-(In a pipeline sampled tokens come with plans, and nobody calls append.)
+(In a pipeline most append placeholders: see `returns`.)
 
     field         written by                          holds
-    tokens        apply (new, arrived), append        all known tokens, prompt then output
-    lengths       apply (new, arrived), append        how many of them
+    tokens        apply (new), append        all tokens, prompt then output
+    lengths       apply (new), append        how many of them
+    tenants       apply (new)                counts who has had the slot: tokens that come late must find theirs
     prompt_lens   apply (new)                how many of them are prompt
     block_tables  apply (new, new_blocks)    the KV blocks of the request, in order
     num_blocks    apply (new, new_blocks)    how many of them
@@ -84,6 +85,7 @@ class BatchState:
     def __init__(self, capacity: int, max_model_len: int, block_size: int) -> None:
         self.capacity, self.max_model_len, self.block_size = capacity, max_model_len, block_size
         self.active: Flags = np.zeros(capacity, np.bool_)
+        self.tenants: I64 = np.zeros(capacity, np.int64)
         self.request_ids: list[str] = [""] * capacity
         self.tokens: I32 = np.zeros((capacity, max_model_len), np.int32)
         self.lengths: I64 = np.zeros(capacity, np.int64)
@@ -111,7 +113,7 @@ class BatchState:
         return sum(v.nbytes for v in vars(self).values() if isinstance(v, np.ndarray))
 
     def apply(self, plan: StepPlan) -> None:
-        """Take the plan's changes in: slots given back, then new requests, then new blocks and tokens."""
+        """Take the plan's changes in: slots given back, then new requests, then new blocks."""
         for slot in plan.freed:
             assert self.active[slot], f"step {plan.step} frees slot {slot}, which holds no request"
             self.active[slot] = False
@@ -120,12 +122,6 @@ class BatchState:
         for slot, blocks in plan.new_blocks:
             assert self.active[slot], f"step {plan.step} gives blocks to slot {slot}, which holds no request"
             self._extend(slot, blocks)
-        for slot, tokens in plan.arrived:
-            assert self.active[slot], f"step {plan.step} brings tokens to slot {slot}, which holds no request"
-            length = int(self.lengths[slot])
-            assert length + len(tokens) <= self.max_model_len, f"a request grew over max_model_len={self.max_model_len}"
-            self.tokens[slot, length : length + len(tokens)] = tokens
-            self.lengths[slot] = length + len(tokens)
 
     def append(self, slots: I64, tokens: I64) -> None:
         """Append one sampled token to each of `slots`."""
@@ -159,6 +155,7 @@ class BatchState:
         assert not self.active[slot], f"step {step} puts {request.request_id} in slot {slot}, which holds {self.request_ids[slot]}"
         assert 0 < request.num_prompt_tokens <= count <= self.max_model_len, f"{request.request_id} has {count} tokens"
         self.active[slot] = True
+        self.tenants[slot] += 1
         self.request_ids[slot] = request.request_id
         self.tokens[slot, :count] = request.token_ids
         self.lengths[slot], self.prompt_lens[slot] = count, request.num_prompt_tokens

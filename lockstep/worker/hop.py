@@ -3,8 +3,7 @@
     stage            0                1                last
     activations      forward -send->  recv, forward -> recv, forward, sample
 
-Sampled tokens go back by way of the engine: the output rank reports them, and the next plan of their requests brings them.
-So no stage ever waits for a later one, but for room to send. With one stage nothing is sent.
+Sampled tokens go back to the first stage by themselves (`returns`). With one stage nothing is sent.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     apply the plan -> inputs -> forward -> logits of the sampled rows -> sample -> broadcast -> append
 
 Only the output rank (TP rank 0 of the last pipeline stage) holds logits and samples; the tokens are broadcast, so that
-every rank's state goes on by itself and the next plan may be made before this step's result is known. In a pipeline
-nobody waits for the last stage: tokens come with a later plan.
+every rank's state goes on by itself and the next plan may be made before this step's result is known. In a pipeline they
+go to the first stage alone, which waits for them when a step needs them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from lockstep.worker.inputs import StepInputs, build_inputs, rehearsal_inputs
 from lockstep.worker.logprobs import chunk_rows, token_logprobs
 from lockstep.worker.pooling import Pooler
 from lockstep.worker.recorder import Recorder
+from lockstep.worker.returns import Returns
 from lockstep.worker.sampler import Sampled, Sampler, argmax
 from lockstep.worker.tracing import add_operations
 
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from lockstep.distributed.progress import ProgressCell
     from lockstep.worker.meter import Meter
 
-RECEIVE, SEND = "wait for the stage before", "wait for the next stage"  # spans in which a stage idles
+# Spans in which a stage idles.
+RECEIVE, SEND, RETURN = "wait for the stage before", "wait for the next stage", "wait for the last stage"
 PromptLogprobs = list[tuple[int, list[TokenLogprobs]]]
 _NOTHING = nullcontext()
 
@@ -69,6 +71,7 @@ class ModelRunner:
         self.pooler = Pooler()
         self.sampler = Sampler(self.grammars)
         self.sending: list[Handle] = []  # what the next stage has not taken yet
+        self.returns = Returns(groups, state) if groups.pp.world_size > 1 else None
         self.recorder: Recorder | None = None
 
     @property
@@ -95,8 +98,11 @@ class ModelRunner:
         self.timeline.lap("apply")
         if not plan.slots:  # a plan that only gives slots back
             return StepResult(step=plan.step, tokens=[]) if self.is_output_rank else None
-        inputs = build_inputs(self.state, plan)
         self._mark(plan)
+        if self.returns is not None and self.groups.pp.is_first_rank:
+            with self.timeline.span(RETURN, "idle"), self._stage():
+                self.returns.take(np.array(plan.slots, np.int64))
+        inputs = build_inputs(self.state, plan)
         if self.recorder is not None:
             self.recorder.begin(inputs, self.state)
         self.timeline.lap("inputs")
@@ -105,9 +111,11 @@ class ModelRunner:
         self.timeline.lap("forward")
         prompt_logprobs = [] if hidden is None else self._prompt_logprobs(hidden, inputs)
         sampled = self._sample(hidden, inputs)
-        self.timeline.lap("sample")
-        if self.groups.pp.world_size == 1:
+        if self.returns is None:
             self.state.append(inputs.sampled_slots, sampled.tokens)
+        else:
+            self.returns.sampled(inputs.sampled_slots, sampled.tokens)
+        self.timeline.lap("sample")
         if not self.is_output_rank:
             return None
         assert hidden is not None

@@ -55,6 +55,28 @@ def test_the_slowest_stage_sets_the_beat():
     assert bounded_idle([], 0) == steady_idle([], 1) == 0.0
 
 
+def test_played_again_fills_and_drains_in_no_time_between():
+    late = Schedule([[(0.0, 1.0, 0), (1.5, 2.5, 1), (3.0, 4.0, 2)], [(1.2, 2.0, 0), (2.0, 2.2, 0), (2.7, 3.7, 1), (4.5, 5.5, 2)]])
+    assert late.played().busy == [[(0, 1, 0), (1, 2, 1), (2, 3, 2)], [(1, 2, 0), (2, 3, 1), (3, 4, 2)]]
+    assert late.idle_share() == pytest.approx(1 - 3 / 5.5)
+    assert late.played().idle_share() == pytest.approx(bounded_idle(late.mean_s(), 3))
+
+
+@pytest.mark.parametrize(("in_flight", "idle"), [(1, 0.5), (2, 0.0), (3, 0.0)])
+def test_played_again_with_so_many_in_flight_is_the_formula(in_flight: int, idle: float):
+    even = Schedule([[(i, i + 1, i) for i in range(400)]] * 2)
+    assert even.played(in_flight).middle().idle_share() == pytest.approx(steady_idle([1, 1], in_flight), abs=0.01) == idle
+
+
+def test_played_again_a_stage_waits_for_the_slower_one_each_time():
+    """Stages that take alike in the mean: two in flight, and 1 and 3 in turn, so that every turn takes 3."""
+    first = [(4.0 * i, 4.0 * i + (1, 3)[i % 2], i) for i in range(400)]
+    second = [(4.0 * i + 3, 4.0 * i + 3 + (1, 3)[i % 2], i) for i in range(400)]
+    schedule = Schedule([first, second])
+    assert steady_idle(schedule.mean_s(), 2) == 0.0
+    assert schedule.played(2).middle().idle_share() == pytest.approx(1 / 3, abs=0.01)
+
+
 def test_the_picture_shows_who_works_on_what():
     lines = Schedule.of(FILL, stages=2, stage_size=1).picture().splitlines()[1:]
     cells = [line.split("|")[1] for line in lines]
