@@ -42,6 +42,9 @@ class Returns:
         self._most = groups.pp.world_size + 1  # steps that an engine has in flight: what is older has been sent
         self._sending: deque[list[Handle]] = deque()  # oldest first, as what is owed
         self._owed: deque[_Owed] = deque()
+        self._taken = 0  # how many are no longer owed: the first one's number, less one
+        self._last = np.zeros(state.capacity, np.int64)  # by slot: the number of the last one that has a token for it
+        self._tenant = np.zeros(state.capacity, np.int64)  # and for whom
 
     def sampled(self, slots: I64, tokens: I64) -> None:
         """A step has sampled `tokens [rows]` for `slots [rows]`. The tokens are looked at on the output rank alone."""
@@ -55,28 +58,32 @@ class Returns:
                     handle.wait()
             return
         if self._takes:
-            self._owed.append(_Owed(slots, self._state.tenants[slots], self._state.lengths[slots]))
+            owed = _Owed(slots, self._state.tenants[slots], self._state.lengths[slots])
+            self._owed.append(owed)
+            self._last[slots], self._tenant[slots] = self._taken + len(self._owed), owed.tenants
         self._state.append(slots, np.full(len(slots), PLACEHOLDER, np.int64))
 
     def take(self, slots: I64) -> None:
         """Wait for the tokens of steps before of the requests in `slots [rows]`, and put them where they belong."""
-        wanted = [i for i, owed in enumerate(self._owed, 1) if np.isin(owed.slots[self._still(owed)], slots).any()]
-        for _ in range(max([len(self._owed) - self._most, 0, *wanted[-1:]])):
+        last = int((self._last[slots] * (self._tenant[slots] == self._state.tenants[slots])).max(initial=0))
+        while self._taken < last or len(self._owed) > self._most:
             self._take()
+            self._taken += 1
 
     def _take(self) -> None:
-        owed, tp = self._owed.popleft(), self._groups.tp
-        if tp.rank_in_group == 0:
-            tokens = torch.tensor(self._groups.pp.recv_object(self._groups.pp.world_size - 1), dtype=torch.int64, device=tp.device)
-            assert len(tokens) == len(owed.slots), f"{len(tokens)} tokens came for {len(owed.slots)} rows"
-        else:
-            tokens = torch.empty(len(owed.slots), dtype=torch.int64, device=tp.device)
-        if tp.world_size > 1:
-            tokens = tp.broadcast(tokens, src=0)
-        still = self._still(owed)
-        self._state.tokens[owed.slots[still], owed.positions[still]] = tokens.cpu().numpy()[still]
+        owed, state = self._owed.popleft(), self._state
+        tokens = self._receive(len(owed.slots))
+        still = state.tenants[owed.slots] == owed.tenants
+        state.tokens[owed.slots[still], owed.positions[still]] = tokens[still]
 
-    def _still(self, owed: _Owed) -> np.ndarray:
-        """`[rows]`: whether the slot is still held by who sampled."""
-        same: np.ndarray = self._state.tenants[owed.slots] == owed.tenants
-        return same
+    def _receive(self, count: int) -> I64:
+        """What the output rank sent next, on every rank of this stage."""
+        tp = self._groups.tp
+        tokens = np.empty(count, np.int64)
+        if tp.rank_in_group == 0:
+            tokens = np.array(self._groups.pp.recv_object(self._groups.pp.world_size - 1), np.int64)
+            assert len(tokens) == count, f"{len(tokens)} tokens came for {count} rows"
+        if tp.world_size == 1:
+            return tokens
+        everyones: I64 = tp.broadcast(torch.from_numpy(tokens).to(tp.device), src=0).cpu().numpy()
+        return everyones
