@@ -16,7 +16,7 @@ from lockstep.cli.tls import certificate_problem
 from lockstep.utils import env, net
 
 URL = "http://127.0.0.1:8000"
-KEY_HELP = "the server's key (default: the environment's LOCKSTEP_API_KEY for a server on this host or https, else OPENAI_API_KEY)"
+KEY_HELP = "the server's key (default: the environment's LOCKSTEP_API_KEY for a server on this host, else OPENAI_API_KEY)"
 MOST_BYTES = 16 << 20
 STREAM_S = 600.0  # that a stream may be silent
 
@@ -104,18 +104,14 @@ def address(url: str) -> str:
 
 
 def key_for(url: str, given: str | None) -> str:
-    """The key to send: the given one, else the environment's; empty means none.
+    """The key to send to a server: the given one, else the environment's; empty means none. Raises UsageError for no address.
 
-    LOCKSTEP_API_KEY is a server's own secret: it goes to a server on this host, or through TLS. OPENAI_API_KEY goes to any.
+    LOCKSTEP_API_KEY is a server's own secret: it goes to a server on this host. OPENAI_API_KEY goes to any.
     """
     if given is not None:
         return given
-    try:
-        parts = urlsplit(url)
-        private = parts.scheme == "https" or net.is_loopback(parts.hostname or "")
-    except ValueError:  # whoever connects says so
-        private = False
-    return next(iter(env.api_keys() if private else ()), "") or env.openai_api_key()
+    own = env.api_keys() if net.is_loopback(urlsplit(address(url)).hostname or "") else ()
+    return next(iter(own), "") or env.openai_api_key()
 
 
 def sendable(api_key: str) -> str:

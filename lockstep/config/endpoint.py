@@ -199,8 +199,8 @@ def _check_origins(options: ServeOptions) -> None:
                 f"allowed_origins={origin!r} is no origin as browsers send it: write scheme://host or scheme://host:port, in lower case, "
                 "international names as xn--..., with no path and no port that is the scheme's own, like https://a.example; * alone is any."
             )
-    if options.allow_credentials and "*" in options.allowed_origins:
-        raise ConfigError("allow_credentials with allowed_origins '*': any page could act for whoever visits it; name the origins.")
+    for anyone in {"*", "null"} & set(options.allowed_origins) if options.allow_credentials else ():
+        raise ConfigError(f"allow_credentials with allowed_origins {anyone!r}: any page could act for whoever visits it; name the origins.")
     given = [name for name in ("allowed_methods", "allowed_headers", "allow_credentials") if getattr(options, name)]
     if given and not options.allowed_origins:
         raise ConfigError(f"{given[0]} without allowed_origins: no page of another origin is let in; name the origins, or leave it out.")

@@ -128,7 +128,8 @@ class Schedule:
                 f"{fill:.1%} = (p-1)/(p+m-1) with equal ones",
                 f"idle, if {in_flight} are always in flight: {steady_idle(means, in_flight):.1%} with these times, "
                 f"{1 - min(1.0, in_flight / stages):.1%} with equal ones",
-                f"idle, if each step takes the time it took and is handed on in no time: {self.played(in_flight).idle_share():.1%}",
+                f"idle, if each step takes the time it took and is handed on in no time: {self.played().idle_share():.1%} if none needs a "
+                f"token of another (prompts), {self.played(in_flight).idle_share():.1%} if each needs those of {in_flight} before (decode)",
             ]
         )
 

@@ -22,7 +22,8 @@ class SimulatedEngine:
     """Drives the scheduler that it is handed. `wake_s`: when it next has something to do, None while it idles."""
 
     def __init__(self, scheduler: Scheduler, cost: StepCost, *, depth: int = 1) -> None:
-        """depth: steps that may be in flight at once, as the executor's `max_concurrent_batches`."""
+        """depth: steps that may be in flight at once: one for each stage (or 2 of one stage). The one more that an executor may have waits
+        for tokens before the first stage, which is not simulated: it begins when it would begin here."""
         assert depth >= 1, f"depth={depth}"
         self.scheduler, self.cost, self.depth = scheduler, cost, depth
         self.report = ReplicaReport()
@@ -57,6 +58,7 @@ class SimulatedEngine:
         hop_s, stages = self.cost.hop_s(work), self.cost.stage_s(work)
         if not self._free_s:
             self._free_s, self.report.stage_busy_s = [0.0] * len(stages), [0.0] * len(stages)
+        assert self.depth <= max(2, len(stages)), f"depth={self.depth} for {len(stages)} stages"
         for stage, seconds in enumerate(stages):
             at_s = self._free_s[stage] = max(self._free_s[stage], at_s + (hop_s if stage else 0.0)) + seconds
             self.report.stage_busy_s[stage] += seconds

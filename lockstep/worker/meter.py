@@ -82,11 +82,16 @@ class Meter:
         self._times.collective(self._layers, self._waited_ns() - before)
 
     @contextmanager
-    def stage(self) -> Iterator[None]:
-        """Wait for another pipeline stage. What ranks of this one wait for each other meanwhile is not the stage's."""
+    def stage(self, *, whole: bool = False) -> Iterator[None]:
+        """Wait for another pipeline stage. What ranks of this one wait for each other meanwhile is not the stage's; whole: it is,
+        where one of them hears of the other stage and tells the rest."""
         began, before = now_ns(), self._waited_ns()
         yield
-        self._times.waited_for_stage(max(0, now_ns() - began - self._waited_ns() + before))
+        others = self._waited_ns() - before
+        if whole:
+            self._seen_ns += others  # told here, and not as a wait for each other
+            others = 0
+        self._times.waited_for_stage(max(0, now_ns() - began - others))
 
     def stepped(self) -> None:
         """A step has ended: tell what it waited."""

@@ -100,7 +100,7 @@ class ModelRunner:
             return StepResult(step=plan.step, tokens=[]) if self.is_output_rank else None
         self._mark(plan)
         if self.returns is not None and self.groups.pp.is_first_rank:
-            with self.timeline.span(RETURN, "idle"), self._stage():
+            with self.timeline.span(RETURN, "idle"), self._stage(whole=True):
                 self.returns.take(np.array(plan.slots, np.int64))
         inputs = build_inputs(self.state, plan)
         if self.recorder is not None:
@@ -177,8 +177,8 @@ class ModelRunner:
         self.sending = hop.send(self.groups, result)
         return None
 
-    def _stage(self) -> AbstractContextManager[None]:
-        return self.meter.stage() if self.meter is not None and self.groups.pp.world_size > 1 else _NOTHING
+    def _stage(self, *, whole: bool = False) -> AbstractContextManager[None]:
+        return self.meter.stage(whole=whole) if self.meter is not None and self.groups.pp.world_size > 1 else _NOTHING
 
     def _layers(self) -> AbstractContextManager[None]:
         return self.meter.layers() if self.meter is not None and self.model.native is not None else _NOTHING

@@ -3,9 +3,9 @@
     first stage    step 4    step 5    take the tokens of step 4, step 6    take those of step 5, step 7
     output rank              step 4, send                 step 5, send                           step 6, send
 
-So a plan may have rows whose tokens no rank knows yet, and the engine's part of a step (to take its result, plan the next one,
-hand it over) is no part of the way from a token to the next. On every other rank a token is a placeholder: those need to know
-how many there are, and never look at one.
+So a plan may have rows whose tokens no rank knows yet, and where there are as many micro-batches as stages the engine's part of a
+step (to take its result, plan the next one, hand it over) is no part of the way from a token to the next. On every other rank a
+token is a placeholder: those need to know how many there are, and never look at one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.distributed.handles import Handle
@@ -78,12 +77,8 @@ class Returns:
 
     def _receive(self, count: int) -> I64:
         """What the output rank sent next, on every rank of this stage."""
-        tp = self._groups.tp
-        tokens = np.empty(count, np.int64)
-        if tp.rank_in_group == 0:
-            tokens = np.array(self._groups.pp.recv_object(self._groups.pp.world_size - 1), np.int64)
-            assert len(tokens) == count, f"{len(tokens)} tokens came for {count} rows"
-        if tp.world_size == 1:
-            return tokens
-        everyones: I64 = tp.broadcast(torch.from_numpy(tokens).to(tp.device), src=0).cpu().numpy()
-        return everyones
+        pp, tp = self._groups.pp, self._groups.tp
+        tokens = pp.recv_object(pp.world_size - 1) if tp.rank_in_group == 0 else None
+        tokens = np.array(tp.broadcast_object(tokens), np.int64)  # not by way of a device, which would have to be waited for
+        assert len(tokens) == count, f"{len(tokens)} tokens came for {count} rows"
+        return tokens

@@ -48,7 +48,7 @@ def test_sampled_requests_are_alike_for_any_split(tp: int, pp: int, checkpoints,
         assert alike(report["prompt_logprobs"], alone("llama")["prompt_logprobs"])
         lengths, tokens, *others = report["state"]
         assert [lengths, *others] == [reports[0]["state"][0], *reports[0]["state"][2:]]
-        # In a pipeline only the first stage and the output rank know tokens, and the former takes the last ones when it needs them.
+        # In a pipeline the ranks of the first stage know the same tokens; no other but the output rank needs any.
         assert (pp > 1 and report not in reports[:tp]) or tokens == reports[0]["state"][1]
 
 

@@ -29,7 +29,8 @@ engines = st.fixed_dictionaries(
         "chunked": st.booleans(),
         "caching": st.booleans(),
         "priority": st.booleans(),
-        "depth": st.integers(1, 3),
+        "depth": st.integers(1, 4),
+        "just_in_time": st.booleans(),
         "stages": st.integers(1, 3),
     }
 )
@@ -82,7 +83,7 @@ def make_engine(options: dict) -> tuple[EngineCore, FakeExecutor]:
     spec = ModelSpec("LlamaForCausalLM", 8, 3, 1, 1, 8, 8, VOCAB, MAX_LEN)
     depth = max(options["depth"], options["stages"])
     executor = FakeExecutor(vocab_size=VOCAB, block_size=size, max_concurrent_batches=depth, lag=depth, stages=options["stages"])
-    return EngineCore(config, spec, executor, clock=FakeClock()), executor
+    return EngineCore(config, spec, executor, just_in_time=options["just_in_time"], clock=FakeClock()), executor
 
 
 def make_request(name: str, r: dict) -> EngineRequest:
@@ -322,7 +323,8 @@ def test_the_loads_reach_the_corners():
             "chunked": rng.random() < 0.7,
             "caching": rng.random() < 0.8,
             "priority": rng.random() < 0.5,
-            "depth": rng.randint(1, 3),
+            "depth": rng.randint(1, 4),
+            "just_in_time": rng.random() < 0.5,
             "stages": rng.randint(1, 3),
         }
         core, executor = make_engine(options)

@@ -41,6 +41,7 @@ from lockstep.utils import env
         ({"ssl_cert_reqs": 3}, "ssl_cert_reqs=3"),
         ({"ssl_cert_reqs": 2}, "ssl_ca_certs"),
         ({"allowed_origins": ["*"], "allow_credentials": True}, "allow_credentials"),
+        ({"allowed_origins": ["https://a.example", "null"], "allow_credentials": True}, "allow_credentials with allowed_origins 'null'"),
         *(
             ({"allowed_origins": ["*", origin]}, f"allowed_origins='{origin}' is no origin")
             for origin in (

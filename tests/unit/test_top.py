@@ -91,17 +91,19 @@ def test_once_prints_one_table_or_one_line_of_json(capsys: pytest.CaptureFixture
                 assert top.run([url, "--once"]) == 0
 
 
-def test_the_servers_own_key_is_sent_to_this_host_or_through_tls_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_servers_own_key_is_sent_to_this_host_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCKSTEP_API_KEY", "own other")
-    for url in ("http://127.0.0.1:8000", "http://localhost:8000/v1", "http://[::1]:80", "https://gpu.example"):
+    for url in ("http://127.0.0.1:8000", "http://localhost:8000/v1", "http://[::1]:80", "https://localhost", "localhost:8000", "127.0.0.1"):
         assert key_for(url, None) == "own"
         assert key_for(url, "") == ""
-    for url in ("http://gpu.example:8000", "http://10.0.0.1", "http://[", "gpu.example"):
+    for url in ("http://gpu.example:8000", "http://10.0.0.1", "https://api.example/v1", "gpu.example"):
         assert key_for(url, None) == ""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OPENAI_API_KEY", "sk")
             assert key_for(url, None) == "sk"
             assert key_for(url, "given") == "given"
+    with pytest.raises(UsageError):
+        key_for("http://[", None)
 
 
 @pytest.mark.parametrize(("body", "status", "words"), [(b"hello", 200, "JSON"), (b"[]", 200, "replicas"), (b"{}", 500, "HTTP 500")])

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 
 from lockstep.protocol import NewRequest, SamplingParams, StepPlan
 from lockstep.worker.batch import BatchState
@@ -29,7 +28,7 @@ class Pipe:
             isend_object=lambda obj, dst: self.sent.append(obj) or [],
             recv_object=lambda src: self.sent.pop(0),
         )
-        return SimpleNamespace(pp=pp, tp=SimpleNamespace(rank_in_group=0, world_size=1, device=torch.device("cpu")))
+        return SimpleNamespace(pp=pp, tp=SimpleNamespace(rank_in_group=0, broadcast_object=lambda obj: obj))
 
 
 class Ends:
