@@ -46,8 +46,7 @@ from lockstep.utils.shm import Bell
 
 TICK_S = 0.25
 GRACE_S = 0.03  # how long an exception waits for a death that explains it better,
-LOSS_GRACE_S = 0.5  # and how long one that speaks of a lost peer does: dying takes a while on a busy machine
-NODE_LOSS_GRACE_S = 2.0  # and word of it takes a while from another host; see also SILENT_S
+LOSS_GRACE_S = 2.0  # and how long one that speaks of a lost peer does: dying takes a while on a busy machine, word from other hosts too
 STOP_S, TERM_S = 2.0, 1.0  # shutdown: time to leave by themselves, then after SIGTERM
 
 _log = get_logger(__name__)
@@ -234,7 +233,7 @@ class Fleet(Crew):
             lost = failure.tells_of_a_lost_peer(answer)
             others = self.board.describe(w.rank for w in self.workers if w is not worker) if lost else ""
             error = failure.raised(worker.rank, answer, list(worker.tail.lines), others, worker.where)
-            grace_s = GRACE_S if not lost else LOSS_GRACE_S if self._door is None else NODE_LOSS_GRACE_S
+            grace_s = LOSS_GRACE_S if lost else GRACE_S
             self._suspect, self._suspect_is_loss = (time.monotonic() + grace_s, error), lost
 
     def _said(self, worker: WorkerProcess, data: bytes) -> None:
