@@ -104,14 +104,17 @@ def address(url: str) -> str:
 
 
 def key_for(url: str, given: str | None) -> str:
-    """The key to send to a server: the given one, else the environment's; empty means none. Raises UsageError for no address.
+    """The key to send to a server: the given one, else the environment's; empty means none.
 
     LOCKSTEP_API_KEY is a server's own secret: it goes to a server on this host. OPENAI_API_KEY goes to any.
     """
     if given is not None:
         return given
-    own = env.api_keys() if net.is_loopback(urlsplit(address(url)).hostname or "") else ()
-    return next(iter(own), "") or env.openai_api_key()
+    try:
+        here = net.is_loopback(urlsplit(address(url)).hostname or "")
+    except UsageError:  # whoever connects says it, by the name of its flag
+        here = False
+    return next(iter(env.api_keys() if here else ()), "") or env.openai_api_key()
 
 
 def sendable(api_key: str) -> str:

@@ -66,7 +66,7 @@ def test_a_late_rank_is_named_with_its_last_act(store):
     assert "rank 1 is missing" in text
     assert "the last thing it entered was all_gather(float32 [3], dim=0)" in text
     assert "entered all_reduce(float32 [5])" in text
-    assert timeout_s <= took < timeout_s + SOON_S
+    assert 0.9 * timeout_s <= took < timeout_s + SOON_S
 
 
 @BOARDS
