@@ -65,10 +65,11 @@ class Prefetch {
   LS_INLINE void lines(int64_t n) {
     for (; n > 0 && next_ < end_; n--, next_ += 64) __builtin_prefetch(next_, 0, 2);
   }
+  // For a reader that is right behind: into the nearest cache.
   template <int64_t BYTES>
   LS_INLINE void step() {
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(next_ + i, 0, 2);
+    for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(next_ + i, 0, 3);
     next_ += BYTES;
   }
 
