@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
 """Predicted against measured: TTFT, TPOT and throughput of our own engine on this machine, over models, splits, batches and lengths.
 
-    python benchmarks/planner_vs_engine.py [--calibration FILE] [--settings 20] [--repetitions 3] [--out FILE]
+    python benchmarks/planner_vs_engine.py [--calibration FILE] [--settings 20] [--repetitions 9] [--out FILE]
 
 Needs a calibration (`lockstep calibrate`, on the same quiet machine, minutes before; or --calibrate runs it first). Each setting is
-an engine of its own, a batch of equal prompts given at once, measured `--repetitions` times, and the fastest counts, as in the
-calibration: what slows a shared machine for some seconds is not its speed. Right before and after it the memory bandwidth is
-measured, and predictions are scaled by it. The prediction is the event simulation: the real scheduler,
-with step times of planner/cpu.py. Two figures for each number: as calibrated, and after fitting one factor for each figure
-on the settings marked `fit`; every second setting, and all with PP=2, are held out from that.
+an engine of its own, a batch of equal prompts given at once, measured `--repetitions` times, and the median counts, as in the
+calibration. Right before and after it the memory bandwidth is measured, and predictions are scaled by it. The prediction is the
+event simulation: the real scheduler, with step times of planner/cpu.py. Two figures for each number: as calibrated, and after
+fitting one factor for each figure on the settings marked `fit`; every second setting, and all with PP=2, are held out from that.
 Exits 1 when the median error of the held-out settings is above 10 % or their mean above 15 %.
 """
 
@@ -171,7 +170,7 @@ def measure(setting: Setting, found: Calibration, root: Path, repetitions: int, 
         return Result(
             setting,
             held_out,
-            {name: (max if name == "throughput" else min)(run[name] for run in runs) for name in FIGURES},
+            {name: median(run[name] for run in runs) for name in FIGURES},
             predict(llm, setting, found, scale),
             scale,
             noise.other_cores(),
@@ -209,7 +208,7 @@ def main() -> int:
     parser.add_argument("--calibrate", action="store_true", help="calibrate first")
     parser.add_argument("--models", type=Path, default=Path.home() / ".cache" / "lockstep-bench" / "models")
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="only the first so many")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--out", type=Path, default=None, help="JSON lines")
     args = parser.parse_args()
     if args.calibrate:

@@ -5,7 +5,7 @@
 2. A small model through the whole engine, in both settings: what a step costs besides its operations.
 What two ranks exchange (all-reduce, send and receive), and the steps of the whole engine, the caller measures and hands in.
 
-Every model is asked twice, some time apart, since neighbours slow a shared machine for some seconds at a time.
+Every model is asked three times, some time apart, since neighbours slow a shared machine for some seconds at a time.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from lockstep.simulation.measure import DECODE, MODELS, PREFILL, Answer
 
 TINY = measure.model(128, 384, 2, 4, 2, 32, 1024)
 MOST_ROWS, MOST_TOKENS = 32, 2048  # of a step that is asked for
-STEP_OPERATIONS_S = 1.5
-PASSES = 2
+STEP_OPERATIONS_S = 1.0
+PASSES = 3
 SHARES = (0.1, 0.15, 0.25, 0.5)  # of the time, for each of the models
 Say = Callable[[str], None]
 Bandwidth = Callable[[int], float]  # threads -> bytes/s of all together

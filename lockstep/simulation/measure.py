@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import mean
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -88,14 +88,14 @@ def ask(
 
 
 def joined(answers: Sequence[Answer]) -> Answer:
-    """Answers to the same question as one. Of prompts the shortest time of every operation: computing is only ever slowed. Of single
-    tokens the mean: they wait for memory, which neighbours of a virtual machine leave now more of and now less."""
+    """Answers to the same question as one: the median of every operation, since neighbours of a virtual machine slow one answer now
+    and then, and what is predicted is what is usual."""
     found = []
-    for (_, tokens, _), *each in zip(answers[0].cases, *(answer.times for answer in answers), strict=True):
+    for each in zip(*(answer.times for answer in answers), strict=True):
         seen: dict[str, list[float]] = {}
         for kind, seconds in (pair for one in each for pair in one.items()):
             seen.setdefault(kind, []).append(seconds)
-        found.append({kind: mean(values) if tokens == 1 else min(values) for kind, values in seen.items()})
+        found.append({kind: median(values) for kind, values in seen.items()})
     return replace(answers[0], times=found)
 
 
