@@ -15,7 +15,7 @@ from lockstep.planner.entry import to_entry
 from lockstep.planner.hardware import DecodeFit, Device, ErrorBand, Link, PrefillFit, Roofline
 from lockstep.utils import env
 
-FORMAT = 3
+FORMAT = 4
 MEASURED = ErrorBand(operation=0.10, tpot=0.20, ttft=0.20)  # on the machine that was measured, see docs/planner_cpu.md
 
 

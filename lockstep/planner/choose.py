@@ -31,14 +31,14 @@ def choose(search: Search, everything: list[Candidate]) -> Choice:
 
     1. Those that carry the rate within the promises, in the search's order.
     2. Else the one that carries most within the promises on the whole cluster.
-    3. Where no load of any keeps the promises: these are stretched by what the least excess is and a little more, the winner is the
-       best by 1 and 2 within the stretched ones, and one that the engine runs goes before those that it does not.
+    3. Where no load of any keeps the promises: these are stretched by the least excess of those that the engine runs (of any chunk)
+       and a little more, the winner is the best by 1 and 2 within the stretched ones, and one that the engine runs goes first.
     """
     ordered = search.order(everything)
     if ordered or any(c.best for c in everything):
         return Choice(ordered[0] if ordered else search.nearest(everything)[0], ordered, everything)
     fitting = [c for c in everything if c.fits]
-    near = replace(search, work=stretched(search, fitting))
+    near = replace(search, work=stretched(search, [c for c in fitting if runs(c.layout)] or fitting))
     again = [replace(near.of_chunks(c.layout), at_least=c.at_least, at_most=c.at_most) for c in fitting]
     keeping = [c for c in again if c.best]
     useful = [c for c in keeping if runs(c.layout)] or keeping
@@ -48,7 +48,7 @@ def choose(search: Search, everything: list[Candidate]) -> Choice:
 def stretched(search: Search, fitting: list[Candidate]) -> Workload:
     """The workload with the promises that one request keeps on the layout that comes nearest to both, and a little more."""
     work = search.work
-    points = [search.replica(c.layout, c.chunk).at(1) for c in fitting]
+    points = [search.replica(c.layout, chunk).at(1) for c in fitting for chunk in search.chunks() if search.room(c.layout, chunk)[0]]
     alone = [max(1.0, min(each)) for each in zip(*map(work.excess, points), strict=True)]  # each by the layout that is best at it
     nearest = min((work.excess(p) for p in points), key=lambda each: max(e / a for e, a in zip(each, alone, strict=True)))
     factors = [1.0 if e <= 1 else e * EQUAL for e in nearest]

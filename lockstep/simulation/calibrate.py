@@ -5,7 +5,8 @@
 2. A small model through the whole engine, in both settings: what a step costs besides its operations.
 What two ranks exchange (all-reduce, send and receive), and the steps of the whole engine, the caller measures and hands in.
 
-Every model is asked three times, some time apart, since neighbours slow a shared machine for some seconds at a time.
+Every model is asked three times, some time apart, since neighbours slow a shared machine for some seconds at a time; its longest steps
+once, which no budget leaves out: a larger model's long prompts are priced by them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lockstep.executor.factory import make_executor
 from lockstep.kernels.threads import Seat
 from lockstep.planner.calibration import Line, Mode
 from lockstep.simulation import measure, rates_fit
-from lockstep.simulation.measure import DECODE, MODELS, PREFILL, Answer
+from lockstep.simulation.measure import DECODE, LONG, MODELS, PREFILL, Answer
 
 TINY = measure.model(128, 384, 2, 4, 2, 32, 1024)
 MOST_ROWS, MOST_TOKENS = 32, 2048  # of a step that is asked for
@@ -94,12 +95,13 @@ def machine_modes(
 
 
 def _answers(executor: Executor, seconds: float, *, tp: int, alone: bool, only: int | None = None) -> list[Answer]:
+    short = tuple(case for case in PREFILL if case[0] * case[1] < LONG)
     passes = [
         [
-            measure.ask(executor, spec, (*DECODE, *PREFILL), share * seconds / PASSES, tp=tp, alone=alone, only=only)
+            measure.ask(executor, spec, (*DECODE, *(short if turn else PREFILL)), share * seconds / PASSES, tp=tp, alone=alone, only=only)
             for spec, share in zip(MODELS, SHARES, strict=True)
         ]
-        for _ in range(PASSES)
+        for turn in range(PASSES)
     ]
     return [measure.joined(answers) for answers in zip(*passes, strict=True)]
 
@@ -136,9 +138,7 @@ def with_steps(mode: Mode, executor: Executor, measured: Steps) -> Mode:
     """The mode, and what a step of the whole engine costs beyond its operations: by requests, by prompts, and by tokens of prompts."""
     runs = measured.runs
     cases = [(run.rows, 1, run.prompt + measured.tokens // 2) for run in runs] + [(run.rows, run.prompt, run.prompt) for run in runs]
-    answer = measure.joined(
-        [measure.ask(executor, measured.spec, cases, STEP_OPERATIONS_S, tp=mode.ranks, alone=False) for _ in range(PASSES)]
-    )
+    answer = measure.joined([measure.ask(executor, measured.spec, cases, STEP_OPERATIONS_S, tp=mode.ranks, alone=False) for _ in range(2)])
     used = [measure.step_of(answer, times) for times in answer.times]
     steps = [(float(run.rows), run.step_s - s, run.step_s) for run, s in zip(runs, used, strict=False)]
     step = Line(*rates_fit.fit([(1.0, rows) for rows, _, _ in steps], [left for _, left, _ in steps], of=[whole for *_, whole in steps]))

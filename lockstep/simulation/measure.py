@@ -36,6 +36,7 @@ DECODE: tuple[Case, ...] = (
     (32, 1, 512),
 )
 PREFILL: tuple[Case, ...] = ((1, 64, 64), (1, 128, 128), (4, 64, 64), (1, 512, 512), (1, 128, 640), (2, 512, 512))
+LONG = 512  # tokens of a step: measured once, since one takes as long as all others together
 TIMEOUT_S = 120.0
 PER_LAYER = {"qkv", "rope", "attention", "out", "gate_up", "down"}
 
@@ -88,10 +89,11 @@ def ask(
 
 
 def joined(answers: Sequence[Answer]) -> Answer:
-    """Answers to the same question as one: the median of every operation, since neighbours of a virtual machine slow one answer now
+    """Answers as one to all cases of the first: the median of every operation, since neighbours of a virtual machine slow one answer now
     and then, and what is predicted is what is usual."""
     found = []
-    for each in zip(*(answer.times for answer in answers), strict=True):
+    for case in answers[0].cases:
+        each = [answer.times[answer.cases.index(case)] for answer in answers if case in answer.cases]
         seen: dict[str, list[float]] = {}
         for kind, seconds in (pair for one in each for pair in one.items()):
             seen.setdefault(kind, []).append(seconds)

@@ -26,7 +26,7 @@ from lockstep.models.registry import build_model
 from lockstep.worker import kv
 
 MOST_RUNS = 100
-NOISE = 1 << 20  # random weights, of which all are made
+NOISE = 1 << 20  # random numbers: all weights are copies of them
 _LAYER = re.compile(r"layers\.\d+\.")
 Case = tuple[int, int, int]  # rows, tokens that each computes, tokens that each holds afterwards
 
@@ -37,7 +37,7 @@ def operation_seconds(
 ) -> list[dict[str, float]]:  # fmt: skip
     """For each case the typical seconds of one operation of each kind, and "head" (logits and the choice of a token).
 
-    seconds: about how long all cases may take; one for which there is no time any more is empty. Small cases should come first.
+    seconds: about how long all cases may take; one for which there is no time any more runs once. Small cases should come first.
     meeting: the ranks that measure at the same time, case by case; by default those of the TP group.
     """
     model = msgspec.convert(spec, ModelSpec)
@@ -73,9 +73,9 @@ class Rehearsal:
         found: list[dict[str, float]] = []
         left, turns = seconds, len(cases)
         for case in cases:
-            times, spent = self._case(case, left / turns) if left > 0 else ({}, 0.0)
+            times, spent = self._case(case, left / turns)
             found.append(times)
-            left, turns = left - spent, turns - 1
+            left, turns = max(0.0, left - spent), turns - 1
         return found
 
     def _case(self, case: Case, seconds: float) -> tuple[dict[str, float], float]:
@@ -115,5 +115,5 @@ class Rehearsal:
 
 
 def _typical(seconds: list[float], tokens: int) -> float:
-    """The median for single tokens; of prompts, which are few and long, the lower quartile: a pause would be most of one."""
+    """The median for single tokens; of prompts, whose runs are few, the lower quartile, which for a handful is the shortest."""
     return median(seconds) if tokens == 1 else sorted(seconds)[len(seconds) // 4]
