@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Predicted against measured: TTFT, TPOT and throughput of our own engine on this machine, over models, splits, batches and lengths.
 
-    python benchmarks/planner_vs_engine.py [--calibration FILE] [--settings 20] [--repetitions 9] [--out FILE]
+    python benchmarks/planner_vs_engine.py [--calibration FILE] [--settings 20] [--rounds 3] [--repetitions 3] [--out FILE]
 
-Needs a calibration (`lockstep calibrate`, on the same quiet machine, minutes before; or --calibrate runs it first). Each setting is
-an engine of its own, a batch of equal prompts given at once, measured `--repetitions` times, and the median counts, as in the
-calibration. Right before and after it the memory bandwidth is measured, and predictions are scaled by it. The prediction is the
-event simulation: the real scheduler, with step times of planner/cpu.py. Two figures for each number: as calibrated, and after
-fitting one factor for each figure on the settings marked `fit`; every second setting, and all with PP=2, are held out from that.
+Needs a calibration (`lockstep calibrate`, on the same quiet machine, minutes before; or --calibrate runs it first). Each setting is an
+engine of its own, a batch of equal prompts given at once, measured `--repetitions` times in each of `--rounds` rounds over all settings
+(neighbours slow a shared machine for seconds at a time), and the median counts, as in the calibration. Around each batch the memory
+bandwidth of its ranks is measured, and predictions are scaled by its median. The prediction is the event simulation: the real scheduler,
+with step times of planner/cpu.py. Two figures for each number: as calibrated, and after fitting one factor for each figure on the
+settings marked `fit`; every second setting, and all with PP=2, are held out from that.
 Exits 1 when the median error of the held-out settings is above 10 % or their mean above 15 %.
 """
 
@@ -17,14 +18,17 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from lockstep.cli.bench import machine
 from lockstep.cli.bench.workload import fixed
+from lockstep.config.model_spec import ModelSpec
+from lockstep.engine.admission import Limits
 from lockstep.engine.core import limits_of
 from lockstep.engine.scheduler import Scheduler
 from lockstep.llm import LLM
@@ -36,6 +40,7 @@ from lockstep.planner.model import from_spec
 from lockstep.protocol import SamplingParams
 from lockstep.simulation.arrivals import at_once
 from lockstep.simulation.engine_cost import CalibratedCost
+from lockstep.simulation.rounds import Ranks, ranks_here
 from lockstep.simulation.simulate import simulate
 from lockstep.testing.tiny import make_tiny
 
@@ -137,12 +142,15 @@ def figures(token_s: Sequence[Sequence[float]]) -> dict[str, float]:
     }
 
 
-def predict(llm: LLM, setting: Setting, found: Calibration, scale: float) -> dict[str, float]:
+def busy_ranks(setting: Setting) -> int:
+    """How many ranks compute at a time."""
+    return min(setting.batch, setting.pp * setting.dp) * setting.tp
+
+
+def predict(spec: ModelSpec, limits: Limits, setting: Setting, found: Calibration, scale: float) -> dict[str, float]:
     """The same batch through the event simulation."""
     layout = Layout(tp=setting.tp, pp=setting.pp, dp=setting.dp)
-    busy = min(setting.batch, setting.pp * setting.dp) * setting.tp
-    model = CpuModel(found, from_spec(llm.spec, setting.model), layout, bandwidth_scale=scale, alone=busy == setting.tp)
-    limits = limits_of(llm.config, llm.spec, llm._client.memory)
+    model = CpuModel(found, from_spec(spec, setting.model), layout, bandwidth_scale=scale, alone=busy_ranks(setting) == setting.tp)
     report = simulate(
         lambda clock: Scheduler(limits, prefix_caching=False, stages=setting.pp, clock=clock),
         CalibratedCost(model),
@@ -153,28 +161,38 @@ def predict(llm: LLM, setting: Setting, found: Calibration, scale: float) -> dic
     return figures([r.token_s for r in report.served])
 
 
-def bandwidth() -> float:
-    """Of all cores together, bytes/s: the median of a few readings, since one moves by a third."""
-    return median(machine.read_bandwidth_gbps(machine.describe()["cores"], mib=128, repeats=5) for _ in range(5)) * 1e9
+@dataclass
+class Measured:
+    """What one setting gave so far: figures of each batch, bandwidth beside them in bytes/s, other programs' use of cores."""
+
+    runs: list[dict[str, float]] = field(default_factory=list)
+    bandwidths: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+    predict: Callable[[float], dict[str, float]] | None = None  # bandwidth scale -> figures
 
 
-def measure(setting: Setting, found: Calibration, root: Path, repetitions: int, held_out: bool) -> Result:
-    """One setting, its prediction and what the machine was like."""
+def measure(setting: Setting, found: Calibration, root: Path, repetitions: int, ranks: Ranks, seen: Measured) -> None:
+    """One round of one setting. ranks: as many as compute at a time, to measure the bandwidth that they have."""
     split = {"pipeline_parallel_size": setting.pp, "data_parallel_size": setting.dp, "data_parallel_routing": "round_robin"}
-    room = {"max_model_len": 2048, "kv_cache_memory_bytes": 1 << 28, "enable_prefix_caching": False, "max_num_seqs": 32}
-    noise, before = machine.Noise(), bandwidth()
+    room = {"max_model_len": 2048, "kv_cache_memory_bytes": 1 << 27, "enable_prefix_caching": False, "max_num_seqs": 32}
+    noise, busy = machine.Noise(), busy_ranks(setting)
+    seen.bandwidths.append(ranks.bandwidth(busy))
     with LLM(folder_of(setting.model, root), tensor_parallel_size=setting.tp, dtype="bfloat16", **split, **room) as llm:
         once(llm, setting, 0)
-        runs = [once(llm, setting, 1 + i) for i in range(repetitions)]
-        scale = (before + bandwidth()) / 2 / found.memory_bandwidth
-        return Result(
-            setting,
-            held_out,
-            {name: median(run[name] for run in runs) for name in FIGURES},
-            predict(llm, setting, found, scale),
-            scale,
-            noise.other_cores(),
-        )
+        for i in range(repetitions):
+            seen.runs.append(once(llm, setting, 1 + i))
+            seen.bandwidths.append(ranks.bandwidth(busy))
+        spec, limits = llm.spec, limits_of(llm.config, llm.spec, llm._client.memory)
+    seen.others.append(noise.other_cores())
+    seen.predict = partial(predict, spec, limits, setting, found)
+
+
+def compared(setting: Setting, seen: Measured, found: Calibration, held_out: bool) -> Result:
+    """All rounds of one setting, and its prediction."""
+    assert seen.predict is not None
+    scale = median(seen.bandwidths) / found.mode(setting.tp * setting.pp * setting.dp, busy_ranks(setting)).bandwidth
+    measured = {name: median(run[name] for run in seen.runs) for name in FIGURES}
+    return Result(setting, held_out, measured, seen.predict(scale), scale, max(seen.others))
 
 
 def fit(results: Sequence[Result]) -> dict[str, float]:
@@ -208,18 +226,25 @@ def main() -> int:
     parser.add_argument("--calibrate", action="store_true", help="calibrate first")
     parser.add_argument("--models", type=Path, default=Path.home() / ".cache" / "lockstep-bench" / "models")
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="only the first so many")
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="JSON lines")
     args = parser.parse_args()
     if args.calibrate:
-        from lockstep.cli.calibrate import calibrate
+        from lockstep.cli.calibrate import BUDGET_S, calibrate
 
-        calibration.save(calibrate(55.0), args.calibration or calibration.path_of())
+        calibration.save(calibrate(BUDGET_S), args.calibration or calibration.path_of())
     found = calibration.load(args.calibration)
     print("predicted / measured (error): milliseconds, and output tokens a second")
+    chosen = {setting: Measured() for setting in SETTINGS[: args.settings]}
+    with ranks_here(1, "bfloat16") as one, ranks_here(2, "bfloat16") as two:
+        for _ in range(args.rounds):
+            for setting, seen in chosen.items():
+                split = setting.tp * setting.pp * setting.dp > 1
+                measure(setting, found, args.models, args.repetitions, two if split else one, seen)
     results = []
-    for number, setting in enumerate(SETTINGS[: args.settings]):
-        results.append(measure(setting, found, args.models, args.repetitions, held_out=number % 2 == 1 or setting.pp > 1))
+    for number, (setting, seen) in enumerate(chosen.items()):
+        results.append(compared(setting, seen, found, held_out=number % 2 == 1 or setting.pp > 1))
         show(results[-1])
     factors = fit(results)
     for result in results:

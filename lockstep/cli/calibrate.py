@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lockstep.cli.bench import collectives, machine
@@ -24,14 +25,15 @@ from lockstep.utils.interrupt import at_once
 
 if TYPE_CHECKING:
     from lockstep.llm import LLM
-    from lockstep.simulation.calibrate import Steps
+    from lockstep.simulation.rounds import Engine
 
 SIZES = (256, 2048, 16384, 131072, 1048576, 8388608)
 COLLECTIVES_S = 4.0
+BUDGET_S = 56.0
 BATCHES = ((1, 64), (4, 64), (16, 64), (32, 64), (1, 512), (4, 512))  # (prompts, tokens) of the embedded model through the engine
-MOST_ROWS, MOST_PROMPT, TOKENS, ROUNDS = 32, 512, 40, 5
-LEAST_S = 4.0  # for the operations, however busy the machine
-STARTS_S = 36.0  # processes started, models made and their longest steps: not spent on measuring
+MOST_ROWS, MOST_PROMPT, TOKENS = 32, 512, 40
+LEAST_S = 40.0  # processes started, models made, their longest steps, and a few rounds
+SHUTDOWN_S = 1.0
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 USUAL_CACHE = 32 << 20
 
@@ -40,12 +42,11 @@ def run(argv: list[str]) -> int:
     """Measure, write, print. Raises UsageError for an impossible flag, ConfigError where there are no kernels for this machine."""
     parser = argparse.ArgumentParser(prog="lockstep calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="the entry's file; default: where `--cluster this` finds it")
-    parser.add_argument("--budget-seconds", type=float, default=55.0, help="about how long it may take in all")
+    parser.add_argument("--budget-seconds", type=float, default=BUDGET_S, help="about how long it may take in all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of weights and activations")
     args = parser.parse_args(argv)
-    least = COLLECTIVES_S + STARTS_S + LEAST_S
-    if args.budget_seconds < least:
-        raise UsageError(f"--budget-seconds={args.budget_seconds:g} is too short: give at least {least:.0f}.")
+    if args.budget_seconds < LEAST_S:
+        raise UsageError(f"--budget-seconds={args.budget_seconds:g} is too short: give at least {LEAST_S:g}.")
     found = calibrate(args.budget_seconds, args.dtype)
     path = args.out or calibration.path_of()
     calibration.save(found, path)
@@ -64,8 +65,8 @@ def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
     begun = time.monotonic()
     cores = len(usable_cores())
     sums, exchanges = _exchanges()
-    left = max(LEAST_S, seconds - (time.monotonic() - begun) - STARTS_S)
-    found = machine_modes(left, _bandwidth, lambda ranks: whole_steps(ranks, dtype), _say, last_cache_bytes(), dtype)
+    left = seconds - (time.monotonic() - begun) - SHUTDOWN_S
+    found = machine_modes(left, lambda ranks: whole_engine(ranks, dtype), _say, last_cache_bytes(), dtype)
     modes = [with_messages(mode, sums, exchanges, int(DTYPE_BYTES[dtype])) for mode in found]
     about = machine.describe()
     return Calibration(
@@ -75,7 +76,7 @@ def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
         kernels=str(kernels.variant()),
         dtype=dtype,
         capacity_bytes=host_available_bytes(),
-        memory_bandwidth=median([_bandwidth(cores), *(mode.bandwidth * mode.ranks for mode in modes if mode.busy == mode.ranks)]),
+        memory_bandwidth=modes[0].bandwidth,
         cache_bytes=last_cache_bytes(),
         flops={dtype: peak_flops(modes)},
         all_reduce=sums,
@@ -85,19 +86,24 @@ def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
     )
 
 
-def whole_steps(ranks: int, dtype: str) -> Steps:
-    """The embedded model through everything that a user's request meets: the median of some rounds."""
+@contextmanager
+def whole_engine(ranks: int, dtype: str) -> Iterator[Engine]:
+    """The embedded model through everything that a user's request meets."""
     with at_once():
         from lockstep.llm import LLM
-        from lockstep.simulation.calibrate import Run, Steps
+        from lockstep.simulation.engine_steps import Run
+        from lockstep.simulation.rounds import Engine
 
     most, longest = max(rows * prompt for rows, prompt in BATCHES), MOST_PROMPT + TOKENS
     room = {"max_model_len": longest, "max_num_seqs": MOST_ROWS, "num_gpu_blocks_override": (most + MOST_ROWS * longest) // 8}
     batch = {"max_num_batched_tokens": most, "enable_prefix_caching": False}
     with LLM("", tensor_parallel_size=ranks, dtype=dtype, device="cpu", **room, **batch) as llm:
-        rounds = [[_generate(llm, rows, prompt) for rows, prompt in BATCHES] for _ in range(1 + ROUNDS)][1:]
-        usual = [(median(f for f, _ in each), median(s for _, s in each)) for each in zip(*rounds, strict=True)]
-        return Steps(llm.spec, TOKENS, [Run(*batch, *seconds) for batch, seconds in zip(BATCHES, usual, strict=True)])
+
+        def runs() -> list[Run]:
+            return [Run(rows, prompt, *_generate(llm, rows, prompt)) for rows, prompt in BATCHES]
+
+        runs()  # the first requests meet cold code
+        yield Engine(llm.spec, TOKENS, runs)
 
 
 def _generate(llm: LLM, rows: int, prompt: int) -> tuple[float, float]:
@@ -126,10 +132,6 @@ def last_cache_bytes() -> int:
         text = file.read_text().strip()
         sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] if text[-1] in "KM" else int(text))
     return max(sizes, default=USUAL_CACHE)
-
-
-def _bandwidth(threads: int) -> float:
-    return machine.read_bandwidth_gbps(threads, mib=128, repeats=5) * 1e9
 
 
 def _exchanges() -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:

@@ -15,7 +15,7 @@ from lockstep.planner.entry import to_entry
 from lockstep.planner.hardware import DecodeFit, Device, ErrorBand, Link, PrefillFit, Roofline
 from lockstep.utils import env
 
-FORMAT = 4
+FORMAT = 5
 MEASURED = ErrorBand(operation=0.10, tpot=0.20, ttft=0.20)  # on the machine that was measured, see docs/planner_cpu.md
 
 
@@ -60,7 +60,7 @@ class Mode(msgspec.Struct, frozen=True, eq=False):  # compared and hashed by ide
     ranks: int
     busy: int
     threads: int  # of each rank
-    bandwidth: float  # bytes/s that each rank reads meanwhile
+    bandwidth: float  # bytes/s at which each of them reads weights that no cache holds
     products: list[ProductRates]  # by rows, ascending
     decode: AttentionRates
     prefill: AttentionRates

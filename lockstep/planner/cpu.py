@@ -62,7 +62,8 @@ def together(a: OpTime, b: OpTime) -> OpTime:
 class CpuModel:
     """The engine of one replica on a calibrated machine. `layout.dp` replicas share it, each rank with its share of the cores.
 
-    bandwidth_scale: memory bandwidth now, over that of the calibration. alone: one request, so that other stages and replicas idle.
+    bandwidth_scale: the mode's memory bandwidth now, over that of the calibration. alone: one request, so that other stages and
+    replicas idle.
     """
 
     calibration: Calibration

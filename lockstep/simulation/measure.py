@@ -107,6 +107,14 @@ def step_of(answer: Answer, times: dict[str, float]) -> float:
     return sum(seconds * (layers if kind in PER_LAYER else 1) for kind, seconds in times.items())
 
 
+def read_bandwidth(answer: Answer) -> float:
+    """Bytes/s at which the answer's first case, one row, reads the weights of its products: memory's, for a model that no cache holds."""
+    kinds = {"qkv", "out", "gate_up", "down"}
+    q, kv, columns = answer.sizes()
+    weights = answer.shape.hidden_size * (2 * q + 2 * kv + 3 * columns)
+    return weights * answer.shape.itemsize / sum(seconds for kind, seconds in answer.times[0].items() if kind in kinds)
+
+
 def product_samples(answer: Answer) -> list[Product]:
     """Every product of every case."""
     q, kv, columns = answer.sizes()
@@ -147,15 +155,15 @@ def over_tokens(answers: Sequence[Answer], kind: str, width: Any) -> Line:
     )
 
 
-def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, bandwidth: float, cache_bytes: int) -> Mode:
-    """The constants of models that are whole on their rank, and the samples that say more than they do."""
+def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, cache_bytes: int) -> Mode:
+    """The constants of models that are whole on their rank, and the samples that say more than they do. The last model is the largest."""
     found = [p for answer in answers for p in product_samples(answer)]
     products = rates_fit.products(found)
     mode = Mode(
         ranks=ranks,
         busy=busy,
         threads=threads,
-        bandwidth=bandwidth,
+        bandwidth=read_bandwidth(answers[-1]),
         products=products,
         decode=rates_fit.attention(*attention_samples(answers, busy, cache_bytes, decode=True)),
         prefill=rates_fit.attention(*attention_samples(answers, busy, cache_bytes, decode=False)),

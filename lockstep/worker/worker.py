@@ -80,6 +80,7 @@ class Worker(Recorded):
         self._watch = ExitStack()
         self._kv: list[torch.Tensor] = []
         self._asleep: RankMemory | None = None  # what it has while it sleeps
+        self._rehearsals: rates.Rehearsals | None = None  # calibration's models
         self._sleeping_blocks = 0  # KV blocks that it will have again
         self._meter = Meter(groups, progress) if progress is not None and groups.world.world_size > 1 else None
 
@@ -274,11 +275,10 @@ class Worker(Recorded):
         self.groups.tp.barrier()
         if only is not None and self.rank >= only:
             return []
-        return rates.operation_seconds(
-            spec, [(a, b, c) for a, b, c in cases], seconds, groups=ParallelGroups.solo() if alone else self.groups, dtype=self.dtype,
-            block_size=self.config.cache.block_size, quantization=self.config.model.quantization,
-            meeting=ParallelGroups.solo().tp if only is not None else self.groups.tp,
-        )  # fmt: skip
+        if self._rehearsals is None:
+            self._rehearsals = rates.Rehearsals(self.groups, self.dtype, self.config.cache.block_size, self.config.model.quantization)
+        meeting = self.groups.tp if only is None else ParallelGroups.solo().tp
+        return self._rehearsals.seconds(spec, [(a, b, c) for a, b, c in cases], seconds, alone=alone, meeting=meeting)
 
     def shutdown(self) -> None:
         """Leave torch's threads as they were: the process may be the user's."""

@@ -15,7 +15,7 @@ from lockstep.planner.cpu import CpuModel
 from lockstep.planner.layout import Layout
 from lockstep.planner.model import from_spec
 from lockstep.simulation import measure
-from lockstep.simulation.calibrate import TINY
+from lockstep.simulation.rounds import TINY
 
 KINDS = {"angles", "embed", "norm", "qkv", "rope", "attention", "out", "gate_up", "down", "head"}
 
@@ -38,7 +38,7 @@ def test_ranks_time_every_kind_of_operation(ranks: int, tmp_path: Path):
         executor.shutdown()
     for times in (*whole.times, *cut.times, *lone.times):
         assert set(times) == KINDS and all(value > 0 for value in times.values())
-    mode = measure.mode_of([whole], ranks=ranks, busy=ranks, threads=1, bandwidth=1e10, cache_bytes=32 << 20)
+    mode = measure.mode_of([whole], ranks=ranks, busy=ranks, threads=1, cache_bytes=32 << 20)
     assert [rates.rows for rates in mode.products] == [1, 64]
 
 

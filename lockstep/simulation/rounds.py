@@ -1,0 +1,134 @@
+"""Ranks that share the machine, asked again and again for some seconds each: the rounds of a calibration.
+
+Neighbours slow a shared machine for seconds at a time, now its caches and now its memory. So all settings are there at once, each
+round asks every one of them everything, and of each answer the median over the rounds counts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.tree import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from lockstep.executor.affinity import plan_here
+from lockstep.executor.contract import Executor
+from lockstep.executor.factory import make_executor
+from lockstep.kernels.threads import Seat
+from lockstep.planner.calibration import Mode
+from lockstep.simulation import measure
+from lockstep.simulation.engine_steps import EngineRound, Runs, with_steps
+from lockstep.simulation.measure import DECODE, LONG, MODELS, PREFILL, Answer
+
+TINY = measure.model(128, 384, 2, 4, 2, 32, 1024)
+MOST_ROWS, MOST_TOKENS = 32, 2048  # of a step that is asked for
+STEP_OPERATIONS_S = 0.2
+READ_S = 0.1
+SHARES = (0.1, 0.15, 0.25, 0.5)  # of the time, for each of the models
+SHORT = tuple(case for case in PREFILL if case[0] * case[1] < LONG)
+
+
+@dataclass(frozen=True)
+class Question:
+    """How the models are laid over the ranks, and which ranks compute."""
+
+    tp: int
+    alone: bool
+    only: int | None = None
+
+
+WHOLE, ONE = Question(1, True), Question(1, True, only=1)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """So many ranks that share this machine's cores, to be asked."""
+
+    count: int
+    threads: int  # of each
+    executor: Executor
+    seat: AbstractContextManager[None]  # what their caller sits on while they compute
+
+    def ask(self, q: Question, spec: ModelSpec, cases: Sequence[measure.Case], seconds: float) -> Answer:
+        """See `measure.ask`."""
+        with self.seat:
+            return measure.ask(self.executor, spec, cases, seconds, tp=q.tp, alone=q.alone, only=q.only)
+
+    def bandwidth(self, busy: int) -> float:
+        """Bytes/s at which each of `busy` ranks reads weights now: as in a step of one token, and as `Mode.bandwidth` was measured."""
+        return measure.read_bandwidth(self.ask(WHOLE if busy == self.count else ONE, MODELS[-1], DECODE[:1], READ_S))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The whole engine, ready to run `spec`: each call of `runs` measures it once, with answers of `tokens`."""
+
+    spec: ModelSpec
+    tokens: int
+    runs: Callable[[], Runs]
+
+
+@dataclass
+class Setting:
+    """Ranks, the engine with as many, and what both said so far."""
+
+    ranks: Ranks
+    engine: Engine
+    steps: list[EngineRound] = field(default_factory=list)
+    answers: dict[str, list[list[Answer]]] = field(default_factory=dict)  # by question: rounds of an answer for each model
+
+    @property
+    def questions(self) -> dict[str, Question]:
+        """By name: what a round asks. `cut` shows what summing over the ranks costs, `one`, how fast a rank is when others wait."""
+        cut = {"cut": Question(self.ranks.count, False), "one": ONE}
+        return {"all": WHOLE, **(cut if self.ranks.count > 1 else {})}
+
+    def round(self, seconds: float) -> None:
+        """Ask everything once, for about so many seconds a question. The first round asks for long prompts too: each takes as long
+        as all else together."""
+        runs, spec = self.engine.runs(), self.engine.spec
+        cases = [(run.rows, 1, run.prompt + self.engine.tokens // 2) for run in runs] + [(run.rows, run.prompt, run.prompt) for run in runs]
+        self.steps.append((runs, self.ranks.ask(Question(self.ranks.count, False), spec, cases, STEP_OPERATIONS_S)))
+        for name, question in self.questions.items():
+            asked = self.answers.setdefault(name, [])
+            every = (*DECODE, *(SHORT if asked else PREFILL))
+            asked.append([self.ranks.ask(question, m, every, share * seconds) for m, share in zip(MODELS, SHARES, strict=True)])
+
+    def modes(self, cache_bytes: int) -> list[Mode]:
+        """All ranks at work, and one of several."""
+        usual = {name: [measure.joined(each) for each in zip(*rounds, strict=True)] for name, rounds in self.answers.items()}
+        whole = self._mode(usual["all"], self.ranks.count, cache_bytes)
+        if "cut" in usual:
+            whole = measure.with_collectives(whole, usual["cut"])
+        whole = with_steps(whole, self.steps)
+        if "one" not in usual:
+            return [whole]
+        same = {name: getattr(whole, name) for name in ("combine", "exchange", "step", "prompt_s", "prompt_token_s")}
+        return [whole, msgspec.structs.replace(self._mode(usual["one"], 1, cache_bytes), **same)]
+
+    def _mode(self, answers: Sequence[Answer], busy: int, cache_bytes: int) -> Mode:
+        return measure.mode_of(answers, ranks=self.ranks.count, busy=busy, threads=self.ranks.threads, cache_bytes=cache_bytes)
+
+
+@contextmanager
+def ranks_here(count: int, dtype: str) -> Iterator[Ranks]:
+    """Ranks with a tiny model. A rank in this process computes on the cores that it has in the engine."""
+    config = EngineConfig(
+        model=ModelConfig(dtype=dtype, load_format="dummy", max_model_len=2048),  # type: ignore[arg-type]
+        parallel=ParallelConfig(tensor_parallel_size=count),
+        cache=CacheConfig(num_gpu_blocks_override=MOST_ROWS * 64, enable_prefix_caching=False),
+        scheduler=SchedulerConfig(max_num_seqs=MOST_ROWS, max_num_batched_tokens=MOST_TOKENS),
+        runtime=RuntimeConfig(device="cpu"),
+    )
+    share = plan_here(count, config.parallel)[0]
+    with tempfile.TemporaryDirectory(prefix="lockstep-calibrate-") as folder:
+        executor = make_executor(config, TINY, Path(folder))
+        try:
+            yield Ranks(count, share.threads, executor, Seat(share) if count == 1 else nullcontext())
+        finally:
+            executor.shutdown()
