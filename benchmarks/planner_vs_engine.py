@@ -4,12 +4,12 @@
     python benchmarks/planner_vs_engine.py [--calibration FILE] [--settings 20] [--rounds 3] [--repetitions 3] [--out FILE]
 
 Needs a calibration (`lockstep calibrate`, on the same quiet machine, minutes before; or --calibrate runs it first). Each setting is an
-engine of its own, a batch of equal prompts given at once, measured `--repetitions` times in each of `--rounds` rounds over all settings
-(neighbours slow a shared machine for seconds at a time), and the median counts, as in the calibration. Around each batch the memory
-bandwidth of its ranks is measured, and predictions are scaled by its median. The prediction is the event simulation: the real scheduler,
-with step times of planner/cpu.py. Two figures for each number: as calibrated, and after fitting one factor for each figure on the
-settings marked `fit`; every second setting, and all with PP=2, are held out from that.
-Exits 1 when the median error of the held-out settings is above 10 % or their mean above 15 %.
+engine of its own, a batch of equal prompts given at once, measured `--repetitions` times or more in each of `--rounds` rounds over all
+settings (neighbours slow a shared machine for seconds at a time), and the median counts, as in the calibration. Before and after, the
+speeds of its ranks are measured (the memory's bandwidth and flop/s, as in the calibration), and predictions are scaled by the medians;
+the errors when scaled by the bandwidth alone are also shown. The prediction is the event simulation: the real scheduler, with step times
+of planner/cpu.py. Nothing is fitted to any setting: the calibration has models of its own, and never runs two replicas or two stages,
+whose errors are also shown apart. Exits 1 when the median error of a figure over all settings is above 10 % or the mean above 15 %.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ from lockstep.engine.scheduler import Scheduler
 from lockstep.llm import LLM
 from lockstep.planner import calibration
 from lockstep.planner.calibration import Calibration
-from lockstep.planner.cpu import CpuModel
+from lockstep.planner.cpu import CpuModel, Scales
 from lockstep.planner.layout import Layout
 from lockstep.planner.model import from_spec
 from lockstep.protocol import SamplingParams
 from lockstep.simulation.arrivals import at_once
 from lockstep.simulation.engine_cost import CalibratedCost
+from lockstep.simulation.measure import Speeds
 from lockstep.simulation.rounds import Ranks, ranks_here
 from lockstep.simulation.simulate import simulate
 from lockstep.testing.tiny import make_tiny
 
 TARGETS = {"median": 0.10, "mean": 0.15}
+BUSY_S = 1.5  # a machine that was idle is slow at first
 FIGURES = ("ttft", "tpot", "throughput")
-WAYS = (("as calibrated, all", False, False), ("as calibrated, held out", False, True), ("fitted, held out", True, True))
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,15 @@ class Result:
     """One setting's figures, in seconds and tokens a second."""
 
     setting: Setting
-    held_out: bool
     measured: dict[str, float]
     predicted: dict[str, float]
-    bandwidth_scale: float
+    by_bandwidth: dict[str, float]  # predicted with the memory bandwidth measured again, nothing else
+    scales: Scales
     other_cores: float
-    fitted: dict[str, float] = field(default_factory=dict)
 
-    def error(self, figure: str, *, fitted: bool) -> float:
+    def error(self, figure: str, by_bandwidth: bool = False) -> float:
         """|predicted / measured - 1|."""
-        return abs((self.fitted if fitted else self.predicted)[figure] / self.measured[figure] - 1)
+        return abs((self.by_bandwidth if by_bandwidth else self.predicted)[figure] / self.measured[figure] - 1)
 
 
 def folder_of(name: str, root: Path) -> str:
@@ -147,10 +147,11 @@ def busy_ranks(setting: Setting) -> int:
     return min(setting.batch, setting.pp * setting.dp) * setting.tp
 
 
-def predict(spec: ModelSpec, limits: Limits, setting: Setting, found: Calibration, scale: float) -> dict[str, float]:
+def predict(spec: ModelSpec, limits: Limits, setting: Setting, found: Calibration, scales: Scales) -> dict[str, float]:
     """The same batch through the event simulation."""
     layout = Layout(tp=setting.tp, pp=setting.pp, dp=setting.dp)
-    model = CpuModel(found, from_spec(spec, setting.model), layout, bandwidth_scale=scale, alone=busy_ranks(setting) == setting.tp)
+    shape, alone = from_spec(spec, setting.model), busy_ranks(setting) == setting.tp
+    model = CpuModel(found, shape, layout, scales=scales, alone=alone)
     report = simulate(
         lambda clock: Scheduler(limits, prefix_caching=False, stages=setting.pp, clock=clock),
         CalibratedCost(model),
@@ -163,49 +164,46 @@ def predict(spec: ModelSpec, limits: Limits, setting: Setting, found: Calibratio
 
 @dataclass
 class Measured:
-    """What one setting gave so far: figures of each batch, bandwidth beside them in bytes/s, other programs' use of cores."""
+    """What one setting gave so far: figures of each batch, speeds of a rank beside them, other programs' use of cores."""
 
     runs: list[dict[str, float]] = field(default_factory=list)
-    bandwidths: list[float] = field(default_factory=list)
+    speeds: list[Speeds] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
-    predict: Callable[[float], dict[str, float]] | None = None  # bandwidth scale -> figures
+    predict: Callable[[Scales], dict[str, float]] | None = None
 
 
 def measure(setting: Setting, found: Calibration, root: Path, repetitions: int, ranks: Ranks, seen: Measured) -> None:
-    """One round of one setting. ranks: as many as compute at a time, to measure the bandwidth that they have."""
+    """One round of one setting. ranks: as many as compute at a time, to measure the speeds that they have."""
     split = {"pipeline_parallel_size": setting.pp, "data_parallel_size": setting.dp, "data_parallel_routing": "round_robin"}
     room = {"max_model_len": 2048, "kv_cache_memory_bytes": 1 << 27, "enable_prefix_caching": False, "max_num_seqs": 32}
-    noise, busy = machine.Noise(), busy_ranks(setting)
-    seen.bandwidths.append(ranks.bandwidth(busy))
+    noise, busy, count = machine.Noise(), busy_ranks(setting), 0
     with LLM(folder_of(setting.model, root), tensor_parallel_size=setting.tp, dtype="bfloat16", **split, **room) as llm:
+        seen.speeds.append(ranks.speeds(busy))
         once(llm, setting, 0)
-        for i in range(repetitions):
-            seen.runs.append(once(llm, setting, 1 + i))
-            seen.bandwidths.append(ranks.bandwidth(busy))
+        begun = time.monotonic()
+        while time.monotonic() - begun < BUSY_S or count < repetitions:
+            seen.runs.append(once(llm, setting, 1 + count))
+            count += 1
+        seen.speeds.append(ranks.speeds(busy))
         spec, limits = llm.spec, limits_of(llm.config, llm.spec, llm._client.memory)
     seen.others.append(noise.other_cores())
     seen.predict = partial(predict, spec, limits, setting, found)
 
 
-def compared(setting: Setting, seen: Measured, found: Calibration, held_out: bool) -> Result:
+def compared(setting: Setting, seen: Measured, found: Calibration) -> Result:
     """All rounds of one setting, and its prediction."""
     assert seen.predict is not None
-    scale = median(seen.bandwidths) / found.mode(setting.tp * setting.pp * setting.dp, busy_ranks(setting)).bandwidth
+    mode = found.mode(setting.tp * setting.pp * setting.dp, busy_ranks(setting))
+    now = Speeds(*(median(speed) for speed in zip(*seen.speeds, strict=True)))
+    scales = Scales(now.read / mode.bandwidth, now.multiply / mode.flops)
     measured = {name: median(run[name] for run in seen.runs) for name in FIGURES}
-    return Result(setting, held_out, measured, seen.predict(scale), scale, max(seen.others))
+    return Result(setting, measured, seen.predict(scales), seen.predict(Scales(scales.bandwidth)), scales, max(seen.others))
 
 
-def fit(results: Sequence[Result]) -> dict[str, float]:
-    """The factors that bring the predictions of the settings that are not held out to the middle of what was measured."""
-    train = [r for r in results if not r.held_out] or list(results)
-    return {name: median(r.measured[name] / r.predicted[name] for r in train) for name in FIGURES}
-
-
-def summary(results: Sequence[Result], *, fitted: bool, held_out: bool) -> dict[str, dict[str, float]]:
+def summary(results: Sequence[Result], by_bandwidth: bool = False) -> dict[str, dict[str, float]]:
     """Median and mean error of each figure."""
-    chosen = [r for r in results if r.held_out or not held_out]
-    errors = {name: [r.error(name, fitted=fitted) for r in chosen] for name in FIGURES}
-    return {name: {"median": median(e), "mean": mean(e)} for name, e in errors.items() if e}
+    errors = {name: [r.error(name, by_bandwidth) for r in results] for name in FIGURES}
+    return {name: {"median": median(e), "mean": mean(e)} for name, e in errors.items()}
 
 
 def show(result: Result) -> None:
@@ -216,8 +214,8 @@ def show(result: Result) -> None:
         unit = 1.0 if name == "throughput" else 1e3
         off = result.predicted[name] / result.measured[name] - 1
         cells.append(f"{name} {result.predicted[name] * unit:9.2f} / {result.measured[name] * unit:9.2f} ({off:+.0%})")
-    mark = "held out" if result.held_out else "fit"
-    print(f"{where:<48} {mark:<8} {'  '.join(cells)}  bandwidth x{result.bandwidth_scale:.2f}, others {result.other_cores:.1f}", flush=True)
+    now = f"bandwidth x{result.scales.bandwidth:.2f}, flop/s x{result.scales.compute:.2f}"
+    print(f"{where:<48} {'  '.join(cells)}  {now}, others {result.other_cores:.1f}", flush=True)
 
 
 def main() -> int:
@@ -242,22 +240,18 @@ def main() -> int:
             for setting, seen in chosen.items():
                 split = setting.tp * setting.pp * setting.dp > 1
                 measure(setting, found, args.models, args.repetitions, two if split else one, seen)
-    results = []
-    for number, (setting, seen) in enumerate(chosen.items()):
-        results.append(compared(setting, seen, found, held_out=number % 2 == 1 or setting.pp > 1))
-        show(results[-1])
-    factors = fit(results)
+    results = [compared(setting, seen, found) for setting, seen in chosen.items()]
     for result in results:
-        result.fitted = {name: result.predicted[name] * factors[name] for name in FIGURES}
-    print("factors fitted:", ", ".join(f"{name} x{factor:.3f}" for name, factor in factors.items()))
-    held = {}
-    for words, fitted, only in WAYS:
-        held = summary(results, fitted=fitted, held_out=only)
-        print(f"{words:<24}", "  ".join(f"{n}: median {e['median']:.1%}, MAPE {e['mean']:.1%}" for n, e in held.items()))
+        show(result)
+    apart = [r for r in results if r.setting.pp * r.setting.dp > 1]
+    every = summary(results)
+    lines = {"all settings": every, "by bandwidth alone": summary(results, by_bandwidth=True)}
+    for words, errors in (lines | ({"two stages or replicas": summary(apart)} if apart else {})).items():
+        print(f"{words:<24}", "  ".join(f"{n}: median {e['median']:.1%}, MAPE {e['mean']:.1%}" for n, e in errors.items()))
     if args.out:
-        lines = [{"machine": machine.describe(), "factors": factors}, *(asdict(r) for r in results)]
-        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return int(any(errors[kind] > limit for errors in held.values() for kind, limit in TARGETS.items()))
+        rows = [{"machine": machine.describe()}, *(asdict(r) for r in results)]
+        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return int(any(e[kind] > limit for e in every.values() for kind, limit in TARGETS.items()))
 
 
 if __name__ == "__main__":

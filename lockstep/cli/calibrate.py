@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lockstep.simulation.rounds import Engine
 
 SIZES = (256, 2048, 16384, 131072, 1048576, 8388608)
-COLLECTIVES_S = 4.0
+COLLECTIVES_S = 3.0
 BUDGET_S = 56.0
 BATCHES = ((1, 64), (4, 64), (16, 64), (32, 64), (1, 512), (4, 512))  # (prompts, tokens) of the embedded model through the engine
 MOST_ROWS, MOST_PROMPT, TOKENS = 32, 512, 40

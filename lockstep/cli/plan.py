@@ -31,12 +31,16 @@ from lockstep.utils import env
 if TYPE_CHECKING:
     from lockstep.simulation.planned import Simulated
 
+USUAL = "1x8xH100"
 AXES = ("tp", "pp", "dp", "ep", "cp", "dcp")
 
 
 def run(argv: list[str]) -> int:
     """Plan and print; the exit code."""
     args = parser().parse_args(argv)
+    if args.cluster is None:
+        args.cluster = USUAL
+        print(f"note: no --cluster was given: this is for {USUAL}; `--cluster this` is the machine that was calibrated.", file=sys.stderr)
     clusters = args.cluster.split(",")
     prices = costs(args.price, len(clusters))
     asked: dict[str, Any] = {
@@ -113,8 +117,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="MODEL", help="a name of the catalogue (llama-3.1-70b), a folder, a config.json, or a hub id")
     p.add_argument(
         "--cluster",
-        default="1x8xH100",
-        help="NODESxDEVICESxDEVICE like 2x8xH100, or a YAML file (default 1x8xH100); several, with commas between: a table",
+        help=f"NODESxDEVICESxDEVICE like 2x8xH100, or a YAML file (default {USUAL}); several, with commas between: a table",
     )
     p.add_argument("--input-len", type=int, default=1024, help="tokens of a prompt (default 1024)")
     p.add_argument("--output-len", type=int, default=256, help="tokens of an answer (default 256)")

@@ -44,7 +44,8 @@ class ProductRates(msgspec.Struct, frozen=True):
 
 
 class AttentionRates(msgspec.Struct, frozen=True):
-    """base_s + byte_s * bytes of keys and values + pair_s * (query, key) pairs x head width x query heads + row_s * such rows,
+    """base_s + byte_s * bytes of keys and values + pair_s * (query, key) pairs x head width x query heads + row_s * such rows
+    + score_s * pairs x query heads (a score is one exponential, however wide the head),
     and far_s for each of those bytes that comes from memory: all that a step reads, over itself and the last cache."""
 
     base_s: float
@@ -52,6 +53,7 @@ class AttentionRates(msgspec.Struct, frozen=True):
     pair_s: float
     row_s: float
     far_s: float = 0.0
+    score_s: float = 0.0
 
 
 class Mode(msgspec.Struct, frozen=True, eq=False):  # compared and hashed by identity, so usable as a cache key
@@ -61,6 +63,7 @@ class Mode(msgspec.Struct, frozen=True, eq=False):  # compared and hashed by ide
     busy: int
     threads: int  # of each rank
     bandwidth: float  # bytes/s at which each of them reads weights that no cache holds
+    flops: float  # and multiplies many rows by them, 1/s
     products: list[ProductRates]  # by rows, ascending
     decode: AttentionRates
     prefill: AttentionRates

@@ -30,20 +30,35 @@ from lockstep.planner.price import Price
 
 @dataclass(frozen=True)
 class OpTime:
-    """One operation of a stage, all its layers together. `memory`: the share of it that is reading weights or keys from memory."""
+    """One operation of a stage, all its layers together. `memory`: the share of it that is reading weights or keys from memory;
+    `compute`: the share that is multiplying. What is left is launches, caches and the interpreter."""
 
     name: str
     seconds: float
     memory: float = 0.0
+    compute: float = 0.0
     table: float = 0.0  # the share of it that measured samples gave
     error: float = 0.0  # expected mean error, as a fraction; 0 where nobody tried
 
 
-def op_of(name: str, seconds: float, memory: float = 0.0) -> OpTime:
-    """An operation with the memory of its price."""
+@dataclass(frozen=True)
+class Scales:
+    """Speeds of the mode's ranks now, over those of the calibration: of memory and of multiplying."""
+
+    bandwidth: float = 1.0
+    compute: float = 1.0
+
+    def seconds(self, op: OpTime) -> float:
+        """Of an operation, now: what is neither goes on as before."""
+        return op.seconds * (1 - op.memory - op.compute + op.memory / self.bandwidth + op.compute / self.compute)
+
+
+def op_of(name: str, seconds: float, memory: float = 0.0, compute: float = 0.0) -> OpTime:
+    """An operation with the memory of its price. compute: at most what memory leaves."""
+    compute = min(compute, 1 - memory)
     if not isinstance(seconds, Price) or not seconds:
-        return OpTime(name, seconds, memory)
-    return OpTime(name, float(seconds), memory, seconds.table_s / seconds, seconds.error_s / seconds)
+        return OpTime(name, seconds, memory, compute)
+    return OpTime(name, float(seconds), memory, compute, seconds.table_s / seconds, seconds.error_s / seconds)
 
 
 def together(a: OpTime, b: OpTime) -> OpTime:
@@ -55,15 +70,14 @@ def together(a: OpTime, b: OpTime) -> OpTime:
     def mean(x: float, y: float) -> float:
         return x if x == y else (a.seconds * x + b.seconds * y) / seconds
 
-    return OpTime(a.name, seconds, mean(a.memory, b.memory), mean(a.table, b.table), mean(a.error, b.error))
+    return OpTime(a.name, seconds, mean(a.memory, b.memory), mean(a.compute, b.compute), mean(a.table, b.table), mean(a.error, b.error))
 
 
 @dataclass(frozen=True)
 class CpuModel:
     """The engine of one replica on a calibrated machine. `layout.dp` replicas share it, each rank with its share of the cores.
 
-    bandwidth_scale: the mode's memory bandwidth now, over that of the calibration. alone: one request, so that other stages and
-    replicas idle.
+    alone: one request, so that other stages and replicas idle.
     """
 
     calibration: Calibration
@@ -71,7 +85,7 @@ class CpuModel:
     layout: Layout
     how: str = "balanced"
     weight_dtype: str = ""
-    bandwidth_scale: float = 1.0
+    scales: Scales = Scales()
     alone: bool = False
 
     @property
@@ -88,12 +102,9 @@ class CpuModel:
         return self.mode.hop.at(tokens * self.shape.hidden_size * self.shape.itemsize) if self.layout.pp > 1 else 0.0
 
     def operations(self, stage: int, queries: Sequence[int], contexts: Sequence[int], sampled: int) -> list[OpTime]:
-        """Every operation of a stage's step, on its first TP rank, at the present bandwidth."""
-        scale = self.bandwidth_scale
-        return [
-            replace(op, seconds=op.seconds * (1 - op.memory + op.memory / scale))
-            for op in self._operations(stage, queries, contexts, sampled)
-        ]
+        """Every operation of a stage's step, on its first TP rank, at the present speeds."""
+        every = self._operations(stage, queries, contexts, sampled)
+        return [replace(op, seconds=self.scales.seconds(op)) for op in every]
 
     def _operations(self, stage: int, queries: Sequence[int], contexts: Sequence[int], sampled: int) -> Iterator[OpTime]:
         shape, mode, tokens, tp = self.shape, self.mode, sum(queries), self.layout.tp
@@ -141,11 +152,11 @@ class CpuModel:
             seconds = corrected(self.mode, "product", seconds, rows, n, k, work, kind)
         read = n * k * (1 if narrow else self.shape.itemsize) / self.mode.bandwidth
         memory = min(1.0, read / seconds) if work * self.layout.devices > self.calibration.cache_bytes else 0.0
-        return op_of(name, count * seconds, memory)
+        return op_of(name, count * seconds, memory, 2 * rows * n * k / self.mode.flops / seconds)
 
     def _attention(self, start: int, stop: int, queries: Sequence[int], contexts: Sequence[int], q: int, kv: int, weights: int) -> OpTime:
         """Rows of one token are priced as decode, others as prefill. weights: bytes of them that the step reads too."""
-        seconds = read_s = 0.0
+        seconds = read_s = compute_s = 0.0
         size = 2 * kv * self.shape.itemsize
         seen = sum(min(c, w) if w else c for w in map(self.shape.window, range(start, stop)) for c in contexts)
         far = far_share(self.layout.devices * (weights + seen * size), self.calibration.cache_bytes)
@@ -158,9 +169,11 @@ class CpuModel:
             if more:
                 pairs = sum(pairs_of(n, c, window) for n, c in more)
                 read = sum(c for _, c in more) * size
-                seconds += self._attention_s("prefill attention", read, pairs * q, sum(n for n, _ in more) * q, far)
-        return op_of("attention", seconds, min(1.0, read_s / seconds) if seconds else 0.0)
+                prompts_s = self._attention_s("prefill attention", read, pairs * q, sum(n for n, _ in more) * q, far)
+                seconds, compute_s = seconds + prompts_s, compute_s + prompts_s
+        return op_of("attention", seconds, min(1.0, read_s / seconds) if seconds else 0.0, compute_s / seconds if seconds else 0.0)
 
     def _attention_s(self, kind: str, read: float, pairs: float, rows: float, far: float) -> float:
         rates = self.mode.decode if kind.startswith("decode") else self.mode.prefill
-        return corrected(self.mode, kind, attention_s(rates, read, pairs, rows, far), read, pairs, rows, far, pairs / read)
+        scores = pairs / self.shape.head_dim
+        return corrected(self.mode, kind, attention_s(rates, read, pairs, rows, far, scores), read, pairs, rows, far, scores, pairs / read)

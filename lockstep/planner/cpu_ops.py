@@ -15,9 +15,11 @@ def pairs_of(queries: int, context: int, window: int = 0) -> int:
     return sum(min(end, window) for end in ends) if window else (ends[0] + ends[-1]) * queries // 2
 
 
-def attention_s(rates: AttentionRates, read_bytes: float, pairs: float, rows: float, far: float = 0.0) -> float:
-    """Seconds of one layer's attention. pairs, rows: times head width and query heads. far: share of the bytes from memory."""
-    return rates.base_s + (rates.byte_s + rates.far_s * far) * read_bytes + rates.pair_s * pairs + rates.row_s * rows
+def attention_s(rates: AttentionRates, read_bytes: float, pairs: float, rows: float, far: float = 0.0, scores: float = 0.0) -> float:
+    """Seconds of one layer's attention. pairs, rows: times head width and query heads. far: share of the bytes from memory. scores:
+    pairs times query heads."""
+    read_s = (rates.byte_s + rates.far_s * far) * read_bytes
+    return rates.base_s + read_s + rates.pair_s * pairs + rates.row_s * rows + rates.score_s * scores
 
 
 def far_share(step_bytes: float, cache_bytes: float) -> float:

@@ -3,7 +3,7 @@
 Arguments of each kind, before the seconds:
 
     product             rows, n, k, bytes of the step's weights, PLAIN, GATED or ROW
-    decode attention    bytes of keys and values, pairs, query rows, share from memory, pairs / bytes   (as in `cpu_ops.attention_s`)
+    decode attention    bytes of keys and values, pairs, query rows, share from memory, scores, pairs / bytes (`cpu_ops.attention_s`)
     prefill attention   the same
 """
 
@@ -36,8 +36,8 @@ def _product(mode: Mode, args: Row) -> float:
 
 KINDS: Mapping[str, Kind] = {
     "product": Kind(_product, (4, 3, 1, 2, 0)),
-    "decode attention": Kind(lambda mode, args: attention_s(mode.decode, *args[:4]), (4, 2, 0)),
-    "prefill attention": Kind(lambda mode, args: attention_s(mode.prefill, *args[:4]), (4, 2, 0)),
+    "decode attention": Kind(lambda mode, args: attention_s(mode.decode, *args[:5]), (5, 2, 0)),
+    "prefill attention": Kind(lambda mode, args: attention_s(mode.prefill, *args[:5]), (5, 2, 0)),
 }
 
 

@@ -90,7 +90,7 @@ def _nothing_fits(search: Search, everything: list[Candidate], wanted: Mapping[s
     s = search.pricer.setting
     least = min(everything, key=lambda c: (c.lacking, c.layout))
     remedies = []
-    for dtype in () if s.weight_dtype else ("fp8", "int8") if "fp8" in s.device.flops else ("int8",):
+    for dtype in () if s.weight_dtype else ("int8", "fp8") if "fp8" in s.device.flops else ("int8",):  # int8 is what the engine runs
         other = search.with_setting(replace(s, weight_dtype=dtype))
         if any(other.room(c.layout, c.chunk)[0] for c in everything):
             remedies.append(dtype)
@@ -100,7 +100,9 @@ def _nothing_fits(search: Search, everything: list[Candidate], wanted: Mapping[s
         wide = search.with_setting(replace(s, cluster=larger))
         fitting = [c.layout for c in wide.all(lambda x: x.dp == 1 and x.cp == 1 and x.dcp == 1) if c.fits]
         if fitting:
-            remedies.append(f"{min(fitting, key=lambda x: (x.devices, -x.tp))} on {min(x.devices for x in fitting)} devices")
+            first = min(fitting, key=lambda x: (x.devices, -x.tp))
+            nodes = -(-first.devices // s.cluster.devices_per_node)
+            remedies.append(f"{first} on {count(nodes, 'node')} ({count(nodes * s.cluster.devices_per_node, 'device')})")
             break
     if wanted and any(c.fits for c in search.all()):
         free = min((c.layout for c in search.all() if c.fits), key=lambda x: (x.devices, -x.tp))

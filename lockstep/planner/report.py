@@ -70,7 +70,8 @@ def promises(plan: Plan) -> str:
 
 def _promise(p: Promise) -> str:
     if p.name == "rate":
-        words = f"{rate_of(p.predicted)} requests/s at most, {p.asked:g} asked"
+        most = f"{rate_of(p.predicted)} requests/s at most" if p.predicted else "no rate at all within the latencies"
+        words = f"{most}, {p.asked:g} asked"
     else:
         words = f"{ms(p.predicted)}, {ms(p.asked)} asked"
     error = {SURE: f" of {p.error:.0%}", LIKELY: f" (within its error of {p.error:.0%} it may be missed)"}.get(p.verdict, "")
@@ -84,7 +85,8 @@ def _tpot(plan: Plan) -> str:
 def numbers(plan: Plan) -> str:
     """Speed and cost, and how sure they are."""
     running, of = min(plan.layout.pp, plan.point.concurrency), "token" if plan.work.streams else "prompt"
-    busy = f"; in steady decode {running} micro-batch{'es' * (running > 1)} keep each of {plan.layout.pp} stages busy "
+    keep = f"{running} micro-batches keep" if running > 1 else "1 micro-batch keeps"
+    busy = f"; {'in steady decode ' * plan.work.streams}{keep} each of {plan.layout.pp} stages busy "
     return "\n".join(
         [
             f"  TTFT (mean)   {ms(plan.ttft_s)}",

@@ -5,8 +5,7 @@
 2. A small model through the whole engine, in both settings: what a step costs besides its operations.
 What two ranks exchange (all-reduce, send and receive) the caller measures and hands in.
 
-Everything is asked in rounds, a few seconds each (`rounds.py`); the longest steps once, which no budget leaves out: a larger model's
-long prompts are priced by them.
+Everything is asked in rounds of some seconds (`rounds.py`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -35,8 +35,10 @@ DECODE: tuple[Case, ...] = (
     (32, 1, 64),
     (32, 1, 512),
 )
-PREFILL: tuple[Case, ...] = ((1, 64, 64), (1, 128, 128), (4, 64, 64), (1, 512, 512), (1, 128, 640), (2, 512, 512))
-LONG = 512  # tokens of a step: measured once, since one takes as long as all others together
+PREFILL: tuple[Case, ...] = ((1, 64, 64), (1, 128, 640), (4, 64, 64), (2, 512, 512))
+CASES = (*DECODE, *PREFILL)
+LONGEST: Case = (2, 1024, 1024)  # of the smaller models: of a large one it takes seconds
+READ, MULTIPLY = DECODE[0], PREFILL[2]
 TIMEOUT_S = 120.0
 PER_LAYER = {"qkv", "rope", "attention", "out", "gate_up", "down"}
 
@@ -53,8 +55,8 @@ def model(hidden: int, columns: int, layers: int, heads: int, kv_heads: int, hea
 MODELS = (
     model(192, 512, 4, 6, 2, 32, 2048),
     model(384, 1024, 6, 6, 6, 64, 6144),
-    model(768, 2560, 6, 12, 3, 64, 12288),
-    model(1280, 4608, 4, 20, 4, 64, 24576),
+    model(768, 2560, 6, 12, 3, 64, 8192),
+    model(1280, 4608, 4, 20, 4, 64, 10240),
 )
 
 
@@ -66,6 +68,10 @@ class Answer:
     tp: int
     cases: Sequence[Case]
     times: Sequence[dict[str, float]]
+
+    def of(self, case: Case) -> dict[str, float]:
+        """The times of one of the cases."""
+        return self.times[self.cases.index(case)]
 
     @property
     def work(self) -> int:
@@ -89,16 +95,10 @@ def ask(
 
 
 def joined(answers: Sequence[Answer]) -> Answer:
-    """Answers as one to all cases of the first: the median of every operation, since neighbours of a virtual machine slow one answer now
-    and then, and what is predicted is what is usual."""
-    found = []
-    for case in answers[0].cases:
-        each = [answer.times[answer.cases.index(case)] for answer in answers if case in answer.cases]
-        seen: dict[str, list[float]] = {}
-        for kind, seconds in (pair for one in each for pair in one.items()):
-            seen.setdefault(kind, []).append(seconds)
-        found.append({kind: median(values) for kind, values in seen.items()})
-    return replace(answers[0], times=found)
+    """Answers to the same cases as one: the median of every operation, since neighbours of a virtual machine slow one answer now and
+    then, and what is predicted is what is usual."""
+    every = zip(*(answer.times for answer in answers), strict=True)
+    return replace(answers[0], times=[{kind: median(times[kind] for times in each) for kind in each[0]} for each in every])
 
 
 def step_of(answer: Answer, times: dict[str, float]) -> float:
@@ -107,12 +107,19 @@ def step_of(answer: Answer, times: dict[str, float]) -> float:
     return sum(seconds * (layers if kind in PER_LAYER else 1) for kind, seconds in times.items())
 
 
-def read_bandwidth(answer: Answer) -> float:
-    """Bytes/s at which the answer's first case, one row, reads the weights of its products: memory's, for a model that no cache holds."""
-    kinds = {"qkv", "out", "gate_up", "down"}
-    q, kv, columns = answer.sizes()
-    weights = answer.shape.hidden_size * (2 * q + 2 * kv + 3 * columns)
-    return weights * answer.shape.itemsize / sum(seconds for kind, seconds in answer.times[0].items() if kind in kinds)
+class Speeds(NamedTuple):
+    """What a rank does now: bytes/s of weights that no cache holds, and flop/s of many rows. See `Mode`."""
+
+    read: float
+    multiply: float
+
+
+def speeds(largest: Answer) -> Speeds:
+    """From the largest model's answers to `READ` and `MULTIPLY`."""
+    q, kv, columns = largest.sizes()
+    weights = largest.shape.hidden_size * (2 * q + 2 * kv + 3 * columns)
+    read, multiply = (sum(largest.of(case)[kind] for kind in ("qkv", "out", "gate_up", "down")) for case in (READ, MULTIPLY))
+    return Speeds(weights * largest.shape.itemsize / read, 2 * MULTIPLY[0] * MULTIPLY[1] * weights / multiply)
 
 
 def product_samples(answer: Answer) -> list[Product]:
@@ -132,7 +139,7 @@ def product_samples(answer: Answer) -> list[Product]:
 
 
 def attention_samples(answers: Sequence[Answer], busy: int, cache_bytes: int, *, decode: bool) -> tuple[list[list[float]], list[float]]:
-    """Rows of (bytes, pairs, query rows, bytes from memory) and their seconds."""
+    """Rows of (bytes, pairs, query rows, bytes from memory, scores) and their seconds."""
     features, seconds = [], []
     for answer in answers:
         q, kv, _ = answer.sizes()
@@ -140,7 +147,8 @@ def attention_samples(answers: Sequence[Answer], busy: int, cache_bytes: int, *,
             if "attention" in times and (tokens == 1) == decode:
                 size = 2 * kv * answer.shape.itemsize * rows * length
                 far = far_share(busy * (answer.work + answer.shape.num_layers * size), cache_bytes)
-                features.append([float(size), float(rows * pairs_of(tokens, length) * q), float(rows * tokens * q), size * far])
+                pairs = float(rows * pairs_of(tokens, length) * q)
+                features.append([float(size), pairs, float(rows * tokens * q), size * far, pairs / answer.shape.head_dim])
                 seconds.append(times["attention"])
     return features, seconds
 
@@ -159,11 +167,13 @@ def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, c
     """The constants of models that are whole on their rank, and the samples that say more than they do. The last model is the largest."""
     found = [p for answer in answers for p in product_samples(answer)]
     products = rates_fit.products(found)
+    now = speeds(answers[-1])
     mode = Mode(
         ranks=ranks,
         busy=busy,
         threads=threads,
-        bandwidth=read_bandwidth(answers[-1]),
+        bandwidth=now.read,
+        flops=now.multiply,
         products=products,
         decode=rates_fit.attention(*attention_samples(answers, busy, cache_bytes, decode=True)),
         prefill=rates_fit.attention(*attention_samples(answers, busy, cache_bytes, decode=False)),
@@ -176,7 +186,9 @@ def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, c
     rows = {"product": [(p.rows, p.n, p.k, p.work, GATED if p.gated else ROW if p.row else PLAIN, p.seconds) for p in found]}
     for decode in (True, False):
         each = zip(*attention_samples(answers, busy, cache_bytes, decode=decode), strict=True)
-        rows[f"{'decode' if decode else 'prefill'} attention"] = [(b, p, q, far / b, p / b, s) for (b, p, q, far), s in each]
+        rows[f"{'decode' if decode else 'prefill'} attention"] = [
+            (b, p, q, far / b, scores, p / b, s) for (b, p, q, far, scores), s in each
+        ]
     return with_samples(mode, rows)
 
 

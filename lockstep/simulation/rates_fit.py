@@ -67,7 +67,7 @@ def products(found: Sequence[Product]) -> list[ProductRates]:
 
 
 def attention(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> AttentionRates:
-    """From rows of (bytes, pairs, query rows, bytes from memory)."""
+    """From rows of (bytes, pairs, query rows, bytes from memory, scores)."""
     if not seconds:
         return AttentionRates(0.0, 0.0, 0.0, 0.0)
     return AttentionRates(*fit([(1.0, *row) for row in features], seconds))

@@ -23,14 +23,14 @@ from lockstep.kernels.threads import Seat
 from lockstep.planner.calibration import Mode
 from lockstep.simulation import measure
 from lockstep.simulation.engine_steps import EngineRound, Runs, with_steps
-from lockstep.simulation.measure import DECODE, LONG, MODELS, PREFILL, Answer
+from lockstep.simulation.measure import CASES, LONGEST, MODELS, Answer, Speeds
 
 TINY = measure.model(128, 384, 2, 4, 2, 32, 1024)
 MOST_ROWS, MOST_TOKENS = 32, 2048  # of a step that is asked for
 STEP_OPERATIONS_S = 0.2
-READ_S = 0.1
+SPEEDS_S = 0.2
+CASES_OF = ((*CASES, LONGEST), (*CASES, LONGEST), CASES, CASES)
 SHARES = (0.1, 0.15, 0.25, 0.5)  # of the time, for each of the models
-SHORT = tuple(case for case in PREFILL if case[0] * case[1] < LONG)
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ class Ranks:
         with self.seat:
             return measure.ask(self.executor, spec, cases, seconds, tp=q.tp, alone=q.alone, only=q.only)
 
-    def bandwidth(self, busy: int) -> float:
-        """Bytes/s at which each of `busy` ranks reads weights now: as in a step of one token, and as `Mode.bandwidth` was measured."""
-        return measure.read_bandwidth(self.ask(WHOLE if busy == self.count else ONE, MODELS[-1], DECODE[:1], READ_S))
+    def speeds(self, busy: int) -> Speeds:
+        """Of each of `busy` ranks now, as `Mode` has them of the calibration."""
+        q = WHOLE if busy == self.count else ONE
+        return measure.speeds(self.ask(q, MODELS[-1], (measure.READ, measure.MULTIPLY), SPEEDS_S))
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,14 @@ class Setting:
         return {"all": WHOLE, **(cut if self.ranks.count > 1 else {})}
 
     def round(self, seconds: float) -> None:
-        """Ask everything once, for about so many seconds a question. The first round asks for long prompts too: each takes as long
-        as all else together."""
+        """Ask everything once, for about so many seconds a question."""
         runs, spec = self.engine.runs(), self.engine.spec
         cases = [(run.rows, 1, run.prompt + self.engine.tokens // 2) for run in runs] + [(run.rows, run.prompt, run.prompt) for run in runs]
         self.steps.append((runs, self.ranks.ask(Question(self.ranks.count, False), spec, cases, STEP_OPERATIONS_S)))
         for name, question in self.questions.items():
-            asked = self.answers.setdefault(name, [])
-            every = (*DECODE, *(SHORT if asked else PREFILL))
-            asked.append([self.ranks.ask(question, m, every, share * seconds) for m, share in zip(MODELS, SHARES, strict=True)])
+            asked = zip(MODELS, CASES_OF, SHARES, strict=True)
+            said = [self.ranks.ask(question, model, cases, share * seconds) for model, cases, share in asked]
+            self.answers.setdefault(name, []).append(said)
 
     def modes(self, cache_bytes: int) -> list[Mode]:
         """All ranks at work, and one of several."""

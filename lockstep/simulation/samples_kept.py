@@ -26,7 +26,7 @@ def _products(mode: Mode, rows: Sequence[Row]) -> Mode:
 
 def _attention(name: str) -> Callable[[Mode, Sequence[Row]], Mode]:
     def fit(mode: Mode, rows: Sequence[Row]) -> Mode:
-        features = [[r[0], r[1], r[2], r[0] * r[3]] for r in rows]
+        features = [[r[0], r[1], r[2], r[0] * r[3], r[4]] for r in rows]
         return msgspec.structs.replace(mode, **{name: rates_fit.attention(features, [r[-1] for r in rows])})
 
     return fit

@@ -41,7 +41,18 @@ def mode(ranks: int, slower: float = 1.0, row: float = 1.0, **more: object) -> M
     rates = [ProductRates(r, 1e-6, 0.0, [(1e6, slower * ranks * 1e-9 * (1 + row * (r - 1)))], 0.0, 0.0) for r in (1, 8, 64, 512)]
     flat, line = AttentionRates(1e-6, 1e-10, 1e-12, 0.0), Line(1e-6)
     common = {"rope": line, "angles": line, "embed": line, "norm": line, "choose": line, "step": Line(1e-4)}
-    return Mode(ranks=ranks, busy=ranks, threads=2 // ranks, bandwidth=1e10, products=rates, decode=flat, prefill=flat, **common, **more)
+    return Mode(
+        ranks=ranks,
+        busy=ranks,
+        threads=2 // ranks,
+        bandwidth=1e10,
+        flops=1e11,
+        products=rates,
+        decode=flat,
+        prefill=flat,
+        **common,
+        **more,
+    )
 
 
 def entry(tmp_path: Path, *modes: Mode, capacity: int = 1 << 30) -> str:

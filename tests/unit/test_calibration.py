@@ -16,7 +16,7 @@ from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.planner import calibration, catalogue
 from lockstep.planner.calibration import AttentionRates, Calibration, Line, Mode, ProductRates
-from lockstep.planner.cpu import CpuModel
+from lockstep.planner.cpu import CpuModel, Scales
 from lockstep.planner.cpu_ops import attention_s, pairs_of, product_s
 from lockstep.planner.cpu_tables import GATED, PLAIN, ROW, corrected
 from lockstep.planner.layout import Layout
@@ -35,7 +35,17 @@ def mode(ranks: int = 1, busy: int | None = None, **more: object) -> Mode:
     rates = [ProductRates(r, 1e-6, 0.0, [(1e6, 1e-9 * r), (1e9, 1e-9 * r)], 0.0, 0.0) for r in (1, 8, 64)]
     flat, none = AttentionRates(1e-6, 1e-10, 1e-12, 0.0), Line()
     settings = {"rope": none, "angles": none, "embed": none, "norm": none, "choose": none, **more}
-    return Mode(ranks=ranks, busy=busy or ranks, threads=2 // ranks, bandwidth=1e10, products=rates, decode=flat, prefill=flat, **settings)
+    return Mode(
+        ranks=ranks,
+        busy=busy or ranks,
+        threads=2 // ranks,
+        bandwidth=1e10,
+        flops=1e11,
+        products=rates,
+        decode=flat,
+        prefill=flat,
+        **settings,
+    )
 
 
 def machine(*modes: Mode, cache: int = 1 << 40) -> Calibration:
@@ -117,7 +127,7 @@ def test_who_works_alone_has_a_mode_of_its_own():
 
 def test_bandwidth_now_scales_what_is_read_from_memory_only():
     def step(scale: float, cache: int) -> float:
-        return sum(CpuModel(machine(mode(), cache=cache), SHAPE, Layout(), bandwidth_scale=scale).stage_s([1], [1], 1))
+        return sum(CpuModel(machine(mode(), cache=cache), SHAPE, Layout(), scales=Scales(bandwidth=scale)).stage_s([1], [1], 1))
 
     assert step(0.5, 1 << 40) == pytest.approx(step(1.0, 1 << 40), rel=0.01), "weights in the caches"
     assert 1.1 * step(1.0, 0) < step(0.5, 0) < 2 * step(1.0, 0)
