@@ -38,9 +38,7 @@ AXES = ("tp", "pp", "dp", "ep", "cp", "dcp")
 def run(argv: list[str]) -> int:
     """Plan and print; the exit code."""
     args = parser().parse_args(argv)
-    if args.cluster is None:
-        args.cluster = USUAL
-        print(f"note: no --cluster was given: this is for {USUAL}; `--cluster this` is the machine that was calibrated.", file=sys.stderr)
+    assumed, args.cluster = args.cluster is None, args.cluster or USUAL
     clusters = args.cluster.split(",")
     prices = costs(args.price, len(clusters))
     asked: dict[str, Any] = {
@@ -61,7 +59,10 @@ def run(argv: list[str]) -> int:
         if len(clusters) > 1:
             return several(args, clusters, where, prices, asked)
         args.cluster = where[0]
-        return one(args, plan(args.model, where[0], price=prices[0], hosts=args.hosts.split(",") if args.hosts else None, **asked))
+        found = plan(args.model, where[0], price=prices[0], hosts=args.hosts.split(",") if args.hosts else None, **asked)
+        if assumed:
+            print(f"note: no --cluster was given, so this is for {USUAL}; `--cluster this` is the machine you calibrated.", file=sys.stderr)
+        return one(args, found)
     except ValueError as e:
         raise UsageError(spelled(str(e), vars(args))) from None
 
