@@ -46,7 +46,7 @@ from lockstep.simulation.simulate import simulate
 from lockstep.testing.tiny import make_tiny
 
 TARGETS = {"median": 0.10, "mean": 0.15}
-BUSY_S = 1.5  # a machine that was idle is slow at first
+BUSY_S = 1.5  # of a setting in a round: its speed changes within a second
 FIGURES = ("ttft", "tpot", "throughput")
 
 
@@ -164,9 +164,9 @@ def predict(spec: ModelSpec, limits: Limits, setting: Setting, found: Calibratio
 
 @dataclass
 class Measured:
-    """What one setting gave so far: figures of each batch, speeds of a rank beside them, other programs' use of cores."""
+    """What one setting gave so far, by rounds: the median figures of its batches, speeds of a rank beside, other programs' use of cores."""
 
-    runs: list[dict[str, float]] = field(default_factory=list)
+    rounds: list[dict[str, float]] = field(default_factory=list)
     speeds: list[Speeds] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     predict: Callable[[Scales], dict[str, float]] | None = None
@@ -176,14 +176,15 @@ def measure(setting: Setting, found: Calibration, root: Path, repetitions: int, 
     """One round of one setting. ranks: as many as compute at a time, to measure the speeds that they have."""
     split = {"pipeline_parallel_size": setting.pp, "data_parallel_size": setting.dp, "data_parallel_routing": "round_robin"}
     room = {"max_model_len": 2048, "kv_cache_memory_bytes": 1 << 27, "enable_prefix_caching": False, "max_num_seqs": 32}
-    noise, busy, count = machine.Noise(), busy_ranks(setting), 0
+    noise, busy = machine.Noise(), busy_ranks(setting)
     with LLM(folder_of(setting.model, root), tensor_parallel_size=setting.tp, dtype="bfloat16", **split, **room) as llm:
         seen.speeds.append(ranks.speeds(busy))
         once(llm, setting, 0)
         begun = time.monotonic()
-        while time.monotonic() - begun < BUSY_S or count < repetitions:
-            seen.runs.append(once(llm, setting, 1 + count))
-            count += 1
+        batches: list[dict[str, float]] = []
+        while time.monotonic() - begun < BUSY_S or len(batches) < repetitions:
+            batches.append(once(llm, setting, 1 + len(batches)))
+        seen.rounds.append({name: median(batch[name] for batch in batches) for name in FIGURES})
         seen.speeds.append(ranks.speeds(busy))
         spec, limits = llm.spec, limits_of(llm.config, llm.spec, llm._client.memory)
     seen.others.append(noise.other_cores())
@@ -196,7 +197,7 @@ def compared(setting: Setting, seen: Measured, found: Calibration) -> Result:
     mode = found.mode(setting.tp * setting.pp * setting.dp, busy_ranks(setting))
     now = Speeds(*(median(speed) for speed in zip(*seen.speeds, strict=True)))
     scales = Scales(now.read / mode.bandwidth, now.multiply / mode.flops)
-    measured = {name: median(run[name] for run in seen.runs) for name in FIGURES}
+    measured = {name: median(one[name] for one in seen.rounds) for name in FIGURES}
     return Result(setting, measured, seen.predict(scales), seen.predict(Scales(scales.bandwidth)), scales, max(seen.others))
 
 

@@ -6,6 +6,7 @@ Writes a catalogue entry, which `lockstep plan --cluster this` reads, and prints
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.utils.cores import usable_cores
 from lockstep.utils.host_memory import host_available_bytes
 from lockstep.utils.interrupt import at_once
+from lockstep.utils.sizes import size
 
 if TYPE_CHECKING:
     from lockstep.llm import LLM
@@ -33,7 +35,8 @@ BUDGET_S = 56.0
 BATCHES = ((1, 64), (4, 64), (16, 64), (32, 64), (1, 512), (4, 512))  # (prompts, tokens) of the embedded model through the engine
 MOST_ROWS, MOST_PROMPT, TOKENS = 32, 512, 40
 LEAST_S = 40.0  # processes started, models made, their longest steps, and a few rounds
-SHUTDOWN_S = 1.0
+END_S = 2.5  # ranks that go, and the fits
+ROOM = 4 << 30  # bytes for the models, which three ranks keep, in two bytes a weight
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 USUAL_CACHE = 32 << 20
 
@@ -45,8 +48,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--budget-seconds", type=float, default=BUDGET_S, help="about how long it may take in all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of weights and activations")
     args = parser.parse_args(argv)
-    if args.budget_seconds < LEAST_S:
-        raise UsageError(f"--budget-seconds={args.budget_seconds:g} is too short: give at least {LEAST_S:g}.")
+    if not LEAST_S <= args.budget_seconds < math.inf:
+        raise UsageError(f"--budget-seconds={args.budget_seconds:g} must be a number of seconds, at least {LEAST_S:g}.")
     found = calibrate(args.budget_seconds, args.dtype)
     path = args.out or calibration.path_of()
     calibration.save(found, path)
@@ -62,10 +65,12 @@ def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
 
     if (kernels := library()) is None:  # compiled on first use, which is not part of the budget
         raise UsageError("`lockstep calibrate` measures the CPU kernels, and there are none here: `lockstep doctor` says why.")
-    begun = time.monotonic()
+    begun, free, need = time.monotonic(), host_available_bytes(), ROOM * int(DTYPE_BYTES[dtype]) // 2
+    if free < need:
+        raise UsageError(f"`lockstep calibrate` takes about {size(need)} for its models, and {size(free)} are free: stop other programs.")
     cores = len(usable_cores())
     sums, exchanges = _exchanges()
-    left = seconds - (time.monotonic() - begun) - SHUTDOWN_S
+    left = seconds - (time.monotonic() - begun) - END_S
     found = machine_modes(left, lambda ranks: whole_engine(ranks, dtype), _say, last_cache_bytes(), dtype)
     modes = [with_messages(mode, sums, exchanges, int(DTYPE_BYTES[dtype])) for mode in found]
     about = machine.describe()
@@ -75,7 +80,7 @@ def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
         cores=cores,
         kernels=str(kernels.variant()),
         dtype=dtype,
-        capacity_bytes=host_available_bytes(),
+        capacity_bytes=free,
         memory_bandwidth=modes[0].bandwidth,
         cache_bytes=last_cache_bytes(),
         flops={dtype: peak_flops(modes)},

@@ -38,7 +38,8 @@ AXES = ("tp", "pp", "dp", "ep", "cp", "dcp")
 def run(argv: list[str]) -> int:
     """Plan and print; the exit code."""
     args = parser().parse_args(argv)
-    assumed, args.cluster = args.cluster is None, args.cluster or USUAL
+    assumed = args.cluster is None
+    args.cluster = USUAL if assumed else args.cluster
     clusters = args.cluster.split(",")
     prices = costs(args.price, len(clusters))
     asked: dict[str, Any] = {

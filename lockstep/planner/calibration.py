@@ -16,6 +16,7 @@ from lockstep.planner.hardware import DecodeFit, Device, ErrorBand, Link, Prefil
 from lockstep.utils import env
 
 FORMAT = 5
+USUAL_HEAD = 128  # width, of models on devices that are priced in general
 MEASURED = ErrorBand(operation=0.10, tpot=0.20, ttft=0.20)  # on the machine that was measured, see docs/planner_cpu.md
 
 
@@ -120,7 +121,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
             per_node=1,
             cores=self.cores,
             gemm={self.dtype: Roofline(dense.launch_s, _share(2 * dense.rows / flops, dense.work[-1][1]), 1.0)},
-            prefill=PrefillFit(mode.prefill.base_s, _share(4 / flops, mode.prefill.pair_s), 1.0),
+            prefill=PrefillFit(mode.prefill.base_s, _share(4 / flops, mode.prefill.pair_s + mode.prefill.score_s / USUAL_HEAD), 1.0),
             decode=DecodeFit(mode.decode.base_s, _share(1 / self.memory_bandwidth, mode.decode.byte_s)),
             elementwise=Roofline(mode.norm.base_s, 1.0, 1.0),
             calibrated=True,

@@ -77,7 +77,7 @@ def together(a: OpTime, b: OpTime) -> OpTime:
 class CpuModel:
     """The engine of one replica on a calibrated machine. `layout.dp` replicas share it, each rank with its share of the cores.
 
-    alone: one request, so that other stages and replicas idle.
+    scales: the speeds now. alone: one request, so that other stages and replicas idle.
     """
 
     calibration: Calibration
@@ -165,7 +165,7 @@ class CpuModel:
             more = [(n, c) for n, c in zip(queries, contexts, strict=True) if n > 1]
             if ones:
                 seconds += self._attention_s("decode attention", sum(ones) * size, sum(ones) * q, len(ones) * q, far)
-                read_s += sum(ones) * size / self.mode.bandwidth
+                read_s += far * sum(ones) * size / self.mode.bandwidth
             if more:
                 pairs = sum(pairs_of(n, c, window) for n, c in more)
                 read = sum(c for _, c in more) * size

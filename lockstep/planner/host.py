@@ -36,7 +36,7 @@ FORMULAS = {
     "gate and up": PRODUCT + " + gate n / 2",
     "down": PRODUCT + " + finish n",
     "head": PRODUCT,
-    "attention": "base + bytes of keys and values + pairs x head width x heads",
+    "attention": "base + bytes of keys and values + pairs x heads x (head width, and 1)",
     "engine, executor and worker": "base + per request + per prompt that begins + per prompt token",
     "sums over the ranks": "base + per value",
 }

@@ -90,11 +90,9 @@ def _nothing_fits(search: Search, everything: list[Candidate], wanted: Mapping[s
     s = search.pricer.setting
     least = min(everything, key=lambda c: (c.lacking, c.layout))
     remedies = []
-    for dtype in () if s.weight_dtype else ("int8", "fp8") if "fp8" in s.device.flops else ("int8",):  # int8 is what the engine runs
-        other = search.with_setting(replace(s, weight_dtype=dtype))
-        if any(other.room(c.layout, c.chunk)[0] for c in everything):
-            remedies.append(dtype)
-            break
+    if not s.weight_dtype:
+        narrow = search.with_setting(replace(s, weight_dtype="int8"))  # what the engine runs of 8 bits
+        remedies += ["int8"] * any(narrow.room(c.layout, c.chunk)[0] for c in everything)
     for factor in (2, 4, 8, 16, 32) if search.grows else ():
         larger = Cluster(s.cluster.nodes * factor, s.cluster.devices_per_node, s.device, s.cluster.intra, s.cluster.inter)
         wide = search.with_setting(replace(s, cluster=larger))

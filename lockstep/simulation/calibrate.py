@@ -21,7 +21,6 @@ from lockstep.simulation import rates_fit
 from lockstep.simulation.rounds import Engine, Setting, ranks_here
 
 ASK_S = 0.7  # of a question to all models
-LEAST_ROUNDS = 3
 Say = Callable[[str], None]
 
 
@@ -37,7 +36,7 @@ def machine_modes(
     with ExitStack() as stack:
         say("1 and 2 ranks: starting ...")
         settings = [Setting(stack.enter_context(ranks_here(n, dtype)), stack.enter_context(engine(n))) for n in (1, 2)]
-        while rounds < LEAST_ROUNDS or time.monotonic() - begun + last < seconds:
+        while not rounds or time.monotonic() - begun + last < seconds:
             say(f"1 and 2 ranks: whole steps of a small model, and operations, round {rounds + 1} ...")
             round_begun = time.monotonic()
             for each in settings:

@@ -29,7 +29,7 @@ EngineRound = tuple[Runs, Answer]  # the operations of a step of each run, then 
 
 @dataclass(frozen=True)
 class Beyond:
-    """Usual seconds of one kind of run: steps and first tokens, and what of both is not operations."""
+    """One kind of run: its usual times, and the seconds of a step and of the first tokens that are not operations."""
 
     run: Run
     step_s: float

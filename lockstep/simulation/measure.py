@@ -56,7 +56,7 @@ MODELS = (
     model(192, 512, 4, 6, 2, 32, 2048),
     model(384, 1024, 6, 6, 6, 64, 6144),
     model(768, 2560, 6, 12, 3, 64, 8192),
-    model(1280, 4608, 4, 20, 4, 64, 10240),
+    model(1280, 4608, 4, 10, 2, 128, 10240),
 )
 
 
@@ -102,7 +102,7 @@ def joined(answers: Sequence[Answer]) -> Answer:
 
 
 def step_of(answer: Answer, times: dict[str, float]) -> float:
-    """All operations of one step, from the seconds of one of each kind; 0 where nothing was measured."""
+    """All operations of one step, from the seconds of one of each kind."""
     layers = answer.shape.num_layers
     return sum(seconds * (layers if kind in PER_LAYER else 1) for kind, seconds in times.items())
 

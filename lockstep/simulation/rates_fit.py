@@ -59,11 +59,25 @@ def products(found: Sequence[Product]) -> list[ProductRates]:
     for x, p in zip(features, found, strict=True):
         x[:4] = 1.0, p.rows * (p.n + p.k), p.rows * p.n / 2 if p.gated else 0.0, p.rows * p.n if p.row else 0.0
         x[at[p.rows, p.work]] = p.n * p.k
-    launch, edge, gate, finish, *work = fit(features.tolist(), [p.seconds for p in found])
+    launch, edge, gate, finish, *fitted = fit(features.tolist(), [p.seconds for p in found])
+    work = _whole({cell: fitted[i - 4] for cell, i in at.items()})
     return [
-        ProductRates(rows, launch, edge * rows, [(w, work[at[r, w] - 4]) for r, w in cells if r == rows], gate * rows, finish * rows)
+        ProductRates(rows, launch, edge * rows, [(w, work[r, w]) for r, w in sorted(work) if r == rows], gate * rows, finish * rows)
         for rows in sorted({p.rows for p in found})
     ]
+
+
+def _whole(work: dict[tuple[int, float], float]) -> dict[tuple[int, float], float]:
+    """Seconds per weight by (rows, bytes), also of larger models than so many rows were measured of: they take as many times what
+    fewer rows take as the largest that was measured does."""
+    found, classes = dict(work), sorted({w for _, w in work})
+    for rows in sorted({r for r, _ in work}):
+        here = max(w for r, w in work if r == rows)
+        for larger in (w for w in classes if w > here):
+            fewer = [r for r, w in found if w == larger and r < rows and found.get((r, here), 0.0) > 0]
+            if fewer:
+                found[rows, larger] = found[max(fewer), larger] * found[rows, here] / found[max(fewer), here]
+    return found
 
 
 def attention(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> AttentionRates:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -51,13 +51,15 @@ class Ranks:
 
     count: int
     threads: int  # of each
+    dtype: str
     executor: Executor
     seat: AbstractContextManager[None]  # what their caller sits on while they compute
 
     def ask(self, q: Question, spec: ModelSpec, cases: Sequence[measure.Case], seconds: float) -> Answer:
         """See `measure.ask`."""
+        typed = replace(spec, dtype=self.dtype)
         with self.seat:
-            return measure.ask(self.executor, spec, cases, seconds, tp=q.tp, alone=q.alone, only=q.only)
+            return measure.ask(self.executor, typed, cases, seconds, tp=q.tp, alone=q.alone, only=q.only)
 
     def speeds(self, busy: int) -> Speeds:
         """Of each of `busy` ranks now, as `Mode` has them of the calibration."""
@@ -129,6 +131,6 @@ def ranks_here(count: int, dtype: str) -> Iterator[Ranks]:
     with tempfile.TemporaryDirectory(prefix="lockstep-calibrate-") as folder:
         executor = make_executor(config, TINY, Path(folder))
         try:
-            yield Ranks(count, share.threads, executor, Seat(share) if count == 1 else nullcontext())
+            yield Ranks(count, share.threads, dtype, executor, Seat(share) if count == 1 else nullcontext())
         finally:
             executor.shutdown()

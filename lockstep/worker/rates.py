@@ -105,13 +105,14 @@ class Rehearsal:
         tables = np.random.default_rng(0).permutation(self.blocks)[: rows * width].reshape(rows, width)
         batch = AttentionBatch.build([tokens] * rows, [length] * rows, tables, self.block_size)
         ids = torch.zeros(rows * tokens, dtype=torch.int64)
+        meeting.barrier()  # what others read from memory meanwhile is part of the answer
         began = time.perf_counter()
         took = [self._once(ids, batch, rows)]
         once = slowest(time.perf_counter() - began, meeting)
         if (runs := max(int(min(MOST_RUNS, seconds / once - 1)), LEAST_RUNS if once < SHORT_S else 0)) > 0:
-            meeting.barrier()  # what others read from memory meanwhile is part of the answer
+            meeting.barrier()
             took = [self._once(ids, batch, rows) for _ in range(runs)]
-        return {kind: _typical([one[kind] for one in took], tokens) for kind in took[0]}, once * (1 + max(runs, 0))
+        return {kind: _typical([one[kind] for one in took], tokens) for kind in took[0]}, once * (1 + runs)
 
     def _once(self, ids: torch.Tensor, batch: AttentionBatch, rows: int) -> dict[str, float]:
         """One step: by kind, the mean over its operations."""

@@ -282,6 +282,7 @@ class Worker(Recorded):
 
     def shutdown(self) -> None:
         """Leave torch's threads as they were: the process may be the user's."""
+        self._rehearsals = None
         if self._meter is not None:
             self._meter.close()
         if self._torch_threads:

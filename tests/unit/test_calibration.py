@@ -23,6 +23,8 @@ from lockstep.planner.layout import Layout
 from lockstep.planner.memory import weight_bytes
 from lockstep.planner.model import from_spec
 from lockstep.simulation import rates_fit
+from lockstep.simulation.engine_steps import Run, with_steps
+from lockstep.simulation.measure import Answer
 from lockstep.simulation.rates_fit import Product
 from lockstep.simulation.samples_kept import with_samples
 
@@ -34,18 +36,8 @@ def mode(ranks: int = 1, busy: int | None = None, **more: object) -> Mode:
     """Round numbers: a weight costs 1 ns at one row, in caches and from memory alike."""
     rates = [ProductRates(r, 1e-6, 0.0, [(1e6, 1e-9 * r), (1e9, 1e-9 * r)], 0.0, 0.0) for r in (1, 8, 64)]
     flat, none = AttentionRates(1e-6, 1e-10, 1e-12, 0.0), Line()
-    settings = {"rope": none, "angles": none, "embed": none, "norm": none, "choose": none, **more}
-    return Mode(
-        ranks=ranks,
-        busy=busy or ranks,
-        threads=2 // ranks,
-        bandwidth=1e10,
-        flops=1e11,
-        products=rates,
-        decode=flat,
-        prefill=flat,
-        **settings,
-    )
+    settings = {"flops": 1e11, "rope": none, "angles": none, "embed": none, "norm": none, "choose": none, **more}
+    return Mode(ranks=ranks, busy=busy or ranks, threads=2 // ranks, bandwidth=1e10, products=rates, decode=flat, prefill=flat, **settings)
 
 
 def machine(*modes: Mode, cache: int = 1 << 40) -> Calibration:
@@ -133,6 +125,61 @@ def test_bandwidth_now_scales_what_is_read_from_memory_only():
     assert 1.1 * step(1.0, 0) < step(0.5, 0) < 2 * step(1.0, 0)
 
 
+def test_flops_now_scale_what_is_multiplied_only():
+    def step(rows: int, compute: float) -> float:
+        found = machine(mode(flops=2e9))  # what these rates do: a weight and a row in a nanosecond
+        return sum(CpuModel(found, SHAPE, Layout(), scales=Scales(compute=compute)).stage_s([rows], [rows], 1))
+
+    assert 1.8 * step(64, 1.0) < step(64, 0.5) <= 2 * step(64, 1.0), "a prompt is products and attention"
+    narrow = mode(flops=1e15)
+    slow, usual = (sum(CpuModel(machine(narrow), SHAPE, Layout(), scales=Scales(compute=c)).stage_s([1], [1], 1)) for c in (0.5, 1.0))
+    assert slow == pytest.approx(usual, rel=0.01), "multiplying is no part of one row here"
+
+
+def test_attention_knows_scores_from_widths():
+    """Made of both, over two head widths, it is predicted for a third one, by the constants and by the samples."""
+    truth, rows = AttentionRates(2e-6, 1e-11, 1e-12, 0.0, 0.0, 5e-11), []
+    for width in (32, 128):
+        for tokens in (64, 128, 256, 512, 1024, 2048):
+            for heads in (4, 8):
+                pairs = float(pairs_of(tokens, tokens) * heads * width)
+                args = (2.0 * 4 * width * tokens, pairs, float(tokens * heads * width), 0.0, pairs / width)
+                rows.append((*args, pairs / args[0], attention_s(truth, *args)))
+    found = with_samples(mode(), {"prefill attention": rows})
+    fitted = rates_fit.attention([[r[0], r[1], r[2], r[0] * r[3], r[4]] for r in rows], [r[-1] for r in rows])
+    assert fitted.score_s == pytest.approx(5e-11, rel=0.05) and found.tried["prefill attention"][0] < 0.02
+    pairs = float(pairs_of(700, 700) * 8 * 64)
+    args = (2.0 * 4 * 64 * 700, pairs, 700.0 * 8 * 64, 0.0, pairs / 64)
+    assert attention_s(fitted, *args) == pytest.approx(attention_s(truth, *args), rel=0.02)
+    kept = msgspec.structs.replace(found, samples={"prefill attention": [list(r) for r in rows]}, prefill=fitted)
+    priced = corrected(kept, "prefill attention", attention_s(fitted, *args), *args, pairs / args[0])
+    assert priced == pytest.approx(attention_s(truth, *args), rel=0.02)
+
+
+def test_more_rows_than_were_asked_of_a_large_model_cost_it_as_much_more():
+    def products(rows: int, work: float, weight_s: float) -> list[Product]:
+        return [Product(rows, n, k, work, gated=False, row=False, seconds=n * k * weight_s) for n in (256, 2048) for k in (512, 4096)]
+
+    found = rates_fit.products([*products(1024, 1e6, 1e-9), *products(1024, 1e8, 2e-9), *products(2048, 1e6, 3e-9)])
+    assert [work for work, _ in found[-1].work] == [1e6, 1e8]
+    assert [weight_s for _, weight_s in found[-1].work] == pytest.approx([3e-9, 6e-9], rel=0.05)
+
+
+def test_what_a_step_costs_beyond_its_operations_is_found_in_each_round():
+    """Rounds of which one is twice as slow in all its parts: the difference of the usual ones is found, not a mixture."""
+    shape = from_spec(SPEC, "small")
+    runs = [(1, 64), (4, 64), (16, 64), (1, 512), (4, 512)]
+
+    def one(slow: float) -> tuple[list[Run], Answer]:
+        steps = [Run(n, p, slow * (1e-2 + 1e-3 * n + 1e-4 * n + 1e-6 * n * (p - 1)), slow * (2e-3 + 1e-3 + 1e-5 * n)) for n, p in runs]
+        times = [{"embed": slow * 2e-3} for _ in runs] + [{"embed": slow * (1e-2 - 1e-3 + 1e-3 * n - 1e-5 * n)} for n, _ in runs]
+        return steps, Answer(shape, 1, [(n, 1, p) for n, p in runs] + [(n, p, p) for n, p in runs], times)
+
+    found = with_steps(mode(), [one(1.0), one(2.0), one(1.0)])
+    assert found.step.base_s == pytest.approx(1e-3, rel=0.01) and found.step.per_s == pytest.approx(1e-5, rel=0.05)
+    assert found.prompt_s == pytest.approx(1e-4, rel=0.05) and found.prompt_token_s == pytest.approx(1e-6, rel=0.05)
+
+
 def test_an_entry_is_kept_and_read_as_a_device(tmp_path: Path):
     found, path = machine(mode(), mode(2)), tmp_path / "devices" / "here.json"
     calibration.save(found, path)
@@ -157,7 +204,7 @@ def test_what_is_no_entry_is_refused(tmp_path: Path):
 
 def test_too_little_time_is_refused(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["calibrate", "--budget-seconds", "1"]) == 2
-    assert "--budget-seconds=1 is too short: give at least" in capsys.readouterr().err
+    assert "--budget-seconds=1 must be a number of seconds, at least 40" in capsys.readouterr().err
 
 
 def sampled(quirk):
