@@ -42,7 +42,7 @@ def threads(world: int) -> Iterator[Check]:
             lanes = share.lanes or share.cores
             place = f"on CPU{'s' if len(lanes) > 1 else ''} {ranges(lanes)}"
             place += f" (kept on {ranges(share.cores)})" if len(share.cores) > len(lanes) else ""
-        waits = "; waits sleep at once" if share.crowded else ""
+        waits = "; waits hand the CPU on, then sleep" if share.crowded else ""
         yield "ok", f"rank {rank} of {world}", f"{count:<{max(map(len, counts))}}  {place}{waits}"
 
 

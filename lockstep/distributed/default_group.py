@@ -60,7 +60,8 @@ def create(store: Any, rank: int, world_size: int, backend: str, device: torch.d
     settings: dict[str, Any] = {"backend": "gloo"}
     if backend == "nccl":
         settings = {"backend": "nccl", "device_id": device}
-    dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), **settings)
+    with process_groups.one_event_loop():
+        dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), **settings)
 
 
 def validate(rank: int, world_size: int, backend: str) -> tuple[int, int]:

@@ -17,8 +17,9 @@ def plan_cores(
 
     1. Each rank gets a run of consecutive physical cores, as even as can be, the first ranks one more; and computes on
        one thread per physical core. (A second thread on a core's sibling shares its arithmetic units and gains nothing.)
-    2. With fewer physical cores than ranks, the runs are of logical CPUs, one thread each; with fewer of those too,
-       nobody is bound and everyone has one thread: the system shares better than a fixed plan could.
+    2. With fewer physical cores than ranks, the runs are of logical CPUs, one thread each. With fewer of those too, everyone
+       has one thread, and ranks share CPUs, as many on each; where that does not come out even, nobody is bound: the
+       system shares better than an uneven plan.
     3. `threads_per_rank` overrides the number of threads. They go to different physical cores first, then to siblings;
        a rank asked for more threads than its run has CPUs is not bound.
     4. `quota` (CPUs' worth of time) below the cores: as many threads as it pays for, and nobody is bound: the
@@ -29,6 +30,8 @@ def plan_cores(
     cpus = sum(map(len, cores))
     limited = quota is not None and quota < len(cores)
     parts: Sequence[PhysicalCore] = cores if n_ranks <= len(cores) else [(cpu,) for cpu in chain(*cores)]
+    if n_ranks % len(parts) == 0:
+        parts = [part for part in parts for _ in range(n_ranks // len(parts))]
     base, more = divmod(max(int(quota or 0), 1) if limited else len(parts), n_ranks)
     sizes = [base + (rank < more) for rank in range(n_ranks)]
     # Where a run is of siblings (step 2) one thread is all it is good for.

@@ -120,6 +120,11 @@ def restart_count() -> int:
     return int(_text("TORCHELASTIC_RESTART_COUNT", "0") or 0)
 
 
+def gloo_interfaces() -> str:
+    """GLOO_SOCKET_IFNAME: names of interfaces separated by commas, "" when gloo is to take the host name's."""
+    return _text("GLOO_SOCKET_IFNAME")
+
+
 _SOCKET_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ GETTERS = {
     "eplb": ps.get_eplb_group,
     "inner_dp_world": ps.get_inner_dp_world_group,
 }
+
+
+def event_loops(rank: int, world_size: int) -> int:
+    """Gloo's threads that watch sockets, in a rank of several groups which have all been used."""
+    ps.initialize_model_parallel(2, world_size // 2)
+    for group in (ps.get_world_group(), ps.get_tp_group(), ps.get_pp_group()):
+        dist.barrier(group.cpu_group)
+        dist.barrier(group.device_group)
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return names.count("gloo_tcp_loop")
 
 
 def layout(rank: int, world_size: int, sizes: dict[str, int]) -> dict[str, Any]:

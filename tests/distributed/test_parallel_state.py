@@ -32,6 +32,11 @@ def test_groups_are_those_of_the_topology(sizes):
         assert report["other"] == "dp0_pp0_pcp0_tp0_dcp0_ep0_rank0"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of threads are read from /proc")
+def test_all_groups_of_a_rank_share_one_event_loop():
+    assert run_ranks(f"{JOBS}:event_loops", 4) == [1] * 4
+
+
 def test_external_data_parallel_makes_separate_worlds_of_groups():
     found = run_ranks(f"{JOBS}:layout", 4, {"tp": 2})
     assert [report["tp"] for report in found] == [[0, 1], [0, 1], [2, 3], [2, 3]]

@@ -30,7 +30,7 @@ def test_the_plan_of_threads_is_a_line_for_each_rank(flag, monkeypatch, capsys):
     assert "ok    rank 0 of 2     2 threads  on CPUs 0-1 (kept on 0-1,3-4)\n" in said
     assert "ok    rank 1 of 2     1 thread   on CPU 2 (kept on 2,5)\n" in said
     assert doctor.run([flag, "7"]) == 0
-    assert "rank 6 of 7     1 thread  not bound: 7 ranks on 6 CPUs; waits sleep at once\n" in capsys.readouterr().out
+    assert "rank 6 of 7     1 thread  not bound: 7 ranks on 6 CPUs; waits hand the CPU on, then sleep\n" in capsys.readouterr().out
 
 
 @pytest.fixture

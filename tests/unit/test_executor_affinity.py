@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -35,7 +36,10 @@ def test_a_plan_keeps_its_promises(cores: list[tuple[int, ...]], n_ranks: int, t
         assert set(rank.lanes) <= set(rank.cores)
         assert bool(rank.cores) != bool(rank.why), "bound, or a reason why not"
     taken = list(chain(*(rank.cores for rank in plan)))
-    assert len(taken) == len(set(taken)), "no core is two ranks'"
+    counts = Counter(taken)
+    assert set(counts.values()) <= {max(1, n_ranks // len(cpus))}, "no core is two ranks', or every CPU of as many ranks"
+    if threads is None and bind and n_ranks % len(cpus) == 0:
+        assert set(counts) == set(cpus)
     assert plan[0].crowded == (sum(rank.threads for rank in plan) > len(cpus))
     if threads is None and bind and n_ranks <= len(cpus):
         assert sorted(taken) == sorted(cpus), "no core is left over"
@@ -79,6 +83,12 @@ def test_more_ranks_than_cores_take_siblings_one_thread_each() -> None:
 )
 def test_who_is_not_bound_is_told_why(n_ranks: int, threads: int | None, bind: bool, quota: float | None, wanted: list[RankCores]) -> None:
     assert plan_cores(machine(7), n_ranks, threads, bind, quota) == wanted
+
+
+def test_ranks_that_come_out_even_share_cpus() -> None:
+    plan = plan_cores(machine(2), 8)
+    assert [rank.lanes for rank in plan] == [(0,)] * 4 + [(1,)] * 4
+    assert all(rank.threads == 1 and rank.crowded for rank in plan)
 
 
 def test_no_rank_at_all_is_refused() -> None:
