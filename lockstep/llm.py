@@ -20,6 +20,7 @@ import msgspec
 
 from lockstep.cluster.factory import make_client
 from lockstep.config.build import build_config
+from lockstep.config.defaults import default_backend
 from lockstep.config.source import tokenizer_folder
 from lockstep.config.tree import RuntimeConfig
 from lockstep.config.validate import resolve
@@ -55,7 +56,8 @@ class LLM:
         if self.config.runtime.log_level != RuntimeConfig().log_level:  # else the program's own logging is left alone
             logging.configure(self.config.runtime.log_level)
         words = tokenizer_folder(self.config.model, self.folder)
-        tokenizer: Future[Any] = load_in_background(lambda: load_tokenizer(words))  # while the ranks start
+        here = default_backend(self.config.parallel) == "uni"
+        tokenizer: Future[Any] = load_in_background(lambda: load_tokenizer(words), "torch" if here else "")  # while the ranks start
         self._client = make_client(self.config, self.spec, self.folder)
         self._finalizer = weakref.finalize(self, self._client.shutdown)  # also at exit
         try:

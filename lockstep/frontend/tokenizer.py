@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -37,12 +38,18 @@ def load_tokenizer(folder: str | Path) -> Any:
         ) from e
 
 
-def load_in_background(load: Callable[[], Any]) -> Future[Any]:
-    """Run `load` in a daemon thread: ranks start meanwhile. `.result()` gives its value or raises what it raised."""
+def load_in_background(load: Callable[[], Any], after: str = "") -> Future[Any]:
+    """Run `load` in a daemon thread: ranks start meanwhile. `.result()` gives its value or raises what it raised.
+
+    after: a module that this process imports too. Two imports at a time take turns, but weights are read and packed beside one:
+    so `load` waits for that module.
+    """
     future: Future[Any] = Future()
 
     def run() -> None:
         try:
+            if after:
+                importlib.import_module(after)
             future.set_result(load())
         except BaseException as e:
             future.set_exception(e)
