@@ -56,7 +56,8 @@ class LLM:
         if self.config.runtime.log_level != RuntimeConfig().log_level:  # else the program's own logging is left alone
             logging.configure(self.config.runtime.log_level)
         words = tokenizer_folder(self.config.model, self.folder)
-        here = default_backend(self.config.parallel) == "uni"
+        parallel = self.config.parallel
+        here = parallel.replicas_served == 1 and default_backend(parallel) in ("uni", "external_launcher")
         tokenizer: Future[Any] = load_in_background(lambda: load_tokenizer(words), "torch" if here else "")  # while the ranks start
         self._client = make_client(self.config, self.spec, self.folder)
         self._finalizer = weakref.finalize(self, self._client.shutdown)  # also at exit

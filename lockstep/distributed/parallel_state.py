@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from lockstep.distributed import default_group, ledger, rendezvous
+from lockstep.distributed import default_group, ledger, process_groups, rendezvous
 from lockstep.distributed.exports import *  # noqa: F403
 from lockstep.distributed.group import GraphCaptureContext, GroupCoordinator
 from lockstep.distributed.nodes import _node_count
@@ -380,6 +380,7 @@ def destroy_distributed_environment() -> None:
         world.destroy()
     if _STATE.default_is_ours and dist.is_initialized():
         dist.destroy_process_group()
+        process_groups.forget_devices()
     env.unbind_collectives(_STATE.bound_variables)
     _STATE.node_count, _STATE.seat, _STATE.default_is_ours, _STATE.bound_variables = None, None, False, []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -58,16 +59,39 @@ def _unbound() -> Iterator[None]:
         world.bound_device_id = bound
 
 
-_DEVICES: dict[str, list[Any]] = {}  # by the interfaces named when they were made
+_GLOO: Any = c10d.ProcessGroupGloo if dist.is_gloo_available() else object
+_DEVICES: dict[tuple[int, str], list[Any]] = {}  # by process (a forked one has none of its parent's threads) and interfaces
 
 
 def _devices() -> list[Any]:
     """Gloo's devices of this process, made once: as torch makes them for each group, of the interfaces that the user names."""
     names = env.gloo_interfaces()
-    if names not in _DEVICES:
-        make = dist.ProcessGroupGloo
-        _DEVICES[names] = [make.create_device(interface=name) for name in names.split(",") if name] or [make.create_default_device()]
-    return _DEVICES[names]
+    key = os.getpid(), names
+    if key not in _DEVICES:
+        _DEVICES[key] = [_GLOO.create_device(interface=name) for name in names.split(",") if name] or [_GLOO.create_default_device()]
+    return _DEVICES[key]
+
+
+def forget_devices() -> None:
+    """Let the shared devices go: with the last group that uses one its thread ends. Groups made later share another."""
+    for key in [key for key in _DEVICES if key[0] == os.getpid()]:
+        del _DEVICES[key]
+
+
+class _Kind(type(_GLOO)):  # type: ignore[misc]
+    """Torch asks what it constructed whether it is of this class; another thread may have changed the name in between."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, _GLOO)
+
+
+class _Sharing(_GLOO, metaclass=_Kind):  # type: ignore[misc]
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        options = _GLOO._Options()
+        options._devices = _devices()
+        options._timeout = timeout
+        options._threads = 2 * len(options._devices)  # as torch does
+        super().__init__(store, rank, size, options)
 
 
 @contextmanager
@@ -78,24 +102,13 @@ def one_event_loop() -> Iterator[None]:
     it interrupts one, and the ranks on the others wait for that: fourteen took 1.4 % of both cores, and of a step of two
     ranks 7 %. Devices are given to a group's constructor only, which `new_group` calls; so another one is there meanwhile.
     """
-    if not dist.is_gloo_available():
-        yield
-        return
-    theirs = dist.ProcessGroupGloo
-
-    class Sharing(theirs):  # type: ignore[misc, valid-type]
-        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-            options = theirs._Options()
-            options._devices = _devices()
-            options._timeout = timeout
-            options._threads = 2 * len(options._devices)  # as torch does
-            super().__init__(store, rank, size, options)
-
-    c10d.ProcessGroupGloo = Sharing  # type: ignore[misc]
+    if dist.is_gloo_available():
+        c10d.ProcessGroupGloo = _Sharing  # type: ignore[misc]
     try:
         yield
     finally:
-        c10d.ProcessGroupGloo = theirs
+        if dist.is_gloo_available():
+            c10d.ProcessGroupGloo = _GLOO
 
 
 def make_subgroup(group_ranks: Sequence[Sequence[int]], rank: int, backend: str, timeout: timedelta | None, name: str) -> Any:

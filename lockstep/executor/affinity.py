@@ -30,8 +30,8 @@ def plan_cores(
     cpus = sum(map(len, cores))
     limited = quota is not None and quota < len(cores)
     parts: Sequence[PhysicalCore] = cores if n_ranks <= len(cores) else [(cpu,) for cpu in chain(*cores)]
-    if n_ranks % len(parts) == 0:
-        parts = [part for part in parts for _ in range(n_ranks // len(parts))]
+    if parts and n_ranks % len(parts) == 0:  # in turn, so that the ranks of one stage or replica are not all on one CPU
+        parts = list(parts) * (n_ranks // len(parts))
     base, more = divmod(max(int(quota or 0), 1) if limited else len(parts), n_ranks)
     sizes = [base + (rank < more) for rank in range(n_ranks)]
     # Where a run is of siblings (step 2) one thread is all it is good for.
@@ -48,7 +48,7 @@ def plan_cores(
         elif not base:
             why = why or f"{n_ranks} ranks on {cpus} CPUs"
         elif count > len(lanes):
-            why = why or f"{count} threads on {len(lanes)} CPUs"
+            why = why or f"{count} threads on {len(lanes)} CPU{'s' if len(lanes) > 1 else ''}"
         if why:
             plan.append(RankCores((), count, (), crowded, why))
             continue

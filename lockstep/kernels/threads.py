@@ -10,7 +10,7 @@ from collections.abc import Collection
 from lockstep.kernels.library import library
 from lockstep.utils.cores import RankCores, keep_on
 
-SPIN_NS = 50_000  # a wait's patience before it sleeps, where each thread has a CPU: a few times what threads differ by
+SPIN_NS = 50_000  # how long a wait spins, where each thread has a CPU: a few times what threads differ by
 _GRAIN = 1 << 15  # elements below which torch gives a thread no work
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from datetime import timedelta
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockstep.distributed import collectives, topology
+from lockstep.distributed import collectives, process_groups, topology
 from lockstep.distributed import parallel_state as ps
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.distributed.rendezvous import choose_interface
@@ -32,14 +33,28 @@ GETTERS = {
 }
 
 
-def event_loops(rank: int, world_size: int) -> int:
-    """Gloo's threads that watch sockets, in a rank of several groups which have all been used."""
+def _loops() -> int:
+    """Gloo's threads that watch sockets, in this process."""
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()].count("gloo_tcp_loop")
+
+
+def event_loops(rank: int, world_size: int) -> tuple[int, int, bool]:
+    """How many event loops a rank of several groups has, which have all been used; and after the end; whether a fork makes its own."""
     ps.initialize_model_parallel(2, world_size // 2)
     for group in (ps.get_world_group(), ps.get_tp_group(), ps.get_pp_group()):
         dist.barrier(group.cpu_group)
         dist.barrier(group.device_group)
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    return names.count("gloo_tcp_loop")
+    dist.barrier(process_groups.make_lonely_group(rank, "gloo"))
+    used, mine = _loops(), process_groups._devices()
+    child = os.fork()
+    if child == 0:
+        os._exit(7 if process_groups._devices() is not mine else 1)
+    forked = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    del mine, group
+    ps.destroy_model_parallel()
+    ps.destroy_distributed_environment()
+    gc.collect()
+    return used, _loops(), forked
 
 
 def layout(rank: int, world_size: int, sizes: dict[str, int]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def test_groups_are_those_of_the_topology(sizes):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the names of threads are read from /proc")
 def test_all_groups_of_a_rank_share_one_event_loop():
-    assert run_ranks(f"{JOBS}:event_loops", 4) == [1] * 4
+    assert run_ranks(f"{JOBS}:event_loops", 4) == [(1, 0, True)] * 4
 
 
 def test_external_data_parallel_makes_separate_worlds_of_groups():

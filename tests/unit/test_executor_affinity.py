@@ -40,6 +40,8 @@ def test_a_plan_keeps_its_promises(cores: list[tuple[int, ...]], n_ranks: int, t
     assert set(counts.values()) <= {max(1, n_ranks // len(cpus))}, "no core is two ranks', or every CPU of as many ranks"
     if threads is None and bind and n_ranks % len(cpus) == 0:
         assert set(counts) == set(cpus)
+    elif n_ranks > len(cpus):
+        assert not taken, "where ranks do not come out even nobody is bound"
     assert plan[0].crowded == (sum(rank.threads for rank in plan) > len(cpus))
     if threads is None and bind and n_ranks <= len(cpus):
         assert sorted(taken) == sorted(cpus), "no core is left over"
@@ -87,7 +89,7 @@ def test_who_is_not_bound_is_told_why(n_ranks: int, threads: int | None, bind: b
 
 def test_ranks_that_come_out_even_share_cpus() -> None:
     plan = plan_cores(machine(2), 8)
-    assert [rank.lanes for rank in plan] == [(0,)] * 4 + [(1,)] * 4
+    assert [rank.lanes for rank in plan] == [(0,), (1,)] * 4, "in turn: two stages of four ranks have both CPUs each"
     assert all(rank.threads == 1 and rank.crowded for rank in plan)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,12 @@ def test_background_loading_hands_on_values_and_errors() -> None:
     assert load_in_background(lambda: 3).result(timeout=30) == 3
     with pytest.raises(ZeroDivisionError):
         load_in_background(lambda: 1 // 0).result(timeout=30)
+
+
+def test_background_loading_waits_for_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_module.py").write_text("import time\ntime.sleep(0.2)\nready = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_in_background(lambda: sys.modules["slow_module"].ready, "slow_module").result(timeout=30)
 
 
 # --- conversations ---

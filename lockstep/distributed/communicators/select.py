@@ -53,7 +53,9 @@ def host_communicator(group: Any, timeout_s: float, chosen: str = "") -> Communi
         crowded = _crowded(seats, gloo.rank)
         try:
             found = assemble(gloo, [seat.host for seat in seats], name, timeout_s, may_spin=not crowded, spanning=chosen == "hierarchical")
-            return _explained(found, f"{found.explanation}; waits {'sleep, ' + crowded if crowded else 'spin, then sleep'}")
+            return _explained(
+                found, f"{found.explanation}; waits {'hand the CPU on, then sleep, ' + crowded if crowded else 'spin, then sleep'}"
+            )
         except SegmentError as e:
             why_not = str(e)
     if chosen != "auto":

@@ -105,8 +105,9 @@ struct Row : Op {
   uint64_t tag;
   int64_t most_leaves = 1, rows_fit;
 
-  // Up to so many bytes of the others' partial sums each rank adds up all rows; above, each its part, and they exchange the
-  // results. More ranks read more, and on fewer cores than ranks a meeting more is cheaper than every rank's reading all.
+  // Up to so many bytes each rank adds up all rows; above, each its part, and they exchange the results. The bytes are of one leaf
+  // of each other rank: eight ranks read that much of fewer rows than two, and a second meeting costs less than every rank's
+  // reading all. With fewer rows than ranks there is little to share out.
   static constexpr int64_t ONE_SHOT_BYTES = 128 << 10;
   // Partial sums of more rows than this leave the caches before they are added up: the bytes are of one leaf of the tree, of
   // which a rank with an uneven share has more. At least so many rows that a block of the panel is used by more than a few.
@@ -125,7 +126,8 @@ struct Row : Op {
 
   void run(const Step& step, Lane& lane) override {
     if (group.world == 1) return alone(step.tokens, lane);
-    if (step.tokens * finish.n * 4 * (group.world - 1) <= ONE_SHOT_BYTES && step.tokens <= rows_fit) return one_shot(step.tokens, lane);
+    const int64_t leaf = step.tokens * finish.n * 4, read = step.tokens < group.world ? leaf : leaf * (group.world - 1);
+    if (read <= ONE_SHOT_BYTES && step.tokens <= rows_fit) return one_shot(step.tokens, lane);
     dispatch(type, [&](auto t) { two_shot<decltype(t)>(step.tokens, lane); });
   }
 

@@ -18,7 +18,8 @@ double now_s();  // a monotonic clock
 void relax();    // tells the CPU that this thread spins
 // Runs Python's signal handlers where this thread came from Python's main thread; throws when one raises.
 void check_signals();
-// How long a wait spins before it sleeps. Where cores are shared with other ranks, 0 is right.
+// How long a wait spins before it sleeps (ranks that meet hand their core on in between: comm_shm.cpp). Where cores are shared
+// with other ranks, 0 is right.
 extern std::atomic<int64_t> spin_ns;
 
 // Sleeps while *word == seen, at most timeout_s; false when that time ran out. `shared`: the word lives in memory of
