@@ -40,7 +40,7 @@ def test_a_plan_keeps_its_promises(cores: list[tuple[int, ...]], n_ranks: int, t
     assert set(counts.values()) <= {max(1, n_ranks // len(cpus))}, "no core is two ranks', or every CPU of as many ranks"
     if threads is None and bind and n_ranks % len(cpus) == 0:
         assert set(counts) == set(cpus)
-    elif n_ranks > len(cpus):
+    elif n_ranks > len(cpus) and n_ranks % len(cpus):
         assert not taken, "where ranks do not come out even nobody is bound"
     assert plan[0].crowded == (sum(rank.threads for rank in plan) > len(cpus))
     if threads is None and bind and n_ranks <= len(cpus):
