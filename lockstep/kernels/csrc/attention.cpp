@@ -113,16 +113,18 @@ struct Attention : Op {
     by_queries(item.count, [&](auto n, auto first, int64_t q) {
       value_rows<T, n(), first()>(chunks.values, ahead + chunks.count, chunks.count, weights + q * per_query, per_query, head_dim, part.out + q * width, width);
     });
+    if (finite(part.out, item.count * width)) return;
     for (int64_t q = 0; q < item.count; q++)
-      if (!finite(part.out + q * width)) only_seen(chunks, seen[q], weights + q * per_query, part.out + q * width);
+      if (!finite(part.out + q * width, width)) only_seen(chunks, seen[q], weights + q * per_query, part.out + q * width);
   }
 
-  bool finite(const float* out) const {
-    lanes none{};
-    for (int64_t d = 0; d < width; d += LANES) none += lanes_at(out + d) * all(0.f);  // infinity times 0 is not a number
-    bool good = true;
-    for (int64_t i = 0; i < LANES; i++) good &= none[i] == 0;
-    return good;
+  // n: whole vectors (of 16).
+  static bool finite(const float* out, int64_t n) {
+    f32x16 none{}, more{};  // two chains
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) none += load(out + i) * 0.f, more += load(out + i + W) * 0.f;  // infinity times 0 is not a number
+    if (i < n) none += load(out + i) * 0.f;
+    return sum_lanes(none + more) == 0;
   }
 
   // The weighted values of one query once more, those that it does not see taken as 0: a weight of 0 times infinity is not 0.
