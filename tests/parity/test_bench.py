@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from lockstep.cli.bench.latency import LatencyArgs, emit
+from lockstep.cli.bench.result import Reporter
+from lockstep.config.tree import EngineConfig
 from lockstep.testing.tiny import make_tiny
 
 
@@ -40,11 +43,19 @@ def test_throughput_beside_transformers(model):
 
 
 def test_latency(model):
-    code, lines, err = bench("latency", str(model), "--batch-size", "2", "--input-len", "8", "--output-len", "6", "--repetitions", "2")
+    code, lines, err = bench("latency", str(model), "--batch-size", "2", "--input-len", "8", "--output-len", "64", "--repetitions", "2")
     assert code == 0, err
     by = {line["metric"]: line for line in lines}
     assert {"time_to_first_token", "time_per_output_token", "decode_tokens_per_s", "end_to_end"} <= by.keys()
     assert by["end_to_end"]["value"] > 0 and by["time_to_first_token"]["batch_size"] == 2
+
+
+def test_a_decode_that_drowns_in_noise_is_not_reported(capsys):
+    report = Reporter(EngineConfig(), "demo", "lockstep bench latency", as_json=False)
+    emit([(0.10, 0.11), (0.12, 0.11)], LatencyArgs(output_len=2), report)
+    out, err = capsys.readouterr()
+    assert "time_to_first_token" in out and "end_to_end" in out and "decode" not in out
+    assert "--output-len must be larger" in err
 
 
 @pytest.mark.parametrize(

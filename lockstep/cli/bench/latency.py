@@ -43,15 +43,22 @@ def latency(config: EngineConfig, vocab_size: int, args: LatencyArgs, report: Re
         report.emit("lockstep", "startup", [time.perf_counter() - start], "s")
         seconds = _timer(llm, vocab_size, args)
         seconds(0, 2)
-        first = [seconds(2 * i + 1, 1) for i in range(args.repetitions)]
-        whole = [seconds(2 * i + 2, args.output_len) for i in range(args.repetitions)]
+        runs = [(seconds(2 * i + 1, 1), seconds(2 * i + 2, args.output_len)) for i in range(args.repetitions)]  # a machine's speed changes
         record(llm, args.profile, report, lambda: seconds(2 * args.repetitions + 1, args.output_len))
-    per_token = [(b - a) / (args.output_len - 1) * 1000 for a, b in zip(first, whole, strict=True)]
+    emit(runs, args, report)
+
+
+def emit(runs: list[tuple[float, float]], args: LatencyArgs, report: Reporter) -> None:
+    """The figures of `runs`: seconds of a batch to its first token, and to its end."""
+    per_token = [(whole - first) / (args.output_len - 1) * 1000 for first, whole in runs]
     size = {"batch_size": args.batch_size, "input_len": args.input_len, "output_len": args.output_len}
-    report.emit("lockstep", "time_to_first_token", [t * 1000 for t in first], "ms", **size)
-    report.emit("lockstep", "time_per_output_token", per_token, "ms", **size)
-    report.emit("lockstep", "decode_tokens_per_s", [args.batch_size * 1000 / t for t in per_token], "tok/s", **size)
-    report.emit("lockstep", "end_to_end", whole, "s", **size)
+    report.emit("lockstep", "time_to_first_token", [first * 1000 for first, _ in runs], "ms", **size)
+    if min(per_token) > 0:
+        report.emit("lockstep", "time_per_output_token", per_token, "ms", **size)
+        report.emit("lockstep", "decode_tokens_per_s", [args.batch_size * 1000 / t for t in per_token], "tok/s", **size)
+    else:
+        report.note(f"decode of {args.output_len - 1} tokens took less than two runs differ by: --output-len must be larger to measure it")
+    report.emit("lockstep", "end_to_end", [whole for _, whole in runs], "s", **size)
 
 
 def _timer(llm: LLM, vocab_size: int, args: LatencyArgs) -> Callable[[int, int], float]:

@@ -6,7 +6,7 @@
 
 namespace lockstep {
 
-// Bytes of a slot used in one round. Ranks that spin take small bites, which stay in the cache; ranks that sleep meet seldom.
+// Bytes of a slot used in one round. Ranks with a core each take small bites, which stay in the cache; ranks that take turns meet seldom.
 static int64_t round_bytes(const ShmGroup& g) { return g.may_spin() ? std::min<int64_t>(int64_t(g.slot_bytes), 256 << 10) : int64_t(g.slot_bytes); }
 
 static int64_t rounds_for(int64_t most, int64_t step) { return std::max<int64_t>(1, (most + step - 1) / step); }

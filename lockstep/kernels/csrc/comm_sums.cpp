@@ -42,7 +42,7 @@ const Tree& Tree::over_ranks(int world) {
   return found->second;
 }
 
-// Elements per meeting. Ranks that spin take small bites, which stay in the cache; ranks that sleep meet seldom.
+// Elements per meeting. Ranks with a core each take small bites, which stay in the cache; ranks that take turns meet seldom.
 constexpr int64_t BITE_BYTES = 128 << 10;
 constexpr int64_t ONE_SHOT_BYTES = 512 << 10;
 
