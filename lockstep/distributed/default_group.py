@@ -60,8 +60,12 @@ def create(store: Any, rank: int, world_size: int, backend: str, device: torch.d
     settings: dict[str, Any] = {"backend": "gloo"}
     if backend == "nccl":
         settings = {"backend": "nccl", "device_id": device}
-    with process_groups.one_event_loop():
-        dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), **settings)
+    try:
+        with process_groups.one_event_loop():
+            dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), **settings)
+    except BaseException:
+        process_groups.forget_devices()
+        raise
 
 
 def validate(rank: int, world_size: int, backend: str) -> tuple[int, int]:

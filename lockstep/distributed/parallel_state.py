@@ -380,7 +380,7 @@ def destroy_distributed_environment() -> None:
         world.destroy()
     if _STATE.default_is_ours and dist.is_initialized():
         dist.destroy_process_group()
-        process_groups.forget_devices()
+    process_groups.forget_devices()
     env.unbind_collectives(_STATE.bound_variables)
     _STATE.node_count, _STATE.seat, _STATE.default_is_ours, _STATE.bound_variables = None, None, False, []
 

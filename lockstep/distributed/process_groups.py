@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -86,12 +87,19 @@ class _Kind(type(_GLOO)):  # type: ignore[misc]
 
 
 class _Sharing(_GLOO, metaclass=_Kind):  # type: ignore[misc]
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Any, rank: int, size: int, *args: Any, timeout: timedelta = c10d.default_pg_timeout, **more: Any) -> None:
+        if more or (args and not isinstance(args[0], timedelta)):  # somebody, in another thread, who brings options
+            super().__init__(store, rank, size, *args, **more)
+            return
         options = _GLOO._Options()
         options._devices = _devices()
-        options._timeout = timeout
+        options._timeout = args[0] if args else timeout
         options._threads = 2 * len(options._devices)  # as torch does
         super().__init__(store, rank, size, options)
+
+
+_INSIDE: list[Any] = []  # of `one_event_loop`: what was there before, once for each that is inside
+_CHANGING = threading.Lock()
 
 
 @contextmanager
@@ -102,13 +110,19 @@ def one_event_loop() -> Iterator[None]:
     it interrupts one, and the ranks on the others wait for that: fourteen took 1.4 % of both cores, and of a step of two
     ranks 7 %. Devices are given to a group's constructor only, which `new_group` calls; so another one is there meanwhile.
     """
-    if dist.is_gloo_available():
+    if not dist.is_gloo_available():
+        yield
+        return
+    with _CHANGING:
+        _INSIDE.append(_INSIDE[0] if _INSIDE else c10d.ProcessGroupGloo)
         c10d.ProcessGroupGloo = _Sharing  # type: ignore[misc]
     try:
         yield
     finally:
-        if dist.is_gloo_available():
-            c10d.ProcessGroupGloo = _GLOO
+        with _CHANGING:
+            before = _INSIDE.pop()
+            if not _INSIDE:  # the last to leave
+                c10d.ProcessGroupGloo = before  # type: ignore[misc]
 
 
 def make_subgroup(group_ranks: Sequence[Sequence[int]], rank: int, backend: str, timeout: timedelta | None, name: str) -> Any:

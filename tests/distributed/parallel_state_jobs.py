@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -213,6 +214,8 @@ def foreign(rank: int, world_size: int, folder: str) -> None:
     x = torch.ones(1)
     dist.all_reduce(x)
     assert x.item() == world_size
+    gc.collect()
+    assert not process_groups._DEVICES and (sys.platform != "linux" or _loops() == 1)  # theirs
     dist.destroy_process_group()
 
 

@@ -181,6 +181,7 @@ def test_background_loading_hands_on_values_and_errors() -> None:
 def test_background_loading_waits_for_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "slow_module.py").write_text("import time\ntime.sleep(0.2)\nready = True\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "slow_module", raising=False)
     assert load_in_background(lambda: sys.modules["slow_module"].ready, "slow_module").result(timeout=30)
 
 

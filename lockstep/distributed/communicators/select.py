@@ -53,9 +53,8 @@ def host_communicator(group: Any, timeout_s: float, chosen: str = "") -> Communi
         crowded = _crowded(seats, gloo.rank)
         try:
             found = assemble(gloo, [seat.host for seat in seats], name, timeout_s, may_spin=not crowded, spanning=chosen == "hierarchical")
-            return _explained(
-                found, f"{found.explanation}; waits {'hand the CPU on, then sleep, ' + crowded if crowded else 'spin, then sleep'}"
-            )
+            waits = f"hand the CPU on, then sleep, {crowded}" if crowded else "spin, hand the CPU on, then sleep"
+            return _explained(found, f"{found.explanation}; waits {waits}")
         except SegmentError as e:
             why_not = str(e)
     if chosen != "auto":
@@ -84,7 +83,7 @@ def assemble(
 
 
 def explain(communicator: Communicator) -> str:
-    """The communicator's kind and why it was chosen, e.g. "shm: 2 ranks on one host; waits spin, then sleep"."""
+    """The communicator's kind and why it was chosen, e.g. "shm: 2 ranks on one host; waits spin, hand the CPU on, then sleep"."""
     kind = type(communicator).__name__.removesuffix("Communicator").lower()
     return f"{kind}: {communicator.explanation}" if communicator.explanation else kind
 

@@ -155,11 +155,7 @@ void ShmGroup::wait(Transfer* t) {
   for (;;) {
     uint32_t seen = theirs.load();
     if (test(t)) return;
-    double until = now_s() + 1e-9 * double(spin_ns.load(std::memory_order_relaxed));
-    if (may_spin_)
-      while (theirs.load(std::memory_order_relaxed) == seen && now_s() < until)
-        for (int i = 0; i < 64 && theirs.load(std::memory_order_relaxed) == seen; i++) relax();
-    if (theirs.load() != seen) continue;
+    if (stay_awake([&] { return theirs.load(std::memory_order_acquire) != seen; })) continue;
     sleeps.fetch_add(1);
     bool alone = [&] { std::lock_guard<std::mutex> hold(moving_); return handles_.size() <= 1; }();
     if (theirs.load() == seen) futex_wait(&theirs, seen, alone ? SLICE_S : BUSY_SLICE_S, true);

@@ -12,11 +12,6 @@
 namespace lockstep {
 
 constexpr double SLICE_S = 0.05;  // longest sleep between two looks at whether the others live
-// Before a meeting sleeps it hands its core on, to whoever has work there: being woken takes tens of microseconds where the
-// machine is a virtual one. For so long (per rank that is waited for) where every thread has a core; ranks that share one hand
-// it to each other, so often: with more, ranks that only look take the time of those who work.
-constexpr double YIELD_S = 1e-3;
-constexpr int YIELDS = 10;
 constexpr size_t ALIGN = size_t(2) << 20;
 
 static size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -136,25 +131,7 @@ struct Counted {  // holds a count of sleepers up by one
 
 void ShmGroup::wait_for(int r, uint32_t epoch, uint64_t tag) {
   auto here = [&] { return int32_t(lines_[r].arrived.load(std::memory_order_acquire) - epoch) >= 0; };
-  const int64_t spin = spin_ns.load(std::memory_order_relaxed);  // 0: threads share cores, though ranks may not
-  if (may_spin_ && spin) {
-    // The first look at the clock comes late: who meets at once does not pay for it.
-    for (int i = 0; i < 64; i++, relax())
-      if (here()) return;
-    const double began = now_s(), spun = began + 1e-9 * double(spin);
-    while (now_s() < spun)
-      for (int i = 0; i < 64; i++, relax())
-        if (here()) return;
-    while (now_s() < began + YIELD_S) {
-      sched_yield();
-      if (here()) return;
-    }
-  } else {
-    for (int i = 0; i < YIELDS; i++) {
-      sched_yield();
-      if (here()) return;
-    }
-  }
+  if (stay_awake(here)) return;
   double since = now_s(), looked = since;
   Counted sleeper(header_->sleepers);
   for (;;) {

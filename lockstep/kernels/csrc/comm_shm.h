@@ -5,6 +5,8 @@
 // Every number in it has one writer, except the counts of sleepers and the bell, which are only added to. So there is no
 // lock that a dying rank could hold.
 #pragma once
+#include <sched.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <deque>
@@ -21,6 +23,11 @@
 namespace lockstep {
 
 constexpr int MAX_WORLD = 64;  // ranks of one group on one host
+// Before a rank that waits for another sleeps it hands its core on, to whoever has work there: being woken takes tens of
+// microseconds where the machine is a virtual one. For so long (per rank that is waited for) where every thread has a core; ranks
+// that share one hand it to each other, so often: with more, ranks that only look take the time of those who work.
+constexpr double YIELD_S = 1e-3;
+constexpr int YIELDS = 10;
 enum class Presence : uint32_t { Absent, Here, Left, Failed };
 
 struct alignas(64) Line {  // what one rank tells the others
@@ -75,6 +82,8 @@ class ShmGroup : public Group {
  private:
   Ring& ring(int from, int to) { return rings_[from * world + to]; }
   char* ring_data(int from, int to) { return ring_data_ + (size_t(from) * size_t(world) + size_t(to)) * ring_bytes_; }
+  template <class Here>
+  bool stay_awake(const Here& here) const;  // until here(), which it returns, or until sleeping is better
   void wait_for(int r, uint32_t epoch, uint64_t tag);
   bool all_arrived(uint32_t epoch) const;
   void check_tags(uint32_t epoch, uint64_t tag);
@@ -106,6 +115,30 @@ class ShmGroup : public Group {
   std::thread helper_;
   std::atomic<bool> stop_{false};
 };
+
+template <class Here>
+bool ShmGroup::stay_awake(const Here& here) const {
+  const int64_t spin = spin_ns.load(std::memory_order_relaxed);  // 0: threads share cores, though ranks may not
+  if (!may_spin_ || !spin) {
+    for (int i = 0; i < YIELDS; i++) {
+      sched_yield();
+      if (here()) return true;
+    }
+    return false;
+  }
+  // The first look at the clock comes late: who meets at once does not pay for it.
+  for (int i = 0; i < 64; i++, relax())
+    if (here()) return true;
+  const double began = now_s(), spun = began + 1e-9 * double(spin);
+  while (now_s() < spun)
+    for (int i = 0; i < 64; i++, relax())
+      if (here()) return true;
+  while (now_s() < began + YIELD_S) {
+    sched_yield();
+    if (here()) return true;
+  }
+  return false;
+}
 
 std::string tag_text(uint64_t tag);
 std::string seconds_text(double s);

@@ -1,8 +1,7 @@
 // The product of a block of rows with packed panels: what the kernels of all variants share.
 //
-// A kernel multiplies rows of activations with a block of a panel (some k of its 64 columns: few where few rows use each, as
-// the L1 cache holds; up to a thousand where many do) and accumulates in float32 in memory between blocks, which rounds
-// nothing. So every output has one chain of additions in the order of k, whatever the block and tile sizes are, and they may
+// A kernel multiplies rows of activations with a block of a panel (some k of its 64 columns; how many each kernel chooses by the
+// number of rows: `k_block`) and accumulates in float32 in memory between blocks, which rounds nothing. So every output has one chain of additions in the order of k, whatever the block and tile sizes are, and they may
 // follow the caches and the number of rows.
 #pragma once
 #include <memory>

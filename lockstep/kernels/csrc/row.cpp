@@ -107,7 +107,7 @@ struct Row : Op {
 
   // Up to so many bytes each rank adds up all rows; above, each its part, and they exchange the results. The bytes are of one leaf
   // of each other rank: eight ranks read that much of fewer rows than two, and a second meeting costs less than every rank's
-  // reading all. With fewer rows than ranks there is little to share out.
+  // reading all. With fewer rows than ranks one leaf counts, not one of each: most ranks would have no row to add up.
   static constexpr int64_t ONE_SHOT_BYTES = 128 << 10;
   // Partial sums of more rows than this leave the caches before they are added up: the bytes are of one leaf of the tree, of
   // which a rank with an uneven share has more. At least so many rows that a block of the panel is used by more than a few.
