@@ -190,7 +190,10 @@ class LLM:
 
     def _idle(self) -> None:
         if self._running:
-            raise RuntimeError("another generate or stream of this LLM is unfinished: exhaust or close its iterator first.")
+            raise RuntimeError(
+                "another generate or stream of this LLM is unfinished, and one runs at a time: exhaust or close its iterator, "
+                "or wait for the thread that called it (`lockstep serve` serves many callers at once)."
+            )
 
     def shutdown(self) -> None:
         """Stop the ranks and free everything. May be called twice; also done at exit and when the object is dropped."""

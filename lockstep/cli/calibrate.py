@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,12 +53,43 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not LEAST_S <= args.budget_seconds < math.inf:
         raise UsageError(f"--budget-seconds={args.budget_seconds:g} must be a number of seconds, at least {LEAST_S:g}.")
-    found = calibrate(args.budget_seconds, args.dtype)
     path = args.out or calibration.path_of()
+    if args.out is not None:
+        _check_out(path)
+    with _ended_in_order():
+        found = calibrate(args.budget_seconds, args.dtype)
     calibration.save(found, path)
     print(table(found))
     print(f"\nwritten to {path} ({found.seconds:.0f} s)")
     return 0
+
+
+def _check_out(path: Path) -> None:
+    """Raises UsageError, before anything is measured, where the entry could not be written."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"--out={path} {'is a folder' if path.is_dir() else 'is in a folder that is not there'}: name a file to write.")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise UsageError(f"--out={path} cannot be written ({e.strerror}): name a file to write.") from None
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM unwinds, as Ctrl-C does, so that trial models do not stay on the disk."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:

@@ -182,4 +182,7 @@ def _others(text: str) -> str:
 
 def _quote(rank: int, tail: Sequence[str]) -> str:
     """On lines of their own: where only the first line is shown, nothing is announced that does not come."""
-    return f"\nLast lines of rank {rank}:\n  " + "\n  ".join(tail[-8:]) if tail else ""
+    tail = list(tail)
+    stack = max((i for i, line in enumerate(tail) if "most recent call first" in line), default=-1)
+    shown = tail[stack : stack + 9] if stack >= 0 else tail[-8:]  # of a stack its beginning says where the rank is
+    return f"\nLast lines of rank {rank}:\n  " + "\n  ".join(shown) if shown else ""

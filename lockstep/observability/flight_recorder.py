@@ -104,3 +104,9 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):
             self._lines.append(self.format(record))
+        # Python writes warnings that nobody handles on standard error; that somebody keeps a copy must not end it.
+        ours, last = logging.getLogger(ROOT), logging.lastResort
+        first = next((h for h in ours.handlers if isinstance(h, _Lines)), None)
+        others = any(not isinstance(h, _Lines) for h in ours.handlers) or (ours.propagate and logging.getLogger().hasHandlers())
+        if first is self and not others and last is not None and record.levelno >= last.level:
+            last.handle(record)

@@ -6,6 +6,8 @@ measured with so many ranks at work at once, each with its share of the cores.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -184,7 +186,22 @@ def load(path: Path | None = None) -> Calibration:
     return _current(found, str(path))
 
 
+def _numbers(found: object, name: str = "engine") -> Iterator[tuple[str, float]]:
+    """(where it is, number) of all that a calibration holds."""
+    if isinstance(found, Mapping):
+        for key, value in found.items():
+            yield from _numbers(value, f"{name}.{key}")
+    elif isinstance(found, list | tuple):
+        for value in found:
+            yield from _numbers(value, name)
+    elif isinstance(found, int | float):
+        yield name, float(found)
+
+
 def _current(found: Calibration, where: str) -> Calibration:
     if found.format != FORMAT:
         raise ConfigError(f"{where} has format {found.format}, and this version reads {FORMAT}: run `lockstep calibrate` again.")
+    for name, value in _numbers(msgspec.to_builtins(found)):
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{where} has {name}={value:g}, which was not measured: run `lockstep calibrate` again.")
     return found

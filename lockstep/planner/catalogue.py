@@ -124,6 +124,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): give the file of a device or a cluster.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file ({error}): give the file of a device or a cluster.") from None
     try:
         raw = _parse(path, text)
     except ValueError as error:

@@ -62,6 +62,9 @@ def test_a_decode_that_drowns_in_noise_is_not_reported(capsys):
     "argv,words",
     [
         (["latency", "--output-len", "1"], "--output-len=1"),
+        (["latency", "--input-len", "2047"], "--input-len=2047 and --output-len=128 make 2175 tokens, more than the model's 2048"),
+        (["throughput", "--input-len", "2000", "--output-len", "64"], "--output-len=64 make 2064 tokens"),
+        (["collectives", "--budget-seconds", "nan"], "--budget-seconds=nan"),
         (["throughput", "--num-prompts", "0"], "--num-prompts=0"),
         (["thruput"], "Did you mean 'throughput'"),
     ],

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import os
 import random
+import signal
+import time
 from pathlib import Path
 
 import msgspec
@@ -200,6 +204,53 @@ def test_what_is_no_entry_is_refused(tmp_path: Path):
         (tmp_path / "bad.json").write_bytes(text)
         with pytest.raises(ConfigError, match="calibrate` again"):
             calibration.load(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-6])
+def test_numbers_that_nobody_measured_are_refused(value: float, tmp_path: Path):
+    path = tmp_path / "bad.json"
+    calibration.save(machine(mode()), path)
+    entry = json.loads(path.read_text())
+    entry["engine"]["modes"][0]["decode"]["byte_s"] = value
+    path.write_text(json.dumps(entry))
+    with pytest.raises(ConfigError, match=r"has engine.modes.decode.byte_s=.*calibrate` again"):
+        calibration.of_device(catalogue.cluster(str(path)).device)
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "bad.json").write_bytes(b"\x7fELF\xe2")
+    with pytest.raises(ConfigError, match=r"bad.json is not a text file"):
+        catalogue.cluster(str(tmp_path / "bad.json"))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for out, rule in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "none" / "c.json", "is in a folder that is not there"),
+        ("/proc/c.json", "cannot be written"),
+    ):
+        assert cli.main(["calibrate", "--out", str(out)]) == 2
+        shown = capsys.readouterr().err
+        assert f"--out={out} {rule}" in shown and "ranks" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_measurement_that_is_told_to_end_cleans_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    cleaned = []
+
+    def measured(*_: object) -> Calibration:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+            raise AssertionError("nothing ended it")
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr("lockstep.cli.calibrate.calibrate", measured)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["calibrate", "--out", str(tmp_path / "c.json")])
+    assert ended.value.code == 143 and cleaned and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_too_little_time_is_refused(capsys: pytest.CaptureFixture[str]):

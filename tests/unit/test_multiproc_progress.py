@@ -173,3 +173,11 @@ def test_the_first_line_of_an_error_announces_nothing_that_does_not_come() -> No
         first, *rest = str(error).split("\n")
         assert first.endswith(".") and "Last lines" not in first and rest == ["Last lines of rank 1:", "  a", "  b"]
     assert "\n" not in str(stopped(1, at, "", []))
+
+
+def test_of_a_stack_the_end_that_says_where_the_rank_is_gets_shown() -> None:
+    frames = [f'  File "f{i}.py", line {i} in f{i}' for i in range(20)]
+    progress = Progress("step", 3, 2, 1.0, 4.0, "")
+    text = str(stopped(1, progress, "", ["a line before", "Current thread 0x1 (most recent call first):", *frames]))
+    assert "Last lines of rank 1:\n  Current thread" in text and 'f0.py", line 0' in text and "f7.py" in text and "f8.py" not in text
+    assert "f19" in str(stopped(1, progress, "", frames))  # no stack: the last lines

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -43,8 +44,8 @@ class CollectivesArgs:
         """The checked choice, as ranks get it. Raises UsageError."""
         if not 1 < self.world_size <= 64:
             raise UsageError(f"--world-size={self.world_size} is invalid: it must be from 2 to 64.")
-        if self.budget_seconds <= 0:
-            raise UsageError(f"--budget-seconds={self.budget_seconds} is invalid: it must be above 0.")
+        if not 0 < self.budget_seconds < math.inf:
+            raise UsageError(f"--budget-seconds={self.budget_seconds} is invalid: it must be a number of seconds above 0.")
         try:
             sizes = [int(size) for size in self.sizes.split(",")]
         except ValueError:
@@ -144,6 +145,8 @@ class _Table:
             print(f"\n{heading}\n{'bytes':>10}  {'communicator':<13} {'median us':>10} {'p99 us':>10} {'busbw GB/s':>11}  {'memcpy us':>9}")
             self._heading = heading
         more = "" if line.get("overhead_us") is None else f"  the public call adds {line['overhead_us']:.2f} us to {line['bare_us']:.2f}"
+        if (line.get("overhead_us") or 0) < 0:
+            more = f"  the public call adds less to {line['bare_us']:.2f} us than calls differ by"
         copy = "" if line["memcpy_us"] is None else f"{line['memcpy_us']:.2f}"
         numbers = f"{line['median_us']:>10.2f} {line['p99_us']:>10.2f} {line['busbw_GBps']:>11.3f}  {copy:>9}"
         print(f"{line['bytes']:>10}  {line['communicator']:<13} {numbers}{more}", flush=True)

@@ -52,11 +52,13 @@ def _latency(argv: list[str]) -> int:
     with at_once():
         from lockstep.cli.bench.latency import LatencyArgs, latency
         from lockstep.cli.bench.result import Reporter
+        from lockstep.cli.bench.workload import check_length
         from lockstep.cli.flags import parse
 
     parsed = parse("bench latency", argv, LatencyArgs, max_tokens=None, sampling=False, description="Time one batch.")
     parsed.options.check()
     config, spec, _ = _ready(parsed.config)
+    check_length(parsed.options.input_len, parsed.options.output_len, config.model.max_model_len or spec.max_position_embeddings)
     report = Reporter(config, _name(config), _command("latency", argv), parsed.options.json)
     latency(config, spec.vocab_size, parsed.options, report)
     report.membw("end")

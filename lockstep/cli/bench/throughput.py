@@ -34,14 +34,16 @@ class ThroughputArgs:
     json: bool = opt(False, "Print one JSON line per result on standard output.")
 
     def workload(self, vocab_size: int, max_model_len: int) -> Workload:
-        """The requests. Raises UsageError when a count or a length is below 1."""
+        """The requests. Raises UsageError when a count or a length is below 1, or a request too long for the model."""
         for name in ("num_prompts", "repetitions", "peer_batch_size", "input_len", "output_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')}={value} is invalid: it must be at least 1.")
         if self.input_len is None and self.output_len is None:
             return workload.mixed(vocab_size, self.num_prompts, max_model_len=max_model_len)
-        return workload.fixed(vocab_size, self.num_prompts, self.input_len or 128, self.output_len or 128)
+        lengths = self.input_len or 128, self.output_len or 128
+        workload.check_length(*lengths, max_model_len)
+        return workload.fixed(vocab_size, self.num_prompts, *lengths)
 
 
 def run_ours(llm: LLM, work: Workload) -> tuple[float, list[list[int]]]:

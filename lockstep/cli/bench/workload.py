@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from lockstep.cli.errors import UsageError
+
 FIRST_ID = 100  # below are special tokens and single bytes in most vocabularies
 
 
@@ -30,6 +32,15 @@ class Workload:
         span = vocab_size - first
         prompts = [[first + (t - first + by) % span for t in p] for p in self.prompts]
         return Workload(self.name, prompts, self.output_lens)
+
+
+def check_length(input_len: int, output_len: int, max_model_len: int) -> None:
+    """Raises UsageError for requests that end before their last token: figures would count tokens that nobody made."""
+    if input_len + output_len > max_model_len:
+        raise UsageError(
+            f"--input-len={input_len} and --output-len={output_len} make {input_len + output_len} tokens, more than the model's "
+            f"{max_model_len} (--max-model-len): make one of them smaller."
+        )
 
 
 def random_prompts(vocab_size: int, lens: list[int], seed: int) -> list[list[int]]:
