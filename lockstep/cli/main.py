@@ -47,7 +47,7 @@ commands:
 {chr(10).join(f"  {verb:<11} {words}" for verb, (_, words) in VERBS.items())}
   version     print the version
 
-`lockstep <command> --help` lists a command's options. Without MODEL, the embedded demo model is used:
+`lockstep <command> --help` lists a command's options. Without MODEL, the embedded demo model is used (`plan` must be given one):
   lockstep generate --prompt "def add(a, b):" --tensor-parallel-size 2
 """
 
@@ -76,7 +76,7 @@ def dispatch(argv: list[str]) -> int:
     if verb in LATER:
         raise UsageError(f"`lockstep {verb}` is not available yet in this version: there are {', '.join(VERBS)}.")
     if verb not in VERBS:
-        raise UsageError(f"{verb!r} is not a command: there are {', '.join(VERBS)}.{nearest(verb, VERBS)}")
+        raise UsageError(f"{verb!r} is not a command: there are {', '.join((*VERBS, 'version'))}.{nearest(verb, VERBS)}")
     with at_once():
         module = import_module(VERBS[verb][0])
     return int(module.run(rest) or 0)
