@@ -1,5 +1,7 @@
 #include "team.h"
 
+#include <sched.h>
+
 #include <cerrno>
 #include <ctime>
 #include <stdexcept>
@@ -9,7 +11,6 @@
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -19,6 +20,8 @@ namespace lockstep {
 std::atomic<int64_t> spin_ns{50'000};
 // Between two jobs Python plans a step: waiting for that awake, spin_ns times this, is cheaper than being woken.
 constexpr int64_t JOB_PATIENCE = 6;
+// After that a thread with a core of its own hands it on, to whoever has work there, before it sleeps: see YIELD_S in comm_shm.h.
+constexpr double AWAKE_S = 1e-3;
 
 double now_s() {
   timespec t;
@@ -64,7 +67,7 @@ static void bind(int) {}
 static std::atomic<int64_t> missed{0};
 int64_t missed_wakes() { return missed.load(); }
 
-// Returns when *word != seen: spins, then sleeps. `sleepers` tells wakers that somebody sleeps.
+// Returns when *word != seen: spins, hands the core on for a while, then sleeps. `sleepers` tells wakers that somebody sleeps.
 static void wait_change(std::atomic<uint32_t>& word, uint32_t seen, std::atomic<uint32_t>& sleepers, int64_t patience = 1) {
   if (int64_t budget = patience * spin_ns.load(std::memory_order_relaxed)) {
     double until = now_s() + 1e-9 * double(budget);
@@ -74,6 +77,10 @@ static void wait_change(std::atomic<uint32_t>& word, uint32_t seen, std::atomic<
         relax();
       }
     } while (now_s() < until);
+    for (until += AWAKE_S; now_s() < until;) {
+      sched_yield();
+      if (word.load(std::memory_order_acquire) != seen) return;
+    }
   }
   sleepers.fetch_add(1);
   while (word.load() == seen)

@@ -1,6 +1,6 @@
 // The compute threads of one rank, and the waits that all of this library uses.
 //
-// A team runs one function on all its threads at once (thread 0 is the caller). Waits spin for a while and then sleep in
+// A team runs one function on all its threads at once (thread 0 is the caller). Waits spin for a while, hand the core on and then sleep in
 // the kernel: two threads on two cores meet in about 100 ns, eight ranks on two cores do not burn each other's time.
 #pragma once
 #include <atomic>
@@ -18,7 +18,7 @@ double now_s();  // a monotonic clock
 void relax();    // tells the CPU that this thread spins
 // Runs Python's signal handlers where this thread came from Python's main thread; throws when one raises.
 void check_signals();
-// How long a wait spins before it sleeps (ranks that meet hand their core on in between: comm_shm.cpp). Where cores are shared
+// How long a wait spins before it hands the core on, and then sleeps (team.cpp, comm_shm.h). Where cores are shared
 // with other ranks, 0 is right.
 extern std::atomic<int64_t> spin_ns;
 
