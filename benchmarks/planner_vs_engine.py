@@ -5,11 +5,12 @@
 
 Needs a calibration (`lockstep calibrate`, on the same quiet machine, minutes before; or --calibrate runs it first). Each setting is an
 engine of its own, a batch of equal prompts given at once, measured `--repetitions` times or more in each of `--rounds` rounds over all
-settings (neighbours slow a shared machine for seconds at a time), and the median counts, as in the calibration. Before and after, the
-speeds of its ranks are measured (the memory's bandwidth and flop/s, as in the calibration), and predictions are scaled by the medians;
-the errors when scaled by the bandwidth alone are also shown. The prediction is the event simulation: the real scheduler, with step times
-of planner/cpu.py. Nothing is fitted to any setting: the calibration has models of its own, and never runs two replicas or two stages,
-whose errors are also shown apart. Exits 1 when the median error of a figure over all settings is above 10 % or the mean above 15 %.
+settings (neighbours slow a shared machine for seconds at a time), and what is undisturbed counts, the lower quartile of all batches, as
+in the calibration. Before and after, the speeds of its ranks are measured (the memory's bandwidth and flop/s, likewise), and predictions
+are scaled by them. Also shown: the errors when scaled by the bandwidth alone, and those against the usual batch, the median one, with
+the usual speeds. The prediction is the event simulation: the real scheduler, with step times of planner/cpu.py. Nothing is fitted to any
+setting: the calibration has models of its own, and never runs two replicas or two stages, whose errors are also shown apart. Exits 1
+when the median error of a figure over all settings is above 10 % or the mean above 15 %.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from lockstep.simulation.measure import Speeds
 from lockstep.simulation.rounds import Ranks, ranks_here
 from lockstep.simulation.simulate import simulate
 from lockstep.testing.tiny import make_tiny
+from lockstep.utils.noise import undisturbed
 
 TARGETS = {"median": 0.10, "mean": 0.15}
 BUSY_S = 1.5  # of a setting in a round: its speed changes within a second
@@ -90,18 +92,25 @@ SETTINGS = [
 
 @dataclass
 class Result:
-    """One setting's figures, in seconds and tokens a second."""
+    """One setting's figures, in seconds and tokens a second, measured and predicted."""
 
     setting: Setting
     measured: dict[str, float]
     predicted: dict[str, float]
     by_bandwidth: dict[str, float]  # predicted with the memory bandwidth measured again, nothing else
+    usual: dict[str, float]  # the median batch
+    predicted_usual: dict[str, float]  # with median speeds
     scales: Scales
     other_cores: float
 
-    def error(self, figure: str, by_bandwidth: bool = False) -> float:
-        """|predicted / measured - 1|."""
-        return abs((self.by_bandwidth if by_bandwidth else self.predicted)[figure] / self.measured[figure] - 1)
+    @property
+    def pairs(self) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+        """(predicted, measured) by how it was compared."""
+        return {
+            "all settings": (self.predicted, self.measured),
+            "by bandwidth alone": (self.by_bandwidth, self.measured),
+            "the usual batch": (self.predicted_usual, self.usual),
+        }
 
 
 def folder_of(name: str, root: Path) -> str:
@@ -164,9 +173,9 @@ def predict(spec: ModelSpec, limits: Limits, setting: Setting, found: Calibratio
 
 @dataclass
 class Measured:
-    """What one setting gave so far, by rounds: the median figures of its batches, speeds of a rank beside, other programs' use of cores."""
+    """What one setting gave so far: the figures of its batches; by rounds, speeds of a rank beside and other programs' use of cores."""
 
-    rounds: list[dict[str, float]] = field(default_factory=list)
+    batches: list[dict[str, float]] = field(default_factory=list)
     speeds: list[Speeds] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     predict: Callable[[Scales], dict[str, float]] | None = None
@@ -181,10 +190,10 @@ def measure(setting: Setting, found: Calibration, root: Path, repetitions: int, 
         seen.speeds.append(ranks.speeds(busy))
         once(llm, setting, 0)
         begun = time.monotonic()
-        batches: list[dict[str, float]] = []
-        while time.monotonic() - begun < BUSY_S or len(batches) < repetitions:
-            batches.append(once(llm, setting, 1 + len(batches)))
-        seen.rounds.append({name: median(batch[name] for batch in batches) for name in FIGURES})
+        batches = 0
+        while time.monotonic() - begun < BUSY_S or batches < repetitions:
+            batches += 1
+            seen.batches.append(once(llm, setting, batches))
         seen.speeds.append(ranks.speeds(busy))
         spec, limits = llm.spec, limits_of(llm.config, llm.spec, llm._client.memory)
     seen.others.append(noise.other_cores())
@@ -195,16 +204,39 @@ def compared(setting: Setting, seen: Measured, found: Calibration) -> Result:
     """All rounds of one setting, and its prediction."""
     assert seen.predict is not None
     mode = found.mode(setting.tp * setting.pp * setting.dp, busy_ranks(setting))
-    now = Speeds(*(median(speed) for speed in zip(*seen.speeds, strict=True)))
-    scales = Scales(now.read / mode.bandwidth, now.multiply / mode.flops)
-    measured = {name: median(one[name] for one in seen.rounds) for name in FIGURES}
-    return Result(setting, measured, seen.predict(scales), seen.predict(Scales(scales.bandwidth)), scales, max(seen.others))
+
+    def of(rate: Callable[[Iterable[float]], float]) -> Scales:
+        now = Speeds(*map(rate, zip(*seen.speeds, strict=True)))
+        return Scales(now.read / mode.bandwidth, now.multiply / mode.flops)
+
+    def figures_of(times: Callable[[Iterable[float]], float], rate: Callable[[Iterable[float]], float]) -> dict[str, float]:
+        return {name: (rate if name == "throughput" else times)(batch[name] for batch in seen.batches) for name in FIGURES}
+
+    scales = of(undisturbed_rate)
+    return Result(
+        setting,
+        measured=figures_of(undisturbed, undisturbed_rate),
+        predicted=seen.predict(scales),
+        by_bandwidth=seen.predict(Scales(scales.bandwidth)),
+        usual=figures_of(median, median),
+        predicted_usual=seen.predict(of(median)),
+        scales=scales,
+        other_cores=max(seen.others),
+    )
 
 
-def summary(results: Sequence[Result], by_bandwidth: bool = False) -> dict[str, dict[str, float]]:
-    """Median and mean error of each figure."""
-    errors = {name: [r.error(name, by_bandwidth) for r in results] for name in FIGURES}
-    return {name: {"median": median(e), "mean": mean(e)} for name, e in errors.items()}
+def undisturbed_rate(rates: Iterable[float]) -> float:
+    """See `undisturbed`, of what is the more the better."""
+    return 1 / undisturbed(1 / rate for rate in rates)
+
+
+def summary(results: Sequence[Result], how: str) -> dict[str, dict[str, float]]:
+    """Median and mean of |predicted / measured - 1| of each figure."""
+    found = {}
+    for name in FIGURES:
+        errors = [abs(predicted[name] / measured[name] - 1) for predicted, measured in (r.pairs[how] for r in results)]
+        found[name] = {"median": median(errors), "mean": mean(errors)}
+    return found
 
 
 def show(result: Result) -> None:
@@ -245,12 +277,13 @@ def main() -> int:
     for result in results:
         show(result)
     apart = [r for r in results if r.setting.pp * r.setting.dp > 1]
-    every = summary(results)
-    lines = {"all settings": every, "by bandwidth alone": summary(results, by_bandwidth=True)}
-    for words, errors in (lines | ({"two stages or replicas": summary(apart)} if apart else {})).items():
+    lines = {how: summary(results, how) for how in results[0].pairs}
+    every = lines["all settings"]
+    for words, errors in (lines | ({"two stages or replicas": summary(apart, "all settings")} if apart else {})).items():
         print(f"{words:<24}", "  ".join(f"{n}: median {e['median']:.1%}, MAPE {e['mean']:.1%}" for n, e in errors.items()))
     if args.out:
-        rows = [{"machine": machine.describe()}, *(asdict(r) for r in results)]
+        raw = [{"batches": seen.batches, "speeds": seen.speeds} for seen in chosen.values()]
+        rows = [{"machine": machine.describe()}, *({**asdict(r), **each} for r, each in zip(results, raw, strict=True))]
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return int(any(e[kind] > limit for e in every.values() for kind, limit in TARGETS.items()))
 

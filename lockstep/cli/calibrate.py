@@ -15,28 +15,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lockstep.cli.bench import collectives, machine
 from lockstep.cli.errors import UsageError
 from lockstep.planner import calibration
-from lockstep.planner.calibration import Calibration, Mode
+from lockstep.planner.calibration import DISTURBED, Calibration, Mode
 from lockstep.planner.cpu_ops import per_weight_s
 from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.utils.cores import usable_cores
 from lockstep.utils.host_memory import host_available_bytes
-from lockstep.utils.interrupt import at_once
 from lockstep.utils.sizes import size
-
-if TYPE_CHECKING:
-    from lockstep.llm import LLM
-    from lockstep.simulation.rounds import Engine
 
 SIZES = (256, 2048, 16384, 131072, 1048576, 8388608)
 COLLECTIVES_S = 3.0
 BUDGET_S = 56.0
-BATCHES = ((1, 64), (4, 64), (16, 64), (32, 64), (1, 512), (4, 512))  # (prompts, tokens) of the embedded model through the engine
-MOST_ROWS, MOST_PROMPT, TOKENS = 32, 512, 40
 LEAST_S = 40.0  # processes started, models made, their longest steps, and a few rounds
 END_S = 2.5  # ranks that go, and the fits
 ROOM = 4 << 30  # bytes for the models, which three ranks keep, in two bytes a weight
@@ -94,8 +87,10 @@ def _ended_in_order() -> Iterator[None]:
 
 def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
     """This machine, measured in about so many seconds."""
+    from lockstep.cli.calibrate_engine import whole_engines
     from lockstep.kernels.library import library
     from lockstep.simulation.calibrate import machine_modes, with_messages
+    from lockstep.simulation.measure import MODELS
 
     if (kernels := library()) is None:  # compiled on first use, which is not part of the budget
         raise UsageError("`lockstep calibrate` measures the CPU kernels, and there are none here: `lockstep doctor` says why.")
@@ -105,7 +100,7 @@ def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
     cores = len(usable_cores())
     sums, exchanges = _exchanges()
     left = seconds - (time.monotonic() - begun) - END_S
-    found = machine_modes(left, lambda ranks: whole_engine(ranks, dtype), _say, last_cache_bytes(), dtype)
+    found = machine_modes(left, lambda ranks: whole_engines(ranks, dtype, MODELS[2]), _say, last_cache_bytes(), dtype)
     modes = [with_messages(mode, sums, exchanges, int(DTYPE_BYTES[dtype])) for mode in found]
     about = machine.describe()
     return Calibration(
@@ -123,40 +118,6 @@ def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
         modes=modes,
         seconds=round(time.monotonic() - begun, 1),
     )
-
-
-@contextmanager
-def whole_engine(ranks: int, dtype: str) -> Iterator[Engine]:
-    """The embedded model through everything that a user's request meets."""
-    with at_once():
-        from lockstep.llm import LLM
-        from lockstep.simulation.engine_steps import Run
-        from lockstep.simulation.rounds import Engine
-
-    most, longest = max(rows * prompt for rows, prompt in BATCHES), MOST_PROMPT + TOKENS
-    room = {"max_model_len": longest, "max_num_seqs": MOST_ROWS, "num_gpu_blocks_override": (most + MOST_ROWS * longest) // 8}
-    batch = {"max_num_batched_tokens": most, "enable_prefix_caching": False}
-    with LLM("", tensor_parallel_size=ranks, dtype=dtype, device="cpu", **room, **batch) as llm:
-
-        def runs() -> list[Run]:
-            return [Run(rows, prompt, *_generate(llm, rows, prompt)) for rows, prompt in BATCHES]
-
-        runs()  # the first requests meet cold code
-        yield Engine(llm.spec, TOKENS, runs)
-
-
-def _generate(llm: LLM, rows: int, prompt: int) -> tuple[float, float]:
-    """(seconds to the first tokens of `rows` prompts at once, mean seconds of a step after them: pauses are a part of it)."""
-    from lockstep.protocol import SamplingParams
-
-    params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=0.0, detokenize=False)
-    prompts = [{"prompt_token_ids": [(7 * i + j) % llm.spec.vocab_size for j in range(prompt)]} for i in range(rows)]
-    stamps: list[float] = []
-    began = time.perf_counter()
-    for number, _ in enumerate(llm.stream(prompts, params), 1):
-        if number % rows == 0:  # every request has a token more
-            stamps.append(time.perf_counter())
-    return stamps[0] - began, (stamps[-1] - stamps[0]) / (len(stamps) - 1)
 
 
 def peak_flops(modes: list[Mode]) -> float:
@@ -202,8 +163,11 @@ def table(found: Calibration) -> str:
     for mode in found.modes:
         busy = f", {mode.busy} at work" if mode.busy != mode.ranks else ""
         lines += ["", f"{mode.ranks} rank(s) of {mode.threads} thread(s){busy}: a rank reads {mode.bandwidth / 1e9:.1f} GB/s"]
-        engine = f"{_line(mode.step)} a request, {mode.prompt_s * 1e6:.0f} us a prompt, {mode.prompt_token_s * 1e6:.2f} us a token of it"
+        step = f"{_line(mode.step)} a request ({_line(mode.step_far)} where the model fills the caches)"
+        engine = f"{step}, {mode.prompt_s * 1e6:.0f} us a prompt, {mode.prompt_token_s * 1e6:.2f} us a token of it"
         lines += [f"  step {engine}", _products(mode)]
+        if mode.disturbed > DISTURBED:
+            lines.append(f"  usually x{mode.disturbed:.2f} as long while it was measured: something else uses this machine, or its host")
         for kind, (constants, samples) in mode.tried.items():
             kept = "samples kept" if kind in mode.samples else "constants alone"
             lines.append(f"  {kind}: held-out error {constants:.1%} by constants, {samples:.1%} by other samples too; {kept}")

@@ -111,10 +111,15 @@ class Program:
         """Record when each operation of the next runs begins and ends."""
         self._lib.program_timed(self._handle, int(on))
 
-    def times(self) -> list[tuple[str, float, float]]:
-        """(name, began, ended) of each operation in the last timed run, seconds of time.monotonic()."""
+    def clocks(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """When each operation of the last timed run began and when it ended, 0 where it was not in it; see `times`."""
         began, ended = np.zeros(len(self.names)), np.zeros(len(self.names))
         self._lib.program_times(self._handle, began.ctypes.data, ended.ctypes.data)
+        return began, ended
+
+    def times(self) -> list[tuple[str, float, float]]:
+        """(name, began, ended) of each operation in the last timed run, seconds of time.monotonic()."""
+        began, ended = self.clocks()
         return [(n, b, e) for n, b, e in zip(self.names, began.tolist(), ended.tolist(), strict=True) if e > 0]
 
     def __del__(self) -> None:

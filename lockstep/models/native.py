@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -163,6 +164,11 @@ class NativeDecoder:
         """(name, began, ended) of each operation of the last step, seconds of time.monotonic()."""
         assert self.program is not None, "bind_kv comes first"
         return self.program.times()
+
+    def clocks(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """(began, ended) of all its operations, for who adds up: see `Program.clocks`."""
+        assert self.program is not None, "bind_kv comes first"
+        return self.program.clocks()
 
     def forward(
         self, input_ids: Tensor, batch: AttentionBatch, intermediate: Intermediate | None, wanted: I64 | None = None

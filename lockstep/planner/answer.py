@@ -37,10 +37,6 @@ from lockstep.planner.terms import Term, operation_error, total_s
 from lockstep.planner.tradeoff import trade_off
 
 LONG_TTFT_S, LONG_TPOT_S = 60.0, 1.0  # promises beyond which the unit is doubted
-ENGINE_ONLY = "times are of the engine alone: what the printed server adds for HTTP, tokenizing and streaming is not in them"
-SCHEDULED = (
-    "the formulas of load are rough for stages, short answers at a rate, and a rate near the most: --simulate is nearer, by the same steps"
-)
 
 
 @dataclass(frozen=True)
@@ -225,7 +221,7 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     broken = misses(work, point, rate, alone)
     lacking = missing(setting, layout)
     band, own = search.band(layout, best.chunk), isinstance(search, HostSearch)
-    of_engine = ([ENGINE_ONLY, SCHEDULED] if band.tpot > setting.device.band.tpot else [ENGINE_ONLY]) if own else []
+    of_engine = search.notes(layout, best.chunk) if isinstance(search, HostSearch) else []
     calibrated = setting.device.calibrated and search.serving.calibrated and (own or setting.device.engine is None)
     operations = operation_error(tpot_terms if work.streams else ttft_terms)
     return Plan(

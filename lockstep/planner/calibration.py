@@ -19,6 +19,7 @@ from lockstep.utils import env
 
 FORMAT = 5
 USUAL_HEAD = 128  # width, of models on devices that are priced in general
+DISTURBED = 1.1  # times as long: from here on it is said
 MEASURED = ErrorBand(operation=0.10, tpot=0.20, ttft=0.20)  # on the machine that was measured, see docs/planner_cpu.md
 
 
@@ -60,7 +61,10 @@ class AttentionRates(msgspec.Struct, frozen=True):
 
 
 class Mode(msgspec.Struct, frozen=True, eq=False):  # compared and hashed by identity, so usable as a cache key
-    """Costs on one of `ranks` ranks that share the machine, while `busy` of them work. Lines are over elements, unless they say so."""
+    """Costs on one of `ranks` ranks that share the machine, while `busy` of them work, and other programs leave it alone.
+
+    Lines are over elements, unless they say so.
+    """
 
     ranks: int
     busy: int
@@ -75,12 +79,15 @@ class Mode(msgspec.Struct, frozen=True, eq=False):  # compared and hashed by ide
     embed: Line  # tokens x hidden
     norm: Line  # tokens x hidden
     choose: Line  # rows x vocabulary: from logits to a token
+    choose_far_s: float = 0.0  # and what more where a step leaves no caches
     combine: Line = Line()  # tokens x hidden: what summing over the ranks adds to a row-parallel product
     exchange: Line = Line()  # rows x vocabulary: what the exchange of the best tokens adds
     step: Line = Line()  # rows: what the engine, the executor and the worker add to each step
+    step_far: Line = Line()  # the same where a step is read from memory and leaves them no caches
     prompt_s: float = 0.0  # what they add for each prompt that begins
     prompt_token_s: float = 0.0  # and for each of its tokens
     hop: Line = Line()  # bytes: from one pipeline stage to the next
+    disturbed: float = 1.0  # how much longer steps usually took while this was measured: other programs, or virtual machines
     samples: dict[str, list[list[float]]] = {}  # by kind, as in `cpu_tables.py`: where they predict each other better than the constants
     tried: dict[str, tuple[float, float]] = {}  # by kind: mean errors on held-out samples, of the constants and of the other samples
 

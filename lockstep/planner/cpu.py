@@ -30,13 +30,15 @@ from lockstep.planner.price import Price
 
 @dataclass(frozen=True)
 class OpTime:
-    """One operation of a stage, all its layers together. `memory`: the share of it that is reading weights or keys from memory;
-    `compute`: the share that is multiplying. What is left is launches, caches and the interpreter."""
+    """One operation of a stage, all its layers together, and shares of its seconds. `memory`: what reading weights or keys from memory
+    alone would take. `cached`: what it would take had it nothing to read there, of which `compute` is multiplying, and the rest
+    launches, caches and the interpreter. Where they make more than the whole, it reads some while it multiplies by others."""
 
     name: str
     seconds: float
     memory: float = 0.0
     compute: float = 0.0
+    cached: float = 1.0
     table: float = 0.0  # the share of it that measured samples gave
     error: float = 0.0  # expected mean error, as a fraction; 0 where nobody tried
 
@@ -49,16 +51,19 @@ class Scales:
     compute: float = 1.0
 
     def seconds(self, op: OpTime) -> float:
-        """Of an operation, now: what is neither goes on as before."""
-        return op.seconds * (1 - op.memory - op.compute + op.memory / self.bandwidth + op.compute / self.compute)
+        """Of an operation, now: what is neither goes on as before, and as much of the shorter is hidden by the longer as before."""
+        hidden, rest = max(0.0, op.memory + op.cached - 1), max(0.0, 1 - op.memory - op.cached)
+        memory, cached = op.memory / self.bandwidth, op.cached - op.compute + op.compute / self.compute
+        both = min(memory, cached) / min(op.memory, op.cached) * hidden if hidden else 0.0
+        return op.seconds * (rest + memory + cached - both)
 
 
-def op_of(name: str, seconds: float, memory: float = 0.0, compute: float = 0.0) -> OpTime:
-    """An operation with the memory of its price. compute: at most what memory leaves."""
-    compute = min(compute, 1 - memory)
+def op_of(name: str, seconds: float, memory: float = 0.0, compute: float = 0.0, cached: float = 1.0) -> OpTime:
+    """An operation with the shares of its price. compute: at most what it takes without memory."""
+    compute = min(compute, cached)
     if not isinstance(seconds, Price) or not seconds:
-        return OpTime(name, seconds, memory, compute)
-    return OpTime(name, float(seconds), memory, compute, seconds.table_s / seconds, seconds.error_s / seconds)
+        return OpTime(name, seconds, memory, compute, cached)
+    return OpTime(name, float(seconds), memory, compute, cached, seconds.table_s / seconds, seconds.error_s / seconds)
 
 
 def together(a: OpTime, b: OpTime) -> OpTime:
@@ -70,7 +75,8 @@ def together(a: OpTime, b: OpTime) -> OpTime:
     def mean(x: float, y: float) -> float:
         return x if x == y else (a.seconds * x + b.seconds * y) / seconds
 
-    return OpTime(a.name, seconds, mean(a.memory, b.memory), mean(a.compute, b.compute), mean(a.table, b.table), mean(a.error, b.error))
+    shares = (mean(getattr(a, name), getattr(b, name)) for name in ("memory", "compute", "cached", "table", "error"))
+    return OpTime(a.name, seconds, *shares)
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,10 @@ class CpuModel:
         columns = shard(shape.intermediate_size, tp, 0).size
         combine = mode.combine.at(tokens * hidden) if tp > 1 else 0.0
         wanted = max(sampled, 1) if last else tokens
-        yield OpTime("engine, executor and worker", mode.step.at(len(queries)) + (self._prompts_s(queries, contexts) if first else 0.0))
+        weights = weight_bytes(shape, self.layout, stage, 0, self.how, self.weight_dtype)
+        cold = self.layout.devices * weights > self.calibration.cache_bytes  # such a step leaves the engine no caches
+        engine_s = (mode.step_far if cold else mode.step).at(len(queries))
+        yield OpTime("engine, executor and worker", engine_s + (self._prompts_s(queries, contexts) if first else 0.0))
         if first:
             yield OpTime("embedding", mode.embed.at(tokens * hidden) + combine)
         yield OpTime("angles and first norm", mode.angles.at(tokens * shape.head_dim) + mode.norm.at(tokens * hidden))
@@ -129,14 +138,14 @@ class CpuModel:
             whole = self._product(name, tokens, n, k, stage, count=layers.size - part, gated=gated, row=row)
             yield whole if not part else together(whole, self._product(name, wanted, n, k, stage, count=1, gated=gated, row=row))
         yield OpTime("rope", layers.size * mode.rope.at(tokens * (q + 2 * kv)))
-        weights = weight_bytes(shape, self.layout, stage, 0, self.how, self.weight_dtype)
         yield self._attention(layers.start, layers.stop, queries, contexts, q, kv, weights)
         if tp > 1:
             yield OpTime("sums over the ranks", 2 * (layers.size - 1) * combine + 2 * mode.combine.at(wanted * hidden))
         if last and sampled:
             rows = vocab_shard(shape.vocab_size, tp, 0).size
             yield self._product("head", sampled, rows, hidden, stage, count=1, gated=False, row=False)
-            yield OpTime("choice", mode.choose.at(sampled * rows) + (mode.exchange.at(sampled * rows) if tp > 1 else 0.0))
+            exchange_s = mode.exchange.at(sampled * rows) if tp > 1 else 0.0
+            yield OpTime("choice", mode.choose.at(sampled * rows) + cold * mode.choose_far_s + exchange_s)
 
     def _prompts_s(self, queries: Sequence[int], contexts: Sequence[int]) -> float:
         """What the engine does for the prompts of a step, once however many stages there are."""
@@ -150,9 +159,12 @@ class CpuModel:
         seconds = product_s(self.mode.products, rows, n, k, work, gated=gated, row=row)
         if not narrow:
             seconds = corrected(self.mode, "product", seconds, rows, n, k, work, kind)
+        compute = 2 * rows * n * k / self.mode.flops / seconds
+        if work * self.layout.devices <= self.calibration.cache_bytes:
+            return op_of(name, count * seconds, 0.0, compute)
         read = n * k * (1 if narrow else self.shape.itemsize) / self.mode.bandwidth
-        memory = min(1.0, read / seconds) if work * self.layout.devices > self.calibration.cache_bytes else 0.0
-        return op_of(name, count * seconds, memory, 2 * rows * n * k / self.mode.flops / seconds)
+        cached = product_s(self.mode.products, rows, n, k, 0, gated=gated, row=row)
+        return op_of(name, count * seconds, min(1.0, read / seconds), compute, min(1.0, cached / seconds))
 
     def _attention(self, start: int, stop: int, queries: Sequence[int], contexts: Sequence[int], q: int, kv: int, weights: int) -> OpTime:
         """Rows of one token are priced as decode, others as prefill. weights: bytes of them that the step reads too."""
@@ -171,7 +183,10 @@ class CpuModel:
                 read = sum(c for _, c in more) * size
                 prompts_s = self._attention_s("prefill attention", read, pairs * q, sum(n for n, _ in more) * q, far)
                 seconds, compute_s = seconds + prompts_s, compute_s + prompts_s
-        return op_of("attention", seconds, min(1.0, read_s / seconds) if seconds else 0.0, compute_s / seconds if seconds else 0.0)
+        if not seconds:
+            return OpTime("attention", 0.0)
+        memory = min(1.0, read_s / seconds)
+        return op_of("attention", seconds, memory, compute_s / seconds, 1 - memory)
 
     def _attention_s(self, kind: str, read: float, pairs: float, rows: float, far: float) -> float:
         rates = self.mode.decode if kind.startswith("decode") else self.mode.prefill

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from lockstep.planner import cpu_memory
-from lockstep.planner.calibration import MEASURED, Calibration
+from lockstep.planner.calibration import DISTURBED, MEASURED, Calibration
 from lockstep.planner.cpu import CpuModel, OpTime
 from lockstep.planner.hardware import ErrorBand
 from lockstep.planner.host_load import ClosedReplica
@@ -27,6 +27,10 @@ from lockstep.planner.terms import Term, merge
 SHORT = 64  # output tokens
 CLOSE = 0.6  # of the rate that a layout can carry at all
 ROUGH = ErrorBand(operation=MEASURED.operation, tpot=0.60, ttft=0.40)  # of the analytic load against the scheduler's own
+ENGINE_ONLY = "times are of the engine alone: what the printed server adds for HTTP, tokenizing and streaming is not in them"
+SCHEDULED = (
+    "the formulas of load are rough for stages, short answers at a rate, and a rate near the most: --simulate is nearer, by the same steps"
+)
 SOURCE = "docs/planner_cpu.md#the-step-of-a-stage"
 SERVING = Serving(arrival_s=0.0, queue=0.0, calibrated=True)  # steps hold the engine's own share; nothing is added for the server
 PRODUCT = "launch + edge (n + k) + work n k"
@@ -119,6 +123,15 @@ class HostSearch(Search):
         rate = self.work.rate
         rough = layout.pp > 1 or (rate is not None and (self.work.output_len < SHORT or rate > CLOSE * self._most(layout, chunk)))
         return ROUGH if rough else self.pricer.setting.device.band
+
+    def notes(self, layout: Layout, chunk: int) -> list[str]:
+        """What a reader should know about numbers of this machine."""
+        found = [ENGINE_ONLY]
+        if self.band(layout, chunk).tpot > self.pricer.setting.device.band.tpot:
+            found.append(SCHEDULED)
+        if (longer := self.found.mode(layout.devices).disturbed) > DISTURBED:
+            found.append(f"times are of the machine by itself: while it was calibrated, something else made steps x{longer:.2f} as long")
+        return found
 
     def _most(self, layout: Layout, chunk: int) -> float:
         """Requests per second that the layout can carry, whatever the latencies."""

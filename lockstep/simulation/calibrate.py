@@ -2,7 +2,7 @@
 
 1. One rank on all cores, and two ranks that share them: models of four sizes, whole on their rank, every kind of operation.
    Two ranks also alone (the other one waits) and with the models cut over them, which shows what summing costs.
-2. A small model through the whole engine, in both settings: what a step costs besides its operations.
+2. A small model and a large one through the whole engine, in both settings: what a step costs besides its operations.
 What two ranks exchange (all-reduce, send and receive) the caller measures and hands in.
 
 Everything is asked in rounds of some seconds (`rounds.py`).
@@ -18,7 +18,7 @@ import msgspec
 
 from lockstep.planner.calibration import Line, Mode
 from lockstep.simulation import rates_fit
-from lockstep.simulation.rounds import Engine, Setting, ranks_here
+from lockstep.simulation.rounds import Engines, Setting, ranks_here
 
 ASK_S = 0.7  # of a question to all models
 Say = Callable[[str], None]
@@ -26,18 +26,18 @@ Say = Callable[[str], None]
 
 def machine_modes(
     seconds: float,
-    engine: Callable[[int], AbstractContextManager[Engine]],
+    engines: Callable[[int], AbstractContextManager[Engines]],
     say: Say,
     cache_bytes: int,
     dtype: str = "bfloat16",
 ) -> list[Mode]:
-    """The modes of one rank and of two, in about so many seconds. engine: opens the engine with so many ranks."""
+    """The modes of one rank and of two, in about so many seconds. engines: opens them with so many ranks."""
     begun, rounds, last = time.monotonic(), 0, 0.0
     with ExitStack() as stack:
         say("1 and 2 ranks: starting ...")
-        settings = [Setting(stack.enter_context(ranks_here(n, dtype)), stack.enter_context(engine(n))) for n in (1, 2)]
+        settings = [Setting(stack.enter_context(ranks_here(n, dtype)), stack.enter_context(engines(n))) for n in (1, 2)]
         while not rounds or time.monotonic() - begun + last < seconds:
-            say(f"1 and 2 ranks: whole steps of a small model, and operations, round {rounds + 1} ...")
+            say(f"1 and 2 ranks: whole steps of a small model and of a large one, and operations, round {rounds + 1} ...")
             round_begun = time.monotonic()
             for each in settings:
                 each.round(ASK_S)

@@ -1,61 +1,64 @@
-"""What a step of the whole engine costs beyond its operations: from runs of a small model, and its operations measured beside them."""
+"""What a step of the whole engine costs beyond its operations: from runs of a small model and of a large one, which note both.
+
+Operations take longer in the engine than by themselves: its other processes want the ranks' cores. That is a cost of the engine, and
+is found with the small model, whose operations are also measured by themselves. Of the large one that difference would be noise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from operator import attrgetter
 
 import msgspec
 
 from lockstep.planner.calibration import Line, Mode
 from lockstep.simulation import measure, rates_fit
 from lockstep.simulation.measure import Answer
+from lockstep.utils.noise import undisturbed
 
 
 @dataclass(frozen=True)
 class Run:
-    """`rows` prompts of `prompt` tokens at once through the whole engine: seconds to their first tokens, and of a step after them."""
+    """`rows` prompts of `prompt` tokens at once through the whole engine: seconds to their first tokens, and of a step after them,
+    and what of the latter was no operation."""
 
     rows: int
     prompt: int
     first_s: float
     step_s: float
+    step_beyond_s: float
 
 
 Runs = Sequence[Run]
-EngineRound = tuple[Runs, Answer]  # the operations of a step of each run, then those of each run's prompts
+_TIMES = ("first_s", "step_s", "step_beyond_s")
 
 
-@dataclass(frozen=True)
-class Beyond:
-    """One kind of run: its usual times, and the seconds of a step and of the first tokens that are not operations."""
-
-    run: Run
-    step_s: float
-    first_s: float
+def joined(rounds: Sequence[Runs]) -> list[Run]:
+    """Of each run what is undisturbed over the rounds."""
+    each = zip(*rounds, strict=True)
+    return [Run(runs[0].rows, runs[0].prompt, *(undisturbed(map(attrgetter(name), runs)) for name in _TIMES)) for runs in each]
 
 
-def usual(rounds: Sequence[EngineRound]) -> list[Beyond]:
-    """Of each run the medians over the rounds. The difference is taken in a round: what slows one of its parts slows the other."""
-    found = []
-    for i, run in enumerate(rounds[0][0]):
-        each = [(runs[i], _operations(a, i), _operations(a, len(runs) + i)) for runs, a in rounds]
-        kept = Run(run.rows, run.prompt, median(r.first_s for r, _, _ in each), median(r.step_s for r, _, _ in each))
-        found.append(Beyond(kept, median(r.step_s - s for r, s, _ in each), median(r.first_s - s for r, _, s in each)))
-    return found
+def with_steps(mode: Mode, small: Sequence[Runs], large: Sequence[Runs], alone: Answer) -> Mode:
+    """The mode, and what a step of the whole engine costs beyond its operations: by requests, by prompts, and by tokens of prompts.
+
+    small, large: the runs of each round, of a model that caches hold and of one that is read from memory. A step of the latter leaves
+    the engine no caches: what it does between two of them takes several times as long. alone: the operations of the small model by
+    themselves, a step of each run and then those of each run's prompts.
+    """
+    runs, far = joined(small), joined(large)
+    seconds = [measure.step_of(alone, times) for times in alone.times]
+    steps, firsts = seconds[: len(runs)], seconds[len(runs) :]
+    beyond = [run.step_s - step for run, step in zip(runs, steps, strict=True)]
+    step, longer = _line(runs, beyond), _line(runs, [b - run.step_beyond_s for run, b in zip(runs, beyond, strict=True)])
+    prompts = [(run.rows, run.rows * (run.prompt - 1)) for run in runs]
+    rest = [run.first_s - first - step.at(run.rows) for run, first in zip(runs, firsts, strict=True)]
+    prompt_s, token_s = rates_fit.fit(prompts, rest, of=[run.first_s for run in runs])
+    step_far = _line(far, [run.step_beyond_s + longer.at(run.rows) for run in far])
+    return msgspec.structs.replace(mode, step=step, step_far=step_far, prompt_s=prompt_s, prompt_token_s=token_s)
 
 
-def _operations(answer: Answer, case: int) -> float:
-    return measure.step_of(answer, answer.times[case])
-
-
-def with_steps(mode: Mode, rounds: Sequence[EngineRound]) -> Mode:
-    """The mode, and what a step of the whole engine costs beyond its operations: by requests, by prompts, and by tokens of prompts."""
-    found = usual(rounds)
-    rows = [float(b.run.rows) for b in found]
-    step = Line(*rates_fit.fit([(1.0, n) for n in rows], [b.step_s for b in found], of=[b.run.step_s for b in found]))
-    prompts = [(n, n * (b.run.prompt - 1)) for n, b in zip(rows, found, strict=True)]
-    beyond = [b.first_s - step.at(n) for n, b in zip(rows, found, strict=True)]
-    prompt_s, token_s = rates_fit.fit(prompts, beyond, of=[b.run.first_s for b in found])
-    return msgspec.structs.replace(mode, step=step, prompt_s=prompt_s, prompt_token_s=token_s)
+def _line(runs: Runs, seconds: Sequence[float]) -> Line:
+    """Over rows; errors count as shares of the whole step."""
+    return Line(*rates_fit.fit([(1.0, run.rows) for run in runs], seconds, of=[run.step_s for run in runs]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,6 +21,7 @@ from lockstep.planner.model import ModelShape, from_spec
 from lockstep.simulation import rates_fit
 from lockstep.simulation.rates_fit import Product
 from lockstep.simulation.samples_kept import with_samples
+from lockstep.utils.noise import undisturbed
 
 Case = tuple[int, int, int]  # rows, tokens that each computes, tokens that each holds afterwards
 # Decode over rows and contexts, then prompts: each of these rows is a point of the products' table.
@@ -51,7 +52,7 @@ def model(hidden: int, columns: int, layers: int, heads: int, kv_heads: int, hea
     )  # fmt: skip
 
 
-# From one that stays in the caches of any core to one that must be read from memory. Shapes and head groups differ.
+# From one that stays in the caches of any core to two that must be read from memory. Shapes and head groups differ.
 MODELS = (
     model(192, 512, 4, 6, 2, 32, 2048),
     model(384, 1024, 6, 6, 6, 64, 6144),
@@ -95,10 +96,15 @@ def ask(
 
 
 def joined(answers: Sequence[Answer]) -> Answer:
-    """Answers to the same cases as one: the median of every operation, since neighbours of a virtual machine slow one answer now and
-    then, and what is predicted is what is usual."""
+    """Answers to the same cases as one: every operation undisturbed."""
     every = zip(*(answer.times for answer in answers), strict=True)
-    return replace(answers[0], times=[{kind: median(times[kind] for times in each) for kind in each[0]} for each in every])
+    return replace(answers[0], times=[{kind: undisturbed(times[kind] for times in each) for kind in each[0]} for each in every])
+
+
+def disturbed(answers: Sequence[Answer]) -> float:
+    """How much longer than undisturbed these cases usually took, of several answers to them: 1.2 is a fifth longer."""
+    steps = [[step_of(answer, times) for times in answer.times] for answer in answers]
+    return mean(median(each) / undisturbed(each) for each in zip(*steps, strict=True))
 
 
 def step_of(answer: Answer, times: dict[str, float]) -> float:
@@ -168,6 +174,8 @@ def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, c
     found = [p for answer in answers for p in product_samples(answer)]
     products = rates_fit.products(found)
     now = speeds(answers[-1])
+    heads = [(1.0, x, float(busy * work > cache_bytes), seconds) for x, work, seconds in _heads(answers, products)]
+    base, each, far_s = rates_fit.fit([head[:-1] for head in heads], [head[-1] for head in heads])
     mode = Mode(
         ranks=ranks,
         busy=busy,
@@ -181,7 +189,8 @@ def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, c
         angles=over_tokens(answers, "angles", lambda a: a.shape.head_dim),
         embed=over_tokens(answers, "embed", lambda a: a.shape.hidden_size),
         norm=over_tokens(answers, "norm", lambda a: a.shape.hidden_size),
-        choose=rates_fit.line(_heads(answers, products)),
+        choose=Line(base, each),
+        choose_far_s=far_s,
     )
     rows = {"product": [(p.rows, p.n, p.k, p.work, GATED if p.gated else ROW if p.row else PLAIN, p.seconds) for p in found]}
     for decode in (True, False):
@@ -192,19 +201,19 @@ def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, c
     return with_samples(mode, rows)
 
 
-def _heads(answers: Sequence[Answer], products: Any) -> list[tuple[float, float]]:
-    """(rows x vocabulary, seconds beyond the product) of each case's logits and choice."""
+def _heads(answers: Sequence[Answer], products: Any) -> list[tuple[float, int, float]]:
+    """(rows x vocabulary, bytes of weights, seconds beyond the product) of each case's logits and choice."""
     found = []
     for answer in answers:
         vocab = answer.shape.vocab_size // answer.tp
         for (rows, _, _), times in zip(answer.cases, answer.times, strict=True):
             if "head" in times:
                 product = product_s(products, rows, vocab, answer.shape.hidden_size, answer.work)
-                found.append((float(rows * vocab), max(times["head"] - product, 1e-7)))
+                found.append((float(rows * vocab), answer.work, max(times["head"] - product, 1e-7)))
     return found
 
 
-def with_collectives(mode: Mode, answers: Sequence[Answer]) -> Mode:
+def with_collectives(mode: Mode, answers: Sequence[Answer], cache_bytes: int) -> Mode:
     """The mode, and what summing over the ranks and choosing among them adds to models that are cut over them."""
     sums = []
     for answer in answers:
@@ -215,5 +224,8 @@ def with_collectives(mode: Mode, answers: Sequence[Answer]) -> Mode:
             plain = sum(product_s(mode.products, rows * tokens, hidden, k, answer.work, row=True) for _, k in both)
             if both:
                 sums.append((float(rows * tokens * hidden), max(sum(times[name] for name, _ in both) - plain, 1e-7) / len(both)))
-    heads = [(x, max(t - mode.choose.at(x), 1e-7)) for x, t in _heads(answers, mode.products)]
+    heads = []
+    for x, work, seconds in _heads(answers, mode.products):
+        chosen = mode.choose.at(x) + (mode.choose_far_s if mode.ranks * work > cache_bytes else 0.0)
+        heads.append((x, max(seconds - chosen, 1e-7)))
     return msgspec.structs.replace(mode, combine=rates_fit.line(sums), exchange=rates_fit.line(heads))

@@ -1,7 +1,7 @@
 """Ranks that share the machine, asked again and again for some seconds each: the rounds of a calibration.
 
 Neighbours slow a shared machine for seconds at a time, now its caches and now its memory. So all settings are there at once, each
-round asks every one of them everything, and of each answer the median over the rounds counts.
+round asks every one of them everything, and of each answer what is undisturbed over the rounds counts (`utils/noise.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 
 import msgspec
 
@@ -22,13 +23,14 @@ from lockstep.executor.factory import make_executor
 from lockstep.kernels.threads import Seat
 from lockstep.planner.calibration import Mode
 from lockstep.simulation import measure
-from lockstep.simulation.engine_steps import EngineRound, Runs, with_steps
+from lockstep.simulation.engine_steps import Runs, with_steps
 from lockstep.simulation.measure import CASES, LONGEST, MODELS, Answer, Speeds
 
 TINY = measure.model(128, 384, 2, 4, 2, 32, 1024)
 MOST_ROWS, MOST_TOKENS = 32, 2048  # of a step that is asked for
 STEP_OPERATIONS_S = 0.2
 SPEEDS_S = 0.2
+_OF_ALL = ("combine", "exchange", "step", "step_far", "prompt_s", "prompt_token_s", "disturbed")  # taken over by one of several
 CASES_OF = ((*CASES, LONGEST), (*CASES, LONGEST), CASES, CASES)
 SHARES = (0.1, 0.15, 0.25, 0.5)  # of the time, for each of the models
 
@@ -68,12 +70,13 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """The whole engine, ready to run `spec`: each call of `runs` measures it once, with answers of `tokens`."""
+class Engines:
+    """The whole engine, ready with a small model, which caches hold, and with a large one: each call measures it once."""
 
-    spec: ModelSpec
-    tokens: int
-    runs: Callable[[], Runs]
+    small: Callable[[], Runs]
+    large: Callable[[], Runs]
+    spec: ModelSpec  # of the small model
+    tokens: int  # of its answers
 
 
 @dataclass
@@ -81,8 +84,10 @@ class Setting:
     """Ranks, the engine with as many, and what both said so far."""
 
     ranks: Ranks
-    engine: Engine
-    steps: list[EngineRound] = field(default_factory=list)
+    engines: Engines
+    small: list[Runs] = field(default_factory=list)  # by rounds
+    small_alone: list[Answer] = field(default_factory=list)  # the operations of those runs
+    large: list[Runs] = field(default_factory=list)
     answers: dict[str, list[list[Answer]]] = field(default_factory=dict)  # by question: rounds of an answer for each model
 
     @property
@@ -93,9 +98,11 @@ class Setting:
 
     def round(self, seconds: float) -> None:
         """Ask everything once, for about so many seconds a question."""
-        runs, spec = self.engine.runs(), self.engine.spec
-        cases = [(run.rows, 1, run.prompt + self.engine.tokens // 2) for run in runs] + [(run.rows, run.prompt, run.prompt) for run in runs]
-        self.steps.append((runs, self.ranks.ask(Question(self.ranks.count, False), spec, cases, STEP_OPERATIONS_S)))
+        runs, half = self.engines.small(), self.engines.tokens // 2
+        cases = [(run.rows, 1, run.prompt + half) for run in runs] + [(run.rows, run.prompt, run.prompt) for run in runs]
+        self.small.append(runs)
+        self.small_alone.append(self.ranks.ask(Question(self.ranks.count, False), self.engines.spec, cases, STEP_OPERATIONS_S))
+        self.large.append(self.engines.large())
         for name, question in self.questions.items():
             asked = zip(MODELS, CASES_OF, SHARES, strict=True)
             said = [self.ranks.ask(question, model, cases, share * seconds) for model, cases, share in asked]
@@ -103,15 +110,19 @@ class Setting:
 
     def modes(self, cache_bytes: int) -> list[Mode]:
         """All ranks at work, and one of several."""
-        usual = {name: [measure.joined(each) for each in zip(*rounds, strict=True)] for name, rounds in self.answers.items()}
-        whole = self._mode(usual["all"], self.ranks.count, cache_bytes)
-        if "cut" in usual:
-            whole = measure.with_collectives(whole, usual["cut"])
-        whole = with_steps(whole, self.steps)
-        if "one" not in usual:
+        models = {name: list(zip(*rounds, strict=True)) for name, rounds in self.answers.items()}
+        alone = {name: [measure.joined(each) for each in answers] for name, answers in models.items()}
+        whole = self._mode(alone["all"], self.ranks.count, cache_bytes)
+        if "cut" in alone:
+            whole = measure.with_collectives(whole, alone["cut"], cache_bytes)
+        whole = with_steps(whole, self.small, self.large, measure.joined(self.small_alone))
+        whole = msgspec.structs.replace(whole, disturbed=mean(map(measure.disturbed, models["all"])))
+        if "one" not in alone:
             return [whole]
-        same = {name: getattr(whole, name) for name in ("combine", "exchange", "step", "prompt_s", "prompt_token_s")}
-        return [whole, msgspec.structs.replace(self._mode(usual["one"], 1, cache_bytes), **same)]
+        same = {
+            name: getattr(whole, name) for name in ("combine", "exchange", "step", "step_far", "prompt_s", "prompt_token_s", "disturbed")
+        }
+        return [whole, msgspec.structs.replace(self._mode(alone["one"], 1, cache_bytes), **same)]
 
     def _mode(self, answers: Sequence[Answer], busy: int, cache_bytes: int) -> Mode:
         return measure.mode_of(answers, ranks=self.ranks.count, busy=busy, threads=self.ranks.threads, cache_bytes=cache_bytes)

@@ -10,7 +10,6 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 import msgspec
@@ -23,6 +22,7 @@ from lockstep.distributed.group import GroupCoordinator
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.models.decoder import DecoderModel
 from lockstep.models.registry import build_model
+from lockstep.utils.noise import undisturbed
 from lockstep.worker import kv
 
 MOST_RUNS = 100
@@ -42,7 +42,7 @@ class Rehearsals:
     def seconds(
         self, spec: dict[str, Any], cases: Sequence[Case], seconds: float, *, alone: bool, meeting: GroupCoordinator
     ) -> list[dict[str, float]]:
-        """For each case the typical seconds of one operation of each kind, and "head" (logits and the choice of a token).
+        """For each case the undisturbed seconds of one operation of each kind, and "head" (logits and the choice of a token).
 
         seconds: about how long all cases may take; one for which there is no time any more runs as little as it can. Small cases
         should come first. alone: the whole model on this rank, not a part of it. meeting: the ranks that measure at the same time.
@@ -112,7 +112,7 @@ class Rehearsal:
         if (runs := max(int(min(MOST_RUNS, seconds / once - 1)), LEAST_RUNS if once < SHORT_S else 0)) > 0:
             meeting.barrier()
             took = [self._once(ids, batch, rows) for _ in range(runs)]
-        return {kind: _typical([one[kind] for one in took], tokens) for kind in took[0]}, once * (1 + runs)
+        return {kind: undisturbed(one[kind] for one in took) for kind in took[0]}, once * (1 + runs)
 
     def _once(self, ids: torch.Tensor, batch: AttentionBatch, rows: int) -> dict[str, float]:
         """One step: by kind, the mean over its operations."""
@@ -134,8 +134,3 @@ class Rehearsal:
 def slowest(seconds: float, ranks: GroupCoordinator) -> float:
     """The longest of the ranks' times: all must come to the same number of runs."""
     return max(float(ranks.all_gather(torch.tensor([seconds], dtype=torch.float64), 0).max()), 1e-6)
-
-
-def _typical(seconds: list[float], tokens: int) -> float:
-    """The median for single tokens; of prompts, whose runs are few, the lower quartile, which for a handful is the shortest."""
-    return median(seconds) if tokens == 1 else sorted(seconds)[len(seconds) // 4]

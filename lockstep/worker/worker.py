@@ -41,6 +41,7 @@ from lockstep.worker.batch import BatchState
 from lockstep.worker.meter import Meter
 from lockstep.worker.model_runner import ModelRunner
 from lockstep.worker.recorder import Recorder
+from lockstep.worker.step_clock import StepClock
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -266,6 +267,14 @@ class Worker(Recorded):
         """Stop; the spans since the start, and how many more there was no room for."""
         self._watch.close()
         return super().take_timeline()
+
+    def start_step_clock(self) -> None:
+        """Note from now on how much of each step is operations. For calibration, on a model that its kernels run."""
+        self._step_clock = StepClock(self.model)
+
+    def take_step_clock(self) -> list[float]:
+        """Stop; the seconds of operations of each step since the start."""
+        return self._step_clock.close()
 
     def operation_seconds(
         self, spec: dict[str, Any], cases: list[list[int]], seconds: float, alone: bool, only: int | None

@@ -17,12 +17,12 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.config.serve import ServeOptions
 from lockstep.config.validate import check_values
 from lockstep.planner import calibration, cpu_memory, plan
-from lockstep.planner.answer import ENGINE_ONLY, SCHEDULED, Plan, pricer_of, search_of
+from lockstep.planner.answer import Plan, pricer_of, search_of
 from lockstep.planner.calibration import MEASURED, AttentionRates, Calibration, Line, Mode, ProductRates
 from lockstep.planner.catalogue import cluster
 from lockstep.planner.cpu import CpuModel
 from lockstep.planner.hardware import ZERO_CALIBRATION, make_cluster
-from lockstep.planner.host import CLOSE, ROUGH, SHORT, HostPricer, rows_of
+from lockstep.planner.host import CLOSE, ENGINE_ONLY, ROUGH, SCHEDULED, SHORT, HostPricer, rows_of
 from lockstep.planner.layer import Work
 from lockstep.planner.layout import Layout
 from lockstep.planner.load import Serving, Workload
@@ -162,6 +162,13 @@ def test_what_was_not_measured_is_priced_as_any_device(tmp_path: Path):
     assert not isinstance(pricer_of(SHAPE, make_cluster(where.device, 2, 1)), HostPricer), "two machines"
     assert not isinstance(pricer_of(replace(SHAPE, dtype="float32"), where), HostPricer), "another type"
     assert not isinstance(pricer_of("mixtral-8x7b", where), HostPricer), "a model that the engine does not run"
+
+
+def test_an_answer_says_that_something_else_used_the_machine(tmp_path: Path):
+    quiet, busy = mode(1), msgspec.structs.replace(mode(1), disturbed=1.27)
+    for found, said in ((quiet, False), (busy, True)):
+        own = plan(SHAPE, cluster(entry(tmp_path, found)), input_len=64, output_len=32)
+        assert any("something else made steps x1.27 as long" in note for note in own.notes) is said
 
 
 def test_an_answer_that_is_not_of_the_machine_s_steps_is_not_calibrated(tmp_path: Path):

@@ -28,7 +28,7 @@ from lockstep.planner.memory import weight_bytes
 from lockstep.planner.model import from_spec
 from lockstep.simulation import rates_fit
 from lockstep.simulation.engine_steps import Run, with_steps
-from lockstep.simulation.measure import Answer
+from lockstep.simulation.measure import Answer, disturbed, joined
 from lockstep.simulation.rates_fit import Product
 from lockstep.simulation.samples_kept import with_samples
 
@@ -36,9 +36,9 @@ SPEC = ModelSpec("LlamaForCausalLM", 256, 6, 8, 4, 32, 768, 8000, 4096, layer_ki
 SHAPE = from_spec(SPEC, "small")
 
 
-def mode(ranks: int = 1, busy: int | None = None, **more: object) -> Mode:
-    """Round numbers: a weight costs 1 ns at one row, in caches and from memory alike."""
-    rates = [ProductRates(r, 1e-6, 0.0, [(1e6, 1e-9 * r), (1e9, 1e-9 * r)], 0.0, 0.0) for r in (1, 8, 64)]
+def mode(ranks: int = 1, busy: int | None = None, cached_s: float = 1e-9, **more: object) -> Mode:
+    """Round numbers: a weight costs 1 ns at one row, in caches and from memory alike, unless cached_s says what it costs there."""
+    rates = [ProductRates(r, 1e-6, 0.0, [(1e6, cached_s * r), (1e9, 1e-9 * r)], 0.0, 0.0) for r in (1, 8, 64)]
     flat, none = AttentionRates(1e-6, 1e-10, 1e-12, 0.0), Line()
     settings = {"flops": 1e11, "rope": none, "angles": none, "embed": none, "norm": none, "choose": none, **more}
     return Mode(ranks=ranks, busy=busy or ranks, threads=2 // ranks, bandwidth=1e10, products=rates, decode=flat, prefill=flat, **settings)
@@ -122,11 +122,18 @@ def test_who_works_alone_has_a_mode_of_its_own():
 
 
 def test_bandwidth_now_scales_what_is_read_from_memory_only():
-    def step(scale: float, cache: int) -> float:
-        return sum(CpuModel(machine(mode(), cache=cache), SHAPE, Layout(), scales=Scales(bandwidth=scale)).stage_s([1], [1], 1))
+    """A weight takes 0.2 ns to read: that is hidden where its product takes 1 ns without it, until reading takes longer than that."""
 
-    assert step(0.5, 1 << 40) == pytest.approx(step(1.0, 1 << 40), rel=0.01), "weights in the caches"
-    assert 1.1 * step(1.0, 0) < step(0.5, 0) < 2 * step(1.0, 0)
+    def step(scale: float, cache: int, cached_s: float) -> float:
+        found = machine(mode(cached_s=cached_s), cache=cache)
+        return sum(CpuModel(found, SHAPE, Layout(), scales=Scales(bandwidth=scale)).stage_s([1], [1], 1))
+
+    for cached_s in (1e-9, 0.8e-9):
+        assert step(0.5, 1 << 40, cached_s) == pytest.approx(step(1.0, 1 << 40, cached_s), rel=0.01), "weights in the caches"
+    assert step(0.5, 0, 1e-9) == pytest.approx(step(1.0, 0, 1e-9), rel=0.01), "hidden"
+    assert step(0.1, 0, 1e-9) == pytest.approx(2 * step(1.0, 0, 1e-9), rel=0.05), "not hidden any more"
+    read_s = step(0.1, 0, 1e-9) / 10
+    assert step(0.5, 0, 0.1e-9) == pytest.approx(step(1.0, 0, 0.1e-9) + read_s, rel=0.02), "one after the other"
 
 
 def test_flops_now_scale_what_is_multiplied_only():
@@ -169,19 +176,40 @@ def test_more_rows_than_were_asked_of_a_large_model_cost_it_as_much_more():
     assert [weight_s for _, weight_s in found[-1].work] == pytest.approx([3e-9, 6e-9], rel=0.05)
 
 
-def test_what_a_step_costs_beyond_its_operations_is_found_in_each_round():
-    """Rounds of which one is twice as slow in all its parts: the difference of the usual ones is found, not a mixture."""
-    shape = from_spec(SPEC, "small")
-    runs = [(1, 64), (4, 64), (16, 64), (1, 512), (4, 512)]
+def test_what_a_step_costs_beyond_its_operations_is_that_of_undisturbed_rounds():
+    """Rounds of which one is twice as slow in all its parts. Operations take 0.2 ms longer in the engine than by themselves, and what is
+    none takes twice as long with a model that fills the caches."""
+    runs, longer = [(1, 64), (4, 64), (16, 64), (1, 512), (4, 512)], 2e-4
+    alone = Answer(from_spec(SPEC, "small"), 1, [(n, 1, p) for n, p in runs + runs], [{"embed": s} for s in [2e-3] * 5 + [1e-2] * 5])
 
-    def one(slow: float) -> tuple[list[Run], Answer]:
-        steps = [Run(n, p, slow * (1e-2 + 1e-3 * n + 1e-4 * n + 1e-6 * n * (p - 1)), slow * (2e-3 + 1e-3 + 1e-5 * n)) for n, p in runs]
-        times = [{"embed": slow * 2e-3} for _ in runs] + [{"embed": slow * (1e-2 - 1e-3 + 1e-3 * n - 1e-5 * n)} for n, _ in runs]
-        return steps, Answer(shape, 1, [(n, 1, p) for n, p in runs] + [(n, p, p) for n, p in runs], times)
+    def one(slow: float, cold: float = 1.0) -> list[Run]:
+        beyond = [(cold * (1e-3 + 1e-5 * n), 1e-4 * n + 1e-6 * n * (p - 1)) for n, p in runs]
+        times = [(1e-2 + longer + step + prompts, 2e-3 + longer + step, step) for step, prompts in beyond]
+        return [Run(n, p, *(slow * s for s in each)) for (n, p), each in zip(runs, times, strict=True)]
 
-    found = with_steps(mode(), [one(1.0), one(2.0), one(1.0)])
-    assert found.step.base_s == pytest.approx(1e-3, rel=0.01) and found.step.per_s == pytest.approx(1e-5, rel=0.05)
+    rounds = (1.0, 2.0, 1.0)
+    found = with_steps(mode(), [one(slow) for slow in rounds], [one(slow, cold=2.0) for slow in rounds], alone)
+    assert found.step.base_s == pytest.approx(1.2e-3, rel=0.01) and found.step.per_s == pytest.approx(1e-5, rel=0.05)
+    assert found.step_far.base_s == pytest.approx(2.2e-3, rel=0.01) and found.step_far.per_s == pytest.approx(2e-5, rel=0.05)
     assert found.prompt_s == pytest.approx(1e-4, rel=0.05) and found.prompt_token_s == pytest.approx(1e-6, rel=0.05)
+    larger, small = (machine(found, cache=cache) for cache in (0, 1 << 40))
+    engine = [next(iter(CpuModel(each, SHAPE, Layout()).operations(0, [1], [1], 1))).seconds for each in (small, larger)]
+    assert engine == pytest.approx([found.step.at(1), found.step_far.at(1)])
+
+
+def test_neighbours_are_left_out_and_told():
+    """Of eight rounds three are half as slow again: operations are those of the others, and how much usual steps are above them is said."""
+    shape, cases = from_spec(SPEC, "small"), [(1, 1, 64), (4, 1, 64)]
+
+    def one(slow: float) -> Answer:
+        return Answer(shape, 1, cases, [{"embed": slow * 1e-3, "qkv": slow * 1e-4}, {"embed": slow * 2e-3, "qkv": slow * 3e-4}])
+
+    some, most = ([one(slow) for slow in (1.0,) * quick + (1.5,) * (8 - quick)] for quick in (5, 3))
+    for answers, longer in ((some, 1.0), (most, 1.5)):
+        assert joined(answers).times == one(1.0).times
+        assert disturbed(answers) == pytest.approx(longer)
+    told = machine(msgspec.structs.replace(mode(), disturbed=disturbed(most)))
+    assert "usually x1.50 as long" in table(told) and "as long" not in table(machine(mode()))
 
 
 def test_an_entry_is_kept_and_read_as_a_device(tmp_path: Path):

@@ -1,0 +1,86 @@
+"""`lockstep calibrate`: the whole engine, as a user's request meets it, with a model that caches hold and one that they do not."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lockstep.config.model_spec import ModelSpec
+from lockstep.config.source import DEMO_FOLDER
+from lockstep.utils.interrupt import at_once
+
+if TYPE_CHECKING:
+    from lockstep.llm import LLM
+    from lockstep.simulation.engine_steps import Run
+    from lockstep.simulation.rounds import Engines
+
+Batches = Sequence[tuple[int, int]]  # (prompts, tokens of each)
+IN_CACHES: Batches = ((1, 64), (4, 64), (16, 64), (32, 64), (1, 512), (4, 512))
+FROM_MEMORY: Batches = ((1, 16), (8, 16), (32, 16))
+MOST_ROWS, TOKENS = 32, 40  # of a batch, and of an answer
+
+
+@contextmanager
+def whole_engines(ranks: int, dtype: str, large: ModelSpec) -> Iterator[Engines]:
+    """The embedded model, and a random one of the shape of `large`, on so many ranks."""
+    with at_once():
+        from lockstep.simulation.rounds import Engines
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lockstep-calibrate-")))
+        (folder / "config.json").write_text(json.dumps(_config(large)))
+        small = stack.enter_context(_engine("", ranks, dtype, IN_CACHES))
+        other = stack.enter_context(_engine(str(folder), ranks, dtype, FROM_MEMORY))
+        runs = [partial(_runs, small, IN_CACHES), partial(_runs, other, FROM_MEMORY)]
+        for first in runs:
+            first()  # the first requests meet cold code
+        yield Engines(*runs, small.spec, TOKENS)
+
+
+def _config(spec: ModelSpec) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers, "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim, "intermediate_size": spec.intermediate_size, "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.max_position_embeddings, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    }  # fmt: skip
+
+
+@contextmanager
+def _engine(model: str, ranks: int, dtype: str, batches: Batches) -> Iterator[LLM]:
+    from lockstep.llm import LLM
+
+    most, longest = max(rows * prompt for rows, prompt in batches), max(prompt for _, prompt in batches) + TOKENS
+    room = {"max_model_len": longest, "max_num_seqs": MOST_ROWS, "num_gpu_blocks_override": (most + MOST_ROWS * longest) // 8}
+    batch = {"max_num_batched_tokens": most, "enable_prefix_caching": False}
+    source = {"tokenizer": str(DEMO_FOLDER), "load_format": "dummy"} if model else {}
+    with LLM(model, tensor_parallel_size=ranks, dtype=dtype, device="cpu", **room, **batch, **source) as llm:
+        yield llm
+
+
+def _runs(llm: LLM, batches: Batches) -> list[Run]:
+    return [_run(llm, rows, prompt) for rows, prompt in batches]
+
+
+def _run(llm: LLM, rows: int, prompt: int) -> Run:
+    """`rows` prompts at once: what their first tokens and a step after them took (pauses are a part of it), and what was no operation."""
+    from lockstep.protocol import SamplingParams
+    from lockstep.simulation.engine_steps import Run
+
+    params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=0.0, detokenize=False)
+    prompts = [{"prompt_token_ids": [(7 * i + j) % llm.spec.vocab_size for j in range(prompt)]} for i in range(rows)]
+    llm.collective_rpc("start_step_clock")
+    stamps: list[float] = []
+    began = time.perf_counter()
+    for number, _ in enumerate(llm.stream(prompts, params), 1):
+        if number % rows == 0:  # every request has a token more
+            stamps.append(time.perf_counter())
+    operations = llm.collective_rpc("take_step_clock")[0][1:]
+    step_s = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+    return Run(rows, prompt, stamps[0] - began, step_s, step_s - sum(operations) / len(operations))
