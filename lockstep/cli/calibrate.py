@@ -32,7 +32,7 @@ COLLECTIVES_S = 3.0
 BUDGET_S = 56.0
 LEAST_S = 40.0  # processes started, models made, their longest steps, and a few rounds
 END_S = 2.5  # ranks that go, and the fits
-ROOM = 4 << 30  # bytes for the models, which three ranks keep, in two bytes a weight
+ROOM = 5 << 30  # bytes for the models, which three ranks keep, and four engines, in two bytes a weight
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 USUAL_CACHE = 32 << 20
 

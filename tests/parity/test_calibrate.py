@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import msgspec
@@ -10,10 +11,12 @@ import pytest
 from lockstep.cli import main as cli
 from lockstep.config.tree import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from lockstep.executor.factory import make_executor
+from lockstep.llm import LLM
 from lockstep.planner import calibration
 from lockstep.planner.cpu import CpuModel
 from lockstep.planner.layout import Layout
 from lockstep.planner.model import from_spec
+from lockstep.protocol import SamplingParams
 from lockstep.simulation import measure
 from lockstep.simulation.rounds import TINY
 
@@ -40,6 +43,26 @@ def test_ranks_time_every_kind_of_operation(ranks: int, tmp_path: Path):
         assert set(times) == KINDS and all(value > 0 for value in times.values())
     mode = measure.mode_of([whole], ranks=ranks, busy=ranks, threads=1, cache_bytes=32 << 20)
     assert [rates.rows for rates in mode.products] == [1, 256] and mode.bandwidth > 1e6 and mode.flops > 1e8
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_engine_notes_how_much_of_its_steps_is_operations(ranks: int):
+    """Every step while it is asked to, less than the steps took; and nothing of it stays."""
+    params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.0, detokenize=False)
+    with LLM("", tensor_parallel_size=ranks, dtype="bfloat16", device="cpu", max_model_len=64, num_gpu_blocks_override=16) as llm:
+
+        def tokens() -> list[int]:
+            return llm.generate({"prompt_token_ids": [1, 2, 3]}, params)[0].outputs[0].token_ids
+
+        plain = tokens()
+        for _ in range(2):
+            llm.collective_rpc("start_step_clock")
+            began = time.perf_counter()
+            assert tokens() == plain
+            wall_s = time.perf_counter() - began
+            for seconds in llm.collective_rpc("take_step_clock"):
+                assert len(seconds) == 6 and min(seconds) > 0 and sum(seconds) < wall_s
+        assert tokens() == plain
 
 
 @pytest.mark.full
