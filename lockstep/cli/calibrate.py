@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +21,13 @@ from lockstep.planner.cpu_ops import per_weight_s
 from lockstep.planner.hardware import DTYPE_BYTES
 from lockstep.utils.cores import usable_cores
 from lockstep.utils.host_memory import host_available_bytes
+from lockstep.utils.interrupt import terminable
 from lockstep.utils.sizes import size
 
 SIZES = (256, 2048, 16384, 131072, 1048576, 8388608)
 COLLECTIVES_S = 3.0
 BUDGET_S = 56.0
-LEAST_S = 40.0  # processes started, models made, their longest steps, and a few rounds
+LEAST_S = 40.0  # processes started, models made, their longest steps, and a round
 END_S = 2.5  # ranks that go, and the fits
 ROOM = 5 << 30  # bytes for the models, which three ranks keep, and four engines, in two bytes a weight
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -47,9 +44,8 @@ def run(argv: list[str]) -> int:
     if not LEAST_S <= args.budget_seconds < math.inf:
         raise UsageError(f"--budget-seconds={args.budget_seconds:g} must be a number of seconds, at least {LEAST_S:g}.")
     path = args.out or calibration.path_of()
-    if args.out is not None:
-        _check_out(path)
-    with _ended_in_order():
+    _check_out(path, named=args.out is not None)
+    with terminable():
         found = calibrate(args.budget_seconds, args.dtype)
     calibration.save(found, path)
     print(table(found))
@@ -57,32 +53,19 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _check_out(path: Path) -> None:
-    """Raises UsageError, before anything is measured, where the entry could not be written."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"--out={path} {'is a folder' if path.is_dir() else 'is in a folder that is not there'}: name a file to write.")
+def _check_out(path: Path, *, named: bool) -> None:
+    """Raises UsageError, before anything is measured, where the entry could not be written. named: by the user."""
+    what = f"--out={path}" if named else f"{path}, where entries are kept,"
     try:
+        if not named:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not path.parent.is_dir():
+            place = "is a folder" if path.is_dir() else "is in a folder that is not there"
+            raise UsageError(f"{what} {place}: name a file to write.")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as e:
-        raise UsageError(f"--out={path} cannot be written ({e.strerror}): name a file to write.") from None
-
-
-@contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """SIGTERM unwinds, as Ctrl-C does, so that trial models do not stay on the disk."""
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        raise UsageError(f"{what} cannot be written ({e.strerror}): name a file to write{'' if named else ' with --out'}.") from None
 
 
 def calibrate(seconds: float, dtype: str = "bfloat16") -> Calibration:
@@ -167,7 +150,7 @@ def table(found: Calibration) -> str:
         engine = f"{step}, {mode.prompt_s * 1e6:.0f} us a prompt, {mode.prompt_token_s * 1e6:.2f} us a token of it"
         lines += [f"  step {engine}", _products(mode)]
         if mode.disturbed > DISTURBED:
-            lines.append(f"  usually x{mode.disturbed:.2f} as long while it was measured: something else uses this machine, or its host")
+            lines.append(f"  x{mode.disturbed:.2f} as long in the usual round as in the quicker ones: something else uses it, or its host")
         for kind, (constants, samples) in mode.tried.items():
             kept = "samples kept" if kind in mode.samples else "constants alone"
             lines.append(f"  {kind}: held-out error {constants:.1%} by constants, {samples:.1%} by other samples too; {kept}")

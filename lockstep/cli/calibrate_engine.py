@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.source import DEMO_FOLDER
-from lockstep.utils.interrupt import at_once
 
 if TYPE_CHECKING:
     from lockstep.llm import LLM
@@ -22,15 +21,14 @@ if TYPE_CHECKING:
 
 Batches = Sequence[tuple[int, int]]  # (prompts, tokens of each)
 IN_CACHES: Batches = ((1, 64), (4, 64), (16, 64), (32, 64), (1, 512), (4, 512))
-FROM_MEMORY: Batches = ((1, 16), (8, 16), (32, 16))
+FROM_MEMORY: Batches = ((1, 16), (8, 16), (32, 16))  # of 90 MB: the largest of the models takes seconds more to start
 MOST_ROWS, TOKENS = 32, 40  # of a batch, and of an answer
 
 
 @contextmanager
 def whole_engines(ranks: int, dtype: str, large: ModelSpec) -> Iterator[Engines]:
     """The embedded model, and a random one of the shape of `large`, on so many ranks."""
-    with at_once():
-        from lockstep.simulation.rounds import Engines
+    from lockstep.simulation.rounds import Engines
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lockstep-calibrate-")))
@@ -52,16 +50,14 @@ def _config(spec: ModelSpec) -> dict[str, object]:
     }  # fmt: skip
 
 
-@contextmanager
-def _engine(model: str, ranks: int, dtype: str, batches: Batches) -> Iterator[LLM]:
+def _engine(model: str, ranks: int, dtype: str, batches: Batches) -> LLM:
     from lockstep.llm import LLM
 
     most, longest = max(rows * prompt for rows, prompt in batches), max(prompt for _, prompt in batches) + TOKENS
     room = {"max_model_len": longest, "max_num_seqs": MOST_ROWS, "num_gpu_blocks_override": (most + MOST_ROWS * longest) // 8}
     batch = {"max_num_batched_tokens": most, "enable_prefix_caching": False}
     source = {"tokenizer": str(DEMO_FOLDER), "load_format": "dummy"} if model else {}
-    with LLM(model, tensor_parallel_size=ranks, dtype=dtype, device="cpu", **room, **batch, **source) as llm:
-        yield llm
+    return LLM(model, tensor_parallel_size=ranks, dtype=dtype, device="cpu", **room, **batch, **source)
 
 
 def _runs(llm: LLM, batches: Batches) -> list[Run]:
@@ -75,12 +71,14 @@ def _run(llm: LLM, rows: int, prompt: int) -> Run:
 
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=0.0, detokenize=False)
     prompts = [{"prompt_token_ids": [(7 * i + j) % llm.spec.vocab_size for j in range(prompt)]} for i in range(rows)]
-    llm.collective_rpc("start_step_clock")
     stamps: list[float] = []
-    began = time.perf_counter()
-    for number, _ in enumerate(llm.stream(prompts, params), 1):
-        if number % rows == 0:  # every request has a token more
-            stamps.append(time.perf_counter())
-    operations = llm.collective_rpc("take_step_clock")[0][1:]
+    llm.collective_rpc("start_step_clock")
+    try:
+        began = time.perf_counter()
+        for number, _ in enumerate(llm.stream(prompts, params), 1):
+            if number % rows == 0:  # every request has a token more
+                stamps.append(time.perf_counter())
+    finally:
+        operations = llm.collective_rpc("take_step_clock")[0][1:]
     step_s = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
     return Run(rows, prompt, stamps[0] - began, step_s, step_s - sum(operations) / len(operations))

@@ -17,7 +17,7 @@ from lockstep.planner.entry import to_entry
 from lockstep.planner.hardware import DecodeFit, Device, ErrorBand, Link, PrefillFit, Roofline
 from lockstep.utils import env
 
-FORMAT = 5
+FORMAT = 6
 USUAL_HEAD = 128  # width, of models on devices that are priced in general
 DISTURBED = 1.1  # times as long: from here on it is said
 MEASURED = ErrorBand(operation=0.10, tpot=0.20, ttft=0.20)  # on the machine that was measured, see docs/planner_cpu.md
@@ -87,7 +87,7 @@ class Mode(msgspec.Struct, frozen=True, eq=False):  # compared and hashed by ide
     prompt_s: float = 0.0  # what they add for each prompt that begins
     prompt_token_s: float = 0.0  # and for each of its tokens
     hop: Line = Line()  # bytes: from one pipeline stage to the next
-    disturbed: float = 1.0  # how much longer steps usually took while this was measured: other programs, or virtual machines
+    disturbed: float = 1.0  # how much longer steps took in the usual round than in the quicker ones: other programs, or virtual machines
     samples: dict[str, list[list[float]]] = {}  # by kind, as in `cpu_tables.py`: where they predict each other better than the constants
     tried: dict[str, tuple[float, float]] = {}  # by kind: mean errors on held-out samples, of the constants and of the other samples
 

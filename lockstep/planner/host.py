@@ -130,7 +130,9 @@ class HostSearch(Search):
         if self.band(layout, chunk).tpot > self.pricer.setting.device.band.tpot:
             found.append(SCHEDULED)
         if (longer := self.found.mode(layout.devices).disturbed) > DISTURBED:
-            found.append(f"times are of the machine by itself: while it was calibrated, something else made steps x{longer:.2f} as long")
+            found.append(
+                f"times are of the machine by itself: meanwhile something else made steps of the usual round x{longer:.2f} as long"
+            )
         return found
 
     def _most(self, layout: Layout, chunk: int) -> float:

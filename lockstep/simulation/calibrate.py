@@ -21,7 +21,7 @@ from lockstep.simulation import rates_fit
 from lockstep.simulation.rounds import Engines, Setting, ranks_here
 
 ASK_S = 0.7  # of a question to all models
-AGAIN = 0.6  # of the first round, which also makes the models: what the second one takes
+AGAIN = 0.8  # of the first round, which also makes the models: what the second one takes
 Say = Callable[[str], None]
 
 

@@ -102,7 +102,8 @@ def joined(answers: Sequence[Answer]) -> Answer:
 
 
 def disturbed(answers: Sequence[Answer]) -> float:
-    """How much longer than undisturbed these cases usually took, of several answers to them: 1.2 is a fifth longer."""
+    """How much longer than undisturbed these cases took in the usual one of several answers: 1.2 is a fifth longer. What slows each of
+    them alike is not seen."""
     steps = [[step_of(answer, times) for times in answer.times] for answer in answers]
     return mean(median(each) / undisturbed(each) for each in zip(*steps, strict=True))
 

@@ -119,9 +119,7 @@ class Setting:
         whole = msgspec.structs.replace(whole, disturbed=mean(map(measure.disturbed, models["all"])))
         if "one" not in alone:
             return [whole]
-        same = {
-            name: getattr(whole, name) for name in ("combine", "exchange", "step", "step_far", "prompt_s", "prompt_token_s", "disturbed")
-        }
+        same = {name: getattr(whole, name) for name in _OF_ALL}
         return [whole, msgspec.structs.replace(self._mode(alone["one"], 1, cache_bytes), **same)]
 
     def _mode(self, answers: Sequence[Answer], busy: int, cache_bytes: int) -> Mode:

@@ -6,6 +6,8 @@ While it runs it only keeps what clocks say, and adds up afterwards: some micros
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ class StepClock:
     def __init__(self, model: DecoderModel) -> None:
         native = model.native
         assert native is not None, "only the kernels' own program times its operations"
-        self._model, self._native = model, native
+        self._undo = ExitStack()
         self._operations: list[tuple[F64, F64]] = []
         self._choices: list[float] = []
         forward, choose = native.forward, model.compute_top_tokens
@@ -40,12 +42,19 @@ class StepClock:
             return found
 
         native.time_operations(True)
-        vars(native)["forward"] = noted_forward
-        vars(model)["compute_top_tokens"] = noted_choose
+        self._undo.callback(native.time_operations, False)
+        self._shadow(native, "forward", noted_forward)
+        self._shadow(model, "compute_top_tokens", noted_choose)
+
+    def _shadow(self, owner: Any, method: str, noted: Callable[..., Any]) -> None:
+        if method in vars(owner):  # somebody else's, who is first
+            self._undo.callback(vars(owner).__setitem__, method, vars(owner)[method])
+        else:
+            self._undo.callback(vars(owner).pop, method)
+        vars(owner)[method] = noted
 
     def close(self) -> list[float]:
         """Leave the model as it was. Seconds of each step."""
-        del vars(self._native)["forward"], vars(self._model)["compute_top_tokens"]
-        self._native.time_operations(False)
+        self._undo.close()
         ran = [float((ended - began)[ended > 0].sum()) for began, ended in self._operations]
         return [operations + choice for operations, choice in zip(ran, self._choices, strict=True)]

@@ -82,6 +82,7 @@ class Worker(Recorded):
         self._kv: list[torch.Tensor] = []
         self._asleep: RankMemory | None = None  # what it has while it sleeps
         self._rehearsals: rates.Rehearsals | None = None  # calibration's models
+        self._step_clock: StepClock | None = None
         self._sleeping_blocks = 0  # KV blocks that it will have again
         self._meter = Meter(groups, progress) if progress is not None and groups.world.world_size > 1 else None
 
@@ -270,11 +271,14 @@ class Worker(Recorded):
 
     def start_step_clock(self) -> None:
         """Note from now on how much of each step is operations. For calibration, on a model that its kernels run."""
+        assert self._step_clock is None, "take_step_clock comes first"
         self._step_clock = StepClock(self.model)
 
     def take_step_clock(self) -> list[float]:
         """Stop; the seconds of operations of each step since the start."""
-        return self._step_clock.close()
+        assert self._step_clock is not None, "start_step_clock comes first"
+        clock, self._step_clock = self._step_clock, None
+        return clock.close()
 
     def operation_seconds(
         self, spec: dict[str, Any], cases: list[list[int]], seconds: float, alone: bool, only: int | None

@@ -43,7 +43,7 @@ def test_throughput_beside_transformers(model):
 
 
 def test_latency(model):
-    code, lines, err = bench("latency", str(model), "--batch-size", "2", "--input-len", "8", "--output-len", "64", "--repetitions", "2")
+    code, lines, err = bench("latency", str(model), "--batch-size", "2", "--input-len", "8", "--output-len", "200", "--repetitions", "2")
     assert code == 0, err
     by = {line["metric"]: line for line in lines}
     assert {"time_to_first_token", "time_per_output_token", "decode_tokens_per_s", "end_to_end"} <= by.keys()

@@ -168,7 +168,7 @@ def test_an_answer_says_that_something_else_used_the_machine(tmp_path: Path):
     quiet, busy = mode(1), msgspec.structs.replace(mode(1), disturbed=1.27)
     for found, said in ((quiet, False), (busy, True)):
         own = plan(SHAPE, cluster(entry(tmp_path, found)), input_len=64, output_len=32)
-        assert any("something else made steps x1.27 as long" in note for note in own.notes) is said
+        assert any("something else made steps of the usual round x1.27 as long" in note for note in own.notes) is said
 
 
 def test_an_answer_that_is_not_of_the_machine_s_steps_is_not_calibrated(tmp_path: Path):

@@ -152,13 +152,15 @@ void ShmGroup::wait(Transfer* t) {
   // The number that the other side changes, and where it looks whether this side sleeps.
   std::atomic<uint32_t>&theirs = t->send ? r.read : r.written, &sleeps = t->send ? r.sender_sleeps : r.receiver_sleeps;
   t->since = now_s();
+  bool moved = true;  // awake only where the other side is at work: a stage's wait for the one before is long, and its core another's
   for (;;) {
     uint32_t seen = theirs.load();
     if (test(t)) return;
-    if (stay_awake([&] { return theirs.load(std::memory_order_acquire) != seen; })) continue;
+    if (moved && stay_awake([&] { return theirs.load(std::memory_order_acquire) != seen; })) continue;
     sleeps.fetch_add(1);
     bool alone = [&] { std::lock_guard<std::mutex> hold(moving_); return handles_.size() <= 1; }();
     if (theirs.load() == seen) futex_wait(&theirs, seen, alone ? SLICE_S : BUSY_SLICE_S, true);
+    moved = theirs.load() != seen;
     sleeps.fetch_sub(1);
   }
 }
