@@ -55,6 +55,9 @@ def event_loops(rank: int, world_size: int) -> tuple[int, int, bool]:
     ps.destroy_model_parallel()
     ps.destroy_distributed_environment()
     gc.collect()
+    deadline = time.monotonic() + 30  # a thread that has been joined is listed until the kernel is done with it
+    while _loops() and time.monotonic() < deadline:
+        time.sleep(0.01)
     return used, _loops(), forked
 
 
