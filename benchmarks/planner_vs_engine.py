@@ -5,10 +5,11 @@
 
 Needs a calibration (`lockstep calibrate`, on the same quiet machine, minutes before; or --calibrate runs it first). Each setting is an
 engine of its own, a batch of equal prompts given at once, measured `--repetitions` times or more in each of `--rounds` rounds over all
-settings (neighbours slow a shared machine for seconds at a time), and what is undisturbed counts, the lower quartile of all batches, as
-in the calibration. Before and after, the speeds of its ranks are measured (the memory's bandwidth and flop/s, likewise), and predictions
-are scaled by them. Also shown: the errors when scaled by the bandwidth alone, and those against the usual batch, the median one, with
-the usual speeds. The prediction is the event simulation: the real scheduler, with step times of planner/cpu.py. Nothing is fitted to any
+settings (neighbours slow a shared machine for tenths of a second to minutes). What is undisturbed counts, as in the calibration, which
+times single steps: of each piece of a batch, a prompt or some steps, the lower quartile over all batches. Before and after, the speeds of
+its ranks are measured (the memory's bandwidth and flop/s, likewise), and predictions are scaled by them. Also shown: the errors when scaled
+by the bandwidth alone, those against the lower quartile of whole batches, and those against the usual batch, the median one, with the
+usual speeds. The prediction is the event simulation: the real scheduler, with step times of planner/cpu.py. Nothing is fitted to any
 setting: the calibration has models of its own, and never runs two replicas or two stages, whose errors are also shown apart. Exits 1
 when the median error of a figure over all settings is above 10 % or the mean above 15 %.
 """
@@ -17,11 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -49,7 +52,9 @@ from lockstep.utils.noise import undisturbed
 
 TARGETS = {"median": 0.10, "mean": 0.15}
 BUSY_S = 1.5  # of a setting in a round: its speed changes within a second
+PIECE_S = 0.01  # of decoding, that is timed as one: more than what tokens of one step are apart when they reach who reads them
 FIGURES = ("ttft", "tpot", "throughput")
+Batch = Sequence[Sequence[float]]  # of each request, when its tokens came, in seconds from the start
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class Result:
     measured: dict[str, float]
     predicted: dict[str, float]
     by_bandwidth: dict[str, float]  # predicted with the memory bandwidth measured again, nothing else
+    whole_batches: dict[str, float]  # the lower quartile of them
     usual: dict[str, float]  # the median batch
     predicted_usual: dict[str, float]  # with median speeds
     scales: Scales
@@ -109,6 +115,7 @@ class Result:
         return {
             "all settings": (self.predicted, self.measured),
             "by bandwidth alone": (self.by_bandwidth, self.measured),
+            "whole batches": (self.predicted, self.whole_batches),
             "the usual batch": (self.predicted_usual, self.usual),
         }
 
@@ -129,8 +136,8 @@ def folder_of(name: str, root: Path) -> str:
     return str(made)
 
 
-def once(llm: LLM, setting: Setting, seed: int) -> dict[str, float]:
-    """One batch: mean TTFT, mean TPOT, output tokens a second, as the simulation counts them."""
+def once(llm: LLM, setting: Setting, seed: int) -> Batch:
+    """One batch: when each request's tokens came."""
     work = fixed(llm.spec.vocab_size, setting.batch, setting.input_len, setting.output_len, seed)
     params = SamplingParams(temperature=0, max_tokens=setting.output_len, ignore_eos=True, detokenize=False)
     stamps: dict[str, list[float]] = {}
@@ -139,11 +146,25 @@ def once(llm: LLM, setting: Setting, seed: int) -> dict[str, float]:
         seen = stamps.setdefault(output.request_id, [])
         new = len(output.outputs[0].token_ids) - len(seen)
         seen += [time.perf_counter() - began] * new
-    return figures(list(stamps.values()))
+    return list(stamps.values())
 
 
-def figures(token_s: Sequence[Sequence[float]]) -> dict[str, float]:
-    """From each request's token times."""
+def put_together(batches: Sequence[Batch]) -> Batch:
+    """A batch of which every piece is undisturbed: how long requests waited for their first token, and each few of the others."""
+    made = []
+    for same in zip(*batches, strict=True):  # a request, in every batch
+        last = len(same[0]) - 1
+        tokens = max(1, math.ceil(PIECE_S / median((s[-1] - s[0]) / last for s in same)))
+        times = [undisturbed(s[0] for s in same)]
+        for begin, end in pairwise([*range(0, last, tokens), last]):
+            took = undisturbed(s[end] - s[begin] for s in same)
+            times += [times[-1] + took * (i + 1) / (end - begin) for i in range(end - begin)]
+        made.append(times)
+    return made
+
+
+def figures(token_s: Batch) -> dict[str, float]:
+    """Mean TTFT, mean TPOT, output tokens a second, as the simulation counts them."""
     return {
         "ttft": mean(t[0] for t in token_s),
         "tpot": mean((t[-1] - t[0]) / (len(t) - 1) for t in token_s),
@@ -173,9 +194,9 @@ def predict(spec: ModelSpec, limits: Limits, setting: Setting, found: Calibratio
 
 @dataclass
 class Measured:
-    """What one setting gave so far: the figures of its batches; by rounds, speeds of a rank beside and other programs' use of cores."""
+    """What one setting gave so far: its batches; by rounds, speeds of a rank beside and other programs' use of cores."""
 
-    batches: list[dict[str, float]] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
     speeds: list[Speeds] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     predict: Callable[[Scales], dict[str, float]] | None = None
@@ -210,14 +231,15 @@ def compared(setting: Setting, seen: Measured, found: Calibration) -> Result:
         return Scales(now.read / mode.bandwidth, now.multiply / mode.flops)
 
     def figures_of(times: Callable[[Iterable[float]], float], rate: Callable[[Iterable[float]], float]) -> dict[str, float]:
-        return {name: (rate if name == "throughput" else times)(batch[name] for batch in seen.batches) for name in FIGURES}
+        return {name: (rate if name == "throughput" else times)(figures(b)[name] for b in seen.batches) for name in FIGURES}
 
     scales = of(undisturbed_rate)
     return Result(
         setting,
-        measured=figures_of(undisturbed, undisturbed_rate),
+        measured=figures(put_together(seen.batches)),
         predicted=seen.predict(scales),
         by_bandwidth=seen.predict(Scales(scales.bandwidth)),
+        whole_batches=figures_of(undisturbed, undisturbed_rate),
         usual=figures_of(median, median),
         predicted_usual=seen.predict(of(median)),
         scales=scales,
