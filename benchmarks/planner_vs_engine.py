@@ -18,19 +18,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from lockstep.cli.bench import machine
 from lockstep.cli.bench.workload import fixed
+from lockstep.cli.calibrate_engine import runs_of, small_engine
 from lockstep.config.model_spec import ModelSpec
 from lockstep.engine.admission import Limits
 from lockstep.engine.core import limits_of
@@ -44,15 +43,16 @@ from lockstep.planner.model import from_spec
 from lockstep.protocol import SamplingParams
 from lockstep.simulation.arrivals import at_once
 from lockstep.simulation.engine_cost import CalibratedCost
+from lockstep.simulation.engine_steps import Run, speed
 from lockstep.simulation.measure import Speeds
 from lockstep.simulation.rounds import Ranks, ranks_here
 from lockstep.simulation.simulate import simulate
 from lockstep.testing.tiny import make_tiny
-from lockstep.utils.noise import undisturbed
+from lockstep.utils.noise import undisturbed, undisturbed_course
 
 TARGETS = {"median": 0.10, "mean": 0.15}
+BESIDE = ((1, 64), (4, 64))  # of the calibration's own batches: prompts, and tokens of each
 BUSY_S = 1.5  # of a setting in a round: its speed changes within a second
-PIECE_S = 0.01  # of decoding, that is timed as one: more than what tokens of one step are apart when they reach who reads them
 FIGURES = ("ttft", "tpot", "throughput")
 Batch = Sequence[Sequence[float]]  # of each request, when its tokens came, in seconds from the start
 
@@ -103,6 +103,7 @@ class Result:
     measured: dict[str, float]
     predicted: dict[str, float]
     by_bandwidth: dict[str, float]  # predicted with the memory bandwidth measured again, nothing else
+    by_memory_and_flops: dict[str, float]
     whole_batches: dict[str, float]  # the lower quartile of them
     usual: dict[str, float]  # the median batch
     predicted_usual: dict[str, float]  # with median speeds
@@ -115,6 +116,7 @@ class Result:
         return {
             "all settings": (self.predicted, self.measured),
             "by bandwidth alone": (self.by_bandwidth, self.measured),
+            "and by flop/s": (self.by_memory_and_flops, self.measured),
             "whole batches": (self.predicted, self.whole_batches),
             "the usual batch": (self.predicted_usual, self.usual),
         }
@@ -150,17 +152,8 @@ def once(llm: LLM, setting: Setting, seed: int) -> Batch:
 
 
 def put_together(batches: Sequence[Batch]) -> Batch:
-    """A batch of which every piece is undisturbed: how long requests waited for their first token, and each few of the others."""
-    made = []
-    for same in zip(*batches, strict=True):  # a request, in every batch
-        last = len(same[0]) - 1
-        tokens = max(1, math.ceil(PIECE_S / median((s[-1] - s[0]) / last for s in same)))
-        times = [undisturbed(s[0] for s in same)]
-        for begin, end in pairwise([*range(0, last, tokens), last]):
-            took = undisturbed(s[end] - s[begin] for s in same)
-            times += [times[-1] + took * (i + 1) / (end - begin) for i in range(end - begin)]
-        made.append(times)
-    return made
+    """A batch of which every piece is undisturbed, request by request."""
+    return [undisturbed_course(same) for same in zip(*batches, strict=True)]
 
 
 def figures(token_s: Batch) -> dict[str, float]:
@@ -198,17 +191,19 @@ class Measured:
 
     batches: list[Batch] = field(default_factory=list)
     speeds: list[Speeds] = field(default_factory=list)
+    small: list[list[Run]] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     predict: Callable[[Scales], dict[str, float]] | None = None
 
 
-def measure(setting: Setting, found: Calibration, root: Path, repetitions: int, ranks: Ranks, seen: Measured) -> None:
+def measure(setting: Setting, found: Calibration, root: Path, repetitions: int, ranks: Ranks, small: LLM, seen: Measured) -> None:
     """One round of one setting. ranks: as many as compute at a time, to measure the speeds that they have."""
     split = {"pipeline_parallel_size": setting.pp, "data_parallel_size": setting.dp, "data_parallel_routing": "round_robin"}
     room = {"max_model_len": 2048, "kv_cache_memory_bytes": 1 << 27, "enable_prefix_caching": False, "max_num_seqs": 32}
     noise, busy = machine.Noise(), busy_ranks(setting)
     with LLM(folder_of(setting.model, root), tensor_parallel_size=setting.tp, dtype="bfloat16", **split, **room) as llm:
         seen.speeds.append(ranks.speeds(busy))
+        seen.small.append(runs_of(small, BESIDE, 1))
         once(llm, setting, 0)
         begun = time.monotonic()
         batches = 0
@@ -216,6 +211,7 @@ def measure(setting: Setting, found: Calibration, root: Path, repetitions: int, 
             batches += 1
             seen.batches.append(once(llm, setting, batches))
         seen.speeds.append(ranks.speeds(busy))
+        seen.small.append(runs_of(small, BESIDE, 1))
         spec, limits = llm.spec, limits_of(llm.config, llm.spec, llm._client.memory)
     seen.others.append(noise.other_cores())
     seen.predict = partial(predict, spec, limits, setting, found)
@@ -228,7 +224,7 @@ def compared(setting: Setting, seen: Measured, found: Calibration) -> Result:
 
     def of(rate: Callable[[Iterable[float]], float]) -> Scales:
         now = Speeds(*map(rate, zip(*seen.speeds, strict=True)))
-        return Scales(now.read / mode.bandwidth, now.multiply / mode.flops)
+        return Scales(now.read / mode.bandwidth, now.multiply / mode.flops, speed(mode, seen.small))
 
     def figures_of(times: Callable[[Iterable[float]], float], rate: Callable[[Iterable[float]], float]) -> dict[str, float]:
         return {name: (rate if name == "throughput" else times)(figures(b)[name] for b in seen.batches) for name in FIGURES}
@@ -239,6 +235,7 @@ def compared(setting: Setting, seen: Measured, found: Calibration) -> Result:
         measured=figures(put_together(seen.batches)),
         predicted=seen.predict(scales),
         by_bandwidth=seen.predict(Scales(scales.bandwidth)),
+        by_memory_and_flops=seen.predict(replace(scales, others=1.0)),
         whole_batches=figures_of(undisturbed, undisturbed_rate),
         usual=figures_of(median, median),
         predicted_usual=seen.predict(of(median)),
@@ -269,7 +266,7 @@ def show(result: Result) -> None:
         unit = 1.0 if name == "throughput" else 1e3
         off = result.predicted[name] / result.measured[name] - 1
         cells.append(f"{name} {result.predicted[name] * unit:9.2f} / {result.measured[name] * unit:9.2f} ({off:+.0%})")
-    now = f"bandwidth x{result.scales.bandwidth:.2f}, flop/s x{result.scales.compute:.2f}"
+    now = f"bandwidth x{result.scales.bandwidth:.2f}, flop/s x{result.scales.compute:.2f}, the rest x{result.scales.others:.2f}"
     print(f"{where:<48} {'  '.join(cells)}  {now}, others {result.other_cores:.1f}", flush=True)
 
 
@@ -288,13 +285,23 @@ def main() -> int:
 
         calibration.save(calibrate(BUDGET_S), args.calibration or calibration.path_of())
     found = calibration.load(args.calibration)
+    if not all(mode.small_steps for mode in found.modes):
+        parser.error(
+            "the calibration is of an older lockstep, which did not keep the small model's steps: calibrate again, or add --calibrate"
+        )
     print("predicted / measured (error): milliseconds, and output tokens a second")
     chosen = {setting: Measured() for setting in SETTINGS[: args.settings]}
-    with ranks_here(1, "bfloat16") as one, ranks_here(2, "bfloat16") as two:
+    with (
+        ranks_here(1, "bfloat16") as one,
+        ranks_here(2, "bfloat16") as two,
+        small_engine(1, "bfloat16") as small_one,
+        small_engine(2, "bfloat16") as small_two,
+    ):
         for _ in range(args.rounds):
             for setting, seen in chosen.items():
                 split = setting.tp * setting.pp * setting.dp > 1
-                measure(setting, found, args.models, args.repetitions, two if split else one, seen)
+                beside = (two, small_two) if split else (one, small_one)
+                measure(setting, found, args.models, args.repetitions, *beside, seen)
     results = [compared(setting, seen, found) for setting, seen in chosen.items()]
     for result in results:
         show(result)
@@ -304,7 +311,10 @@ def main() -> int:
     for words, errors in (lines | ({"two stages or replicas": summary(apart, "all settings")} if apart else {})).items():
         print(f"{words:<24}", "  ".join(f"{n}: median {e['median']:.1%}, MAPE {e['mean']:.1%}" for n, e in errors.items()))
     if args.out:
-        raw = [{"batches": seen.batches, "speeds": seen.speeds} for seen in chosen.values()]
+        raw = [
+            {"batches": seen.batches, "speeds": seen.speeds, "small": [list(map(asdict, runs)) for runs in seen.small]}
+            for seen in chosen.values()
+        ]
         rows = [{"machine": machine.describe()}, *({**asdict(r), **each} for r, each in zip(results, raw, strict=True))]
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return int(any(e[kind] > limit for e in every.values() for kind, limit in TARGETS.items()))

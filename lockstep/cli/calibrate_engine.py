@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from lockstep.config.model_spec import ModelSpec
 from lockstep.config.source import DEMO_FOLDER
+from lockstep.utils.noise import undisturbed, undisturbed_course
 
 if TYPE_CHECKING:
     from lockstep.llm import LLM
@@ -23,6 +25,7 @@ Batches = Sequence[tuple[int, int]]  # (prompts, tokens of each)
 IN_CACHES: Batches = ((1, 64), (4, 64), (16, 64), (32, 64), (1, 512), (4, 512))
 FROM_MEMORY: Batches = ((1, 16), (8, 16), (32, 16))  # of 90 MB: the largest of the models takes seconds more to start
 MOST_ROWS, TOKENS = 32, 40  # of a batch, and of an answer
+SMALL_TIMES, LARGE_TIMES = 2, 1  # that each batch is run in a round: one of the small model is over in 20 ms
 
 
 @contextmanager
@@ -33,12 +36,16 @@ def whole_engines(ranks: int, dtype: str, large: ModelSpec) -> Iterator[Engines]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lockstep-calibrate-")))
         (folder / "config.json").write_text(json.dumps(_config(large)))
-        small = stack.enter_context(_engine("", ranks, dtype, IN_CACHES))
+        small = stack.enter_context(small_engine(ranks, dtype))
         other = stack.enter_context(_engine(str(folder), ranks, dtype, FROM_MEMORY))
-        runs = [partial(_runs, small, IN_CACHES), partial(_runs, other, FROM_MEMORY)]
-        for first in runs:
-            first()  # the first requests meet cold code
+        runs_of(small, IN_CACHES, 1), runs_of(other, FROM_MEMORY, 1)  # the first requests meet cold code
+        runs = partial(runs_of, small, IN_CACHES, SMALL_TIMES), partial(runs_of, other, FROM_MEMORY, LARGE_TIMES)
         yield Engines(*runs, small.spec, TOKENS)
+
+
+def small_engine(ranks: int, dtype: str) -> LLM:
+    """The embedded model on so many ranks, with room for IN_CACHES."""
+    return _engine("", ranks, dtype, IN_CACHES)
 
 
 def _config(spec: ModelSpec) -> dict[str, object]:
@@ -60,14 +67,25 @@ def _engine(model: str, ranks: int, dtype: str, batches: Batches) -> LLM:
     return LLM(model, tensor_parallel_size=ranks, dtype=dtype, device="cpu", **room, **batch, **source)
 
 
-def _runs(llm: LLM, batches: Batches) -> list[Run]:
-    return [_run(llm, rows, prompt) for rows, prompt in batches]
+def runs_of(llm: LLM, batches: Batches, times: int) -> list[Run]:
+    """Each of these batches, so many times."""
+    return [_run(llm, rows, prompt, times) for rows, prompt in batches]
 
 
-def _run(llm: LLM, rows: int, prompt: int) -> Run:
-    """`rows` prompts at once: what their first tokens and a step after them took (pauses are a part of it), and what was no operation."""
-    from lockstep.protocol import SamplingParams
+def _run(llm: LLM, rows: int, prompt: int, times: int) -> Run:
+    """`rows` prompts at once, so many times: what their first tokens and a step after them took (pauses are a part of it), and what was
+    no operation."""
     from lockstep.simulation.engine_steps import Run
+
+    courses = [_course(llm, rows, prompt) for _ in range(times)]
+    beyond = [(stamps[-1] - stamps[0]) / (len(stamps) - 1) - mean(operations) for stamps, operations in courses]
+    stamps = undisturbed_course([stamps for stamps, _ in courses])
+    return Run(rows, prompt, stamps[0], (stamps[-1] - stamps[0]) / (len(stamps) - 1), undisturbed(beyond))
+
+
+def _course(llm: LLM, rows: int, prompt: int) -> tuple[list[float], list[float]]:
+    """When each of these requests had one token, two tokens ..., in seconds from the start; the operations of all steps but the first."""
+    from lockstep.protocol import SamplingParams
 
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=0.0, detokenize=False)
     prompts = [{"prompt_token_ids": [(7 * i + j) % llm.spec.vocab_size for j in range(prompt)]} for i in range(rows)]
@@ -77,8 +95,7 @@ def _run(llm: LLM, rows: int, prompt: int) -> Run:
         began = time.perf_counter()
         for number, _ in enumerate(llm.stream(prompts, params), 1):
             if number % rows == 0:  # every request has a token more
-                stamps.append(time.perf_counter())
+                stamps.append(time.perf_counter() - began)
     finally:
         operations = llm.collective_rpc("take_step_clock")[0][1:]
-    step_s = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
-    return Run(rows, prompt, stamps[0] - began, step_s, step_s - sum(operations) / len(operations))
+    return stamps, operations

@@ -87,6 +87,7 @@ class Mode(msgspec.Struct, frozen=True, eq=False):  # compared and hashed by ide
     prompt_s: float = 0.0  # what they add for each prompt that begins
     prompt_token_s: float = 0.0  # and for each of its tokens
     hop: Line = Line()  # bytes: from one pipeline stage to the next
+    small_steps: list[tuple[int, int, float]] = []  # rows, tokens of their prompts, seconds of a step: the engine that `step` is from
     disturbed: float = 1.0  # how much longer steps took in the usual round than in the quicker ones: other programs, or virtual machines
     samples: dict[str, list[list[float]]] = {}  # by kind, as in `cpu_tables.py`: where they predict each other better than the constants
     tried: dict[str, tuple[float, float]] = {}  # by kind: mean errors on held-out samples, of the constants and of the other samples

@@ -45,17 +45,18 @@ class OpTime:
 
 @dataclass(frozen=True)
 class Scales:
-    """Speeds of the mode's ranks now, over those of the calibration: of memory and of multiplying."""
+    """Speeds of the mode's ranks now, over those of the calibration: of memory, of multiplying, and of all that is neither."""
 
     bandwidth: float = 1.0
     compute: float = 1.0
+    others: float = 1.0
 
     def seconds(self, op: OpTime) -> float:
-        """Of an operation, now: what is neither goes on as before, and as much of the shorter is hidden by the longer as before."""
+        """Of an operation, now: as much of the shorter of reading and what goes on beside is hidden by the longer as before."""
         hidden, rest = max(0.0, op.memory + op.cached - 1), max(0.0, 1 - op.memory - op.cached)
-        memory, cached = op.memory / self.bandwidth, op.cached - op.compute + op.compute / self.compute
+        memory, cached = op.memory / self.bandwidth, (op.cached - op.compute) / self.others + op.compute / self.compute
         both = min(memory, cached) / min(op.memory, op.cached) * hidden if hidden else 0.0
-        return op.seconds * (rest + memory + cached - both)
+        return op.seconds * (rest / self.others + memory + cached - both)
 
 
 def op_of(name: str, seconds: float, memory: float = 0.0, compute: float = 0.0, cached: float = 1.0) -> OpTime:

@@ -20,7 +20,7 @@ from lockstep.planner.calibration import Line, Mode
 from lockstep.simulation import rates_fit
 from lockstep.simulation.rounds import Engines, Setting, ranks_here
 
-ASK_S = 0.7  # of a question to all models
+ASK_S = 0.6  # of a question to all models
 AGAIN = 0.8  # of the first round, which also makes the models: what the second one takes
 Say = Callable[[str], None]
 
@@ -43,6 +43,12 @@ def machine_modes(
             for each in settings:
                 each.round(ASK_S)
             last, rounds = (time.monotonic() - round_begun) * (1 if rounds else AGAIN), rounds + 1
+        last = 0.0
+        while time.monotonic() - begun + last < seconds:  # too little for a round
+            round_begun = time.monotonic()
+            for each in settings:
+                each.small_round()
+            last = time.monotonic() - round_begun
     say(f"operations and steps took {time.monotonic() - begun:.0f} s")
     return [mode for each in settings for mode in each.modes(cache_bytes)]
 

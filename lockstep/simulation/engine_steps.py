@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from statistics import geometric_mean
 
 import msgspec
 
@@ -56,9 +57,16 @@ def with_steps(mode: Mode, small: Sequence[Runs], large: Sequence[Runs], alone: 
     rest = [run.first_s - first - step.at(run.rows) for run, first in zip(runs, firsts, strict=True)]
     prompt_s, token_s = rates_fit.fit(prompts, rest, of=[run.first_s for run in runs])
     step_far = _line(far, [run.step_beyond_s + longer.at(run.rows) for run in far])
-    return msgspec.structs.replace(mode, step=step, step_far=step_far, prompt_s=prompt_s, prompt_token_s=token_s)
+    seen = [(run.rows, run.prompt, run.step_s) for run in runs]
+    return msgspec.structs.replace(mode, step=step, step_far=step_far, prompt_s=prompt_s, prompt_token_s=token_s, small_steps=seen)
 
 
 def _line(runs: Runs, seconds: Sequence[float]) -> Line:
     """Over rows; errors count as shares of the whole step."""
     return Line(*rates_fit.fit([(1.0, run.rows) for run in runs], seconds, of=[run.step_s for run in runs]))
+
+
+def speed(mode: Mode, rounds: Sequence[Runs]) -> float:
+    """Of the engine now, with the small model that the mode is from, over its speed then: 0.8 is a quarter slower."""
+    then = {(rows, prompt): seconds for rows, prompt, seconds in mode.small_steps}
+    return geometric_mean(then[run.rows, run.prompt] / run.step_s for run in joined(rounds))

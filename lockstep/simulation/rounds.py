@@ -30,7 +30,16 @@ TINY = measure.model(128, 384, 2, 4, 2, 32, 1024)
 MOST_ROWS, MOST_TOKENS = 32, 2048  # of a step that is asked for
 STEP_OPERATIONS_S = 0.2
 SPEEDS_S = 0.2
-_OF_ALL = ("combine", "exchange", "step", "step_far", "prompt_s", "prompt_token_s", "disturbed")  # taken over by one of several
+_OF_ALL = (
+    "combine",
+    "exchange",
+    "step",
+    "step_far",
+    "prompt_s",
+    "prompt_token_s",
+    "small_steps",
+    "disturbed",
+)  # taken over by one of several
 CASES_OF = ((*CASES, LONGEST), (*CASES, LONGEST), CASES, CASES)
 SHARES = (0.1, 0.15, 0.25, 0.5)  # of the time, for each of the models
 
@@ -98,15 +107,19 @@ class Setting:
 
     def round(self, seconds: float) -> None:
         """Ask everything once, for about so many seconds a question."""
-        runs, half = self.engines.small(), self.engines.tokens // 2
-        cases = [(run.rows, 1, run.prompt + half) for run in runs] + [(run.rows, run.prompt, run.prompt) for run in runs]
-        self.small.append(runs)
-        self.small_alone.append(self.ranks.ask(Question(self.ranks.count, False), self.engines.spec, cases, STEP_OPERATIONS_S))
+        self.small_round()
         self.large.append(self.engines.large())
         for name, question in self.questions.items():
             asked = zip(MODELS, CASES_OF, SHARES, strict=True)
             said = [self.ranks.ask(question, model, cases, share * seconds) for model, cases, share in asked]
             self.answers.setdefault(name, []).append(said)
+
+    def small_round(self) -> None:
+        """Ask about the small model alone: its steps are over soonest, so that of them most are wanted."""
+        runs, half = self.engines.small(), self.engines.tokens // 2
+        cases = [(run.rows, 1, run.prompt + half) for run in runs] + [(run.rows, run.prompt, run.prompt) for run in runs]
+        self.small.append(runs)
+        self.small_alone.append(self.ranks.ask(Question(self.ranks.count, False), self.engines.spec, cases, STEP_OPERATIONS_S))
 
     def modes(self, cache_bytes: int) -> list[Mode]:
         """All ranks at work, and one of several."""
