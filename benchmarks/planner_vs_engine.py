@@ -5,13 +5,14 @@
 
 Needs a calibration (`lockstep calibrate`, on the same quiet machine, minutes before; or --calibrate runs it first). Each setting is an
 engine of its own, a batch of equal prompts given at once, measured `--repetitions` times or more in each of `--rounds` rounds over all
-settings (neighbours slow a shared machine for tenths of a second to minutes). What is undisturbed counts, as in the calibration, which
-times single steps: of each piece of a batch, a prompt or some steps, the lower quartile over all batches. Before and after, the speeds of
-its ranks are measured (the memory's bandwidth and flop/s, likewise), and predictions are scaled by them. Also shown: the errors when scaled
-by the bandwidth alone, those against the lower quartile of whole batches, and those against the usual batch, the median one, with the
-usual speeds. The prediction is the event simulation: the real scheduler, with step times of planner/cpu.py. Nothing is fitted to any
-setting: the calibration has models of its own, and never runs two replicas or two stages, whose errors are also shown apart. Exits 1
-when the median error of a figure over all settings is above 10 % or the mean above 15 %.
+settings (neighbours slow a shared machine for tenths of a second to minutes). Before and after, what its ranks do is measured: the
+memory's bandwidth, flop/s, and steps of the small engine that the calibration measured too, for what is neither. What is compared is the
+usual batch, the median one, and its prediction at the usual speeds, the medians: what neighbours take is in both. Also shown: the errors
+when scaled by the bandwidth alone, by it and flop/s, and those of what is undisturbed, as the calibration has it: the lower quartile of
+each piece of a batch over all batches, and of the speeds. The prediction is the event simulation: the real scheduler, with step times of
+planner/cpu.py. Nothing is fitted to any setting: the calibration has models of its own, but for the small engine's, which is also that of
+four settings in larger batches, and it never runs two replicas or two stages, whose errors are also shown apart. Exits 1 when the median
+error of a figure over all settings is above 10 % or the mean above 15 %.
 """
 
 from __future__ import annotations
@@ -100,13 +101,12 @@ class Result:
     """One setting's figures, in seconds and tokens a second, measured and predicted."""
 
     setting: Setting
-    measured: dict[str, float]
+    measured: dict[str, float]  # the median batch
     predicted: dict[str, float]
     by_bandwidth: dict[str, float]  # predicted with the memory bandwidth measured again, nothing else
     by_memory_and_flops: dict[str, float]
-    whole_batches: dict[str, float]  # the lower quartile of them
-    usual: dict[str, float]  # the median batch
-    predicted_usual: dict[str, float]  # with median speeds
+    undisturbed: dict[str, float]
+    predicted_undisturbed: dict[str, float]
     scales: Scales
     other_cores: float
 
@@ -117,8 +117,7 @@ class Result:
             "all settings": (self.predicted, self.measured),
             "by bandwidth alone": (self.by_bandwidth, self.measured),
             "and by flop/s": (self.by_memory_and_flops, self.measured),
-            "whole batches": (self.predicted, self.whole_batches),
-            "the usual batch": (self.predicted_usual, self.usual),
+            "undisturbed": (self.predicted_undisturbed, self.undisturbed),
         }
 
 
@@ -222,23 +221,19 @@ def compared(setting: Setting, seen: Measured, found: Calibration) -> Result:
     assert seen.predict is not None
     mode = found.mode(setting.tp * setting.pp * setting.dp, busy_ranks(setting))
 
-    def of(rate: Callable[[Iterable[float]], float]) -> Scales:
-        now = Speeds(*map(rate, zip(*seen.speeds, strict=True)))
-        return Scales(now.read / mode.bandwidth, now.multiply / mode.flops, speed(mode, seen.small))
+    def now(rate: Callable[[Iterable[float]], float], time: Callable[[Iterable[float]], float]) -> Scales:
+        speeds = Speeds(*map(rate, zip(*seen.speeds, strict=True)))
+        return Scales(speeds.read / mode.bandwidth, speeds.multiply / mode.flops, speed(mode, seen.small, time))
 
-    def figures_of(times: Callable[[Iterable[float]], float], rate: Callable[[Iterable[float]], float]) -> dict[str, float]:
-        return {name: (rate if name == "throughput" else times)(figures(b)[name] for b in seen.batches) for name in FIGURES}
-
-    scales = of(undisturbed_rate)
+    scales, batches = now(median, median), list(map(figures, seen.batches))
     return Result(
         setting,
-        measured=figures(put_together(seen.batches)),
+        measured={name: median(batch[name] for batch in batches) for name in FIGURES},
         predicted=seen.predict(scales),
         by_bandwidth=seen.predict(Scales(scales.bandwidth)),
         by_memory_and_flops=seen.predict(replace(scales, others=1.0)),
-        whole_batches=figures_of(undisturbed, undisturbed_rate),
-        usual=figures_of(median, median),
-        predicted_usual=seen.predict(of(median)),
+        undisturbed=figures(put_together(seen.batches)),
+        predicted_undisturbed=seen.predict(now(undisturbed_rate, undisturbed)),
         scales=scales,
         other_cores=max(seen.others),
     )

@@ -6,7 +6,7 @@ is found with the small model, whose operations are also measured by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from statistics import geometric_mean
@@ -66,7 +66,8 @@ def _line(runs: Runs, seconds: Sequence[float]) -> Line:
     return Line(*rates_fit.fit([(1.0, run.rows) for run in runs], seconds, of=[run.step_s for run in runs]))
 
 
-def speed(mode: Mode, rounds: Sequence[Runs]) -> float:
-    """Of the engine now, with the small model that the mode is from, over its speed then: 0.8 is a quarter slower."""
+def speed(mode: Mode, rounds: Sequence[Runs], of: Callable[[Iterable[float]], float]) -> float:
+    """Of the engine now, with the small model that the mode is from, over its speed then: 0.8 is a quarter slower. of: which of the
+    rounds counts, the median one or the undisturbed."""
     then = {(rows, prompt): seconds for rows, prompt, seconds in mode.small_steps}
-    return geometric_mean(then[run.rows, run.prompt] / run.step_s for run in joined(rounds))
+    return geometric_mean(then[runs[0].rows, runs[0].prompt] / of(run.step_s for run in runs) for runs in zip(*rounds, strict=True))

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import msgspec
 import pytest
@@ -29,7 +30,7 @@ from lockstep.planner.layout import Layout
 from lockstep.planner.memory import weight_bytes
 from lockstep.planner.model import from_spec
 from lockstep.simulation import rates_fit
-from lockstep.simulation.engine_steps import Run, with_steps
+from lockstep.simulation.engine_steps import Run, speed, with_steps
 from lockstep.simulation.measure import Answer, disturbed, joined, mode_of
 from lockstep.simulation.rates_fit import Product
 from lockstep.simulation.samples_kept import with_samples
@@ -149,6 +150,20 @@ def test_flops_now_scale_what_is_multiplied_only():
     assert slow == pytest.approx(usual, rel=0.01), "multiplying is no part of one row here"
 
 
+@pytest.mark.parametrize("cache", [0, 1 << 40])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_all_three_speeds_at_half_are_twice_the_time(rows: int, cache: int):
+    found = machine(mode(flops=2e9, cached_s=0.7e-9), cache=cache)
+
+    def step(*speeds: float) -> float:
+        return sum(CpuModel(found, SHAPE, Layout(), scales=Scales(*speeds)).stage_s([rows], [rows], 1))
+
+    assert step(0.5, 0.5, 0.5) == pytest.approx(2 * step(1.0, 1.0, 1.0))
+    one = mode(flops=1e15)
+    alone = [sum(CpuModel(machine(one), SHAPE, Layout(), scales=Scales(others=o)).stage_s([1], [1], 1)) for o in (0.5, 1.0)]
+    assert alone[0] == pytest.approx(2 * alone[1], rel=0.01), "one row from the caches is neither memory nor multiplying"
+
+
 def test_attention_knows_scores_from_widths():
     """Made of both, over two head widths, it is predicted for a third one, by the constants and by the samples."""
     truth, rows = AttentionRates(2e-6, 1e-11, 1e-12, 0.0, 0.0, 5e-11), []
@@ -194,6 +209,8 @@ def test_what_a_step_costs_beyond_its_operations_is_that_of_undisturbed_rounds()
     assert found.step.base_s == pytest.approx(1.2e-3, rel=0.01) and found.step.per_s == pytest.approx(1e-5, rel=0.05)
     assert found.step_far.base_s == pytest.approx(2.2e-3, rel=0.01) and found.step_far.per_s == pytest.approx(2e-5, rel=0.05)
     assert found.prompt_s == pytest.approx(1e-4, rel=0.05) and found.prompt_token_s == pytest.approx(1e-6, rel=0.05)
+    assert [speed(found, [one(slow) for slow in (2.5, 3.0, 1.25)], of) for of in (min, median)] == pytest.approx([0.8, 0.4])
+    assert speed(found, [one(1.0)[:1]], median) == pytest.approx(1.0), "some of the runs do"
     larger, small = (machine(found, cache=cache) for cache in (0, 1 << 40))
     engine = [next(iter(CpuModel(each, SHAPE, Layout()).operations(0, [1], [1], 1))).seconds for each in (small, larger)]
     assert engine == pytest.approx([found.step.at(1), found.step_far.at(1)])
