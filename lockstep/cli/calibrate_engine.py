@@ -40,7 +40,7 @@ def whole_engines(ranks: int, dtype: str, large: ModelSpec) -> Iterator[Engines]
         other = stack.enter_context(_engine(str(folder), ranks, dtype, FROM_MEMORY))
         runs_of(small, IN_CACHES, 1), runs_of(other, FROM_MEMORY, 1)  # the first requests meet cold code
         runs = partial(runs_of, small, IN_CACHES, SMALL_TIMES), partial(runs_of, other, FROM_MEMORY, LARGE_TIMES)
-        yield Engines(*runs, small.spec, TOKENS)
+        yield Engines(*runs, small.spec, large, TOKENS)
 
 
 def small_engine(ranks: int, dtype: str) -> LLM:

@@ -84,6 +84,7 @@ class Mode(msgspec.Struct, frozen=True, eq=False):  # compared and hashed by ide
     exchange: Line = Line()  # rows x vocabulary: what the exchange of the best tokens adds
     step: Line = Line()  # rows: what the engine, the executor and the worker add to each step
     step_far: Line = Line()  # the same where a step is read from memory and leaves them no caches
+    far_bytes: float = 0.0  # weights of such a step; of fewer, beyond the last cache, that is so in part; 0: at once
     prompt_s: float = 0.0  # what they add for each prompt that begins
     prompt_token_s: float = 0.0  # and for each of its tokens
     hop: Line = Line()  # bytes: from one pipeline stage to the next

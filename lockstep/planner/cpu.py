@@ -15,6 +15,7 @@ and attention are corrected by those around (`cpu_tables.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -123,8 +124,8 @@ class CpuModel:
         combine = mode.combine.at(tokens * hidden) if tp > 1 else 0.0
         wanted = max(sampled, 1) if last else tokens
         weights = weight_bytes(shape, self.layout, stage, 0, self.how, self.weight_dtype)
-        cold = self.layout.devices * weights > self.calibration.cache_bytes  # such a step leaves the engine no caches
-        engine_s = (mode.step_far if cold else mode.step).at(len(queries))
+        cold, rows = self._cold(self.layout.devices * weights), len(queries)
+        engine_s = (1 - cold) * mode.step.at(rows) + cold * mode.step_far.at(rows)
         yield OpTime("engine, executor and worker", engine_s + (self._prompts_s(queries, contexts) if first else 0.0))
         if first:
             yield OpTime("embedding", mode.embed.at(tokens * hidden) + combine)
@@ -147,6 +148,14 @@ class CpuModel:
             yield self._product("head", sampled, rows, hidden, stage, count=1, gated=False, row=False)
             exchange_s = mode.exchange.at(sampled * rows) if tp > 1 else 0.0
             yield OpTime("choice", mode.choose.at(sampled * rows) + cold * mode.choose_far_s + exchange_s)
+
+    def _cold(self, work: float) -> float:
+        """How far a step that reads `work` bytes of weights leaves the engine no caches, 0 to 1: between the last cache and the model
+        that it was measured with a line over the logarithm, as for what a weight costs."""
+        cache, far = self.calibration.cache_bytes, self.mode.far_bytes
+        if work <= cache or cache < far <= work or far <= cache or not cache:
+            return float(work > cache)
+        return math.log(work / cache) / math.log(far / cache)
 
     def _prompts_s(self, queries: Sequence[int], contexts: Sequence[int]) -> float:
         """What the engine does for the prompts of a step, once however many stages there are."""

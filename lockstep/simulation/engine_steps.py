@@ -41,12 +41,12 @@ def joined(rounds: Sequence[Runs]) -> list[Run]:
     return [Run(runs[0].rows, runs[0].prompt, *(undisturbed(map(attrgetter(name), runs)) for name in _TIMES)) for runs in each]
 
 
-def with_steps(mode: Mode, small: Sequence[Runs], large: Sequence[Runs], alone: Answer) -> Mode:
+def with_steps(mode: Mode, small: Sequence[Runs], large: Sequence[Runs], alone: Answer, large_bytes: float) -> Mode:
     """The mode, and what a step of the whole engine costs beyond its operations: by requests, by prompts, and by tokens of prompts.
 
-    small, large: the runs of each round, of a model that caches hold and of one that is read from memory. A step of the latter leaves
-    the engine no caches: what it does between two of them takes several times as long. alone: the operations of the small model by
-    themselves, a step of each run and then those of each run's prompts.
+    small, large: the runs of each round, of a model that caches hold and of one that is read from memory, large_bytes a step. Such a step
+    leaves the engine no caches: what it does between two of them takes several times as long. alone: the operations of the small model
+    by themselves, a step of each run and then those of each run's prompts.
     """
     runs, far = joined(small), joined(large)
     seconds = [measure.step_of(alone, times) for times in alone.times]
@@ -58,7 +58,8 @@ def with_steps(mode: Mode, small: Sequence[Runs], large: Sequence[Runs], alone: 
     prompt_s, token_s = rates_fit.fit(prompts, rest, of=[run.first_s for run in runs])
     step_far = _line(far, [run.step_beyond_s + longer.at(run.rows) for run in far])
     seen = [(run.rows, run.prompt, run.step_s) for run in runs]
-    return msgspec.structs.replace(mode, step=step, step_far=step_far, prompt_s=prompt_s, prompt_token_s=token_s, small_steps=seen)
+    engine = {"step": step, "step_far": step_far, "prompt_s": prompt_s, "prompt_token_s": token_s}
+    return msgspec.structs.replace(mode, **engine, far_bytes=large_bytes, small_steps=seen)
 
 
 def _line(runs: Runs, seconds: Sequence[float]) -> Line:

@@ -22,6 +22,9 @@ from lockstep.executor.contract import Executor
 from lockstep.executor.factory import make_executor
 from lockstep.kernels.threads import Seat
 from lockstep.planner.calibration import Mode
+from lockstep.planner.layout import Layout
+from lockstep.planner.memory import weight_bytes
+from lockstep.planner.model import from_spec
 from lockstep.simulation import measure
 from lockstep.simulation.engine_steps import Runs, with_steps
 from lockstep.simulation.measure import CASES, LONGEST, MODELS, Answer, Speeds
@@ -30,16 +33,8 @@ TINY = measure.model(128, 384, 2, 4, 2, 32, 1024)
 MOST_ROWS, MOST_TOKENS = 32, 2048  # of a step that is asked for
 STEP_OPERATIONS_S = 0.2
 SPEEDS_S = 0.2
-_OF_ALL = (
-    "combine",
-    "exchange",
-    "step",
-    "step_far",
-    "prompt_s",
-    "prompt_token_s",
-    "small_steps",
-    "disturbed",
-)  # taken over by one of several
+# What one of several ranks that are at work takes over from all of them:
+_OF_ALL = ("combine", "exchange", "step", "step_far", "far_bytes", "prompt_s", "prompt_token_s", "small_steps", "disturbed")
 CASES_OF = ((*CASES, LONGEST), (*CASES, LONGEST), CASES, CASES)
 SHARES = (0.1, 0.15, 0.25, 0.5)  # of the time, for each of the models
 
@@ -85,6 +80,7 @@ class Engines:
     small: Callable[[], Runs]
     large: Callable[[], Runs]
     spec: ModelSpec  # of the small model
+    large_spec: ModelSpec
     tokens: int  # of its answers
 
 
@@ -128,7 +124,8 @@ class Setting:
         whole = self._mode(alone["all"], self.ranks.count, cache_bytes)
         if "cut" in alone:
             whole = measure.with_collectives(whole, alone["cut"], cache_bytes)
-        whole = with_steps(whole, self.small, self.large, measure.joined(self.small_alone))
+        large = from_spec(replace(self.engines.large_spec, dtype=self.ranks.dtype), "large")
+        whole = with_steps(whole, self.small, self.large, measure.joined(self.small_alone), weight_bytes(large, Layout()))
         whole = msgspec.structs.replace(whole, disturbed=mean(map(measure.disturbed, models["all"])))
         if "one" not in alone:
             return [whole]

@@ -205,7 +205,7 @@ def test_what_a_step_costs_beyond_its_operations_is_that_of_undisturbed_rounds()
         return [Run(n, p, *(slow * s for s in each)) for (n, p), each in zip(runs, times, strict=True)]
 
     rounds = (1.0, 2.0, 1.0)
-    found = with_steps(mode(), [one(slow) for slow in rounds], [one(slow, cold=2.0) for slow in rounds], alone)
+    found = with_steps(mode(), [one(slow) for slow in rounds], [one(slow, cold=2.0) for slow in rounds], alone, 9e7)
     assert found.step.base_s == pytest.approx(1.2e-3, rel=0.01) and found.step.per_s == pytest.approx(1e-5, rel=0.05)
     assert found.step_far.base_s == pytest.approx(2.2e-3, rel=0.01) and found.step_far.per_s == pytest.approx(2e-5, rel=0.05)
     assert found.prompt_s == pytest.approx(1e-4, rel=0.05) and found.prompt_token_s == pytest.approx(1e-6, rel=0.05)
@@ -214,6 +214,22 @@ def test_what_a_step_costs_beyond_its_operations_is_that_of_undisturbed_rounds()
     larger, small = (machine(found, cache=cache) for cache in (0, 1 << 40))
     engine = [next(iter(CpuModel(each, SHAPE, Layout()).operations(0, [1], [1], 1))).seconds for each in (small, larger)]
     assert engine == pytest.approx([found.step.at(1), found.step_far.at(1)])
+
+
+def test_weights_a_little_beyond_the_caches_leave_the_engine_some_of_them():
+    """Nothing jumps: a byte more than the caches hold costs no more, and from the model that was measured on everything is cold."""
+    weights = weight_bytes(SHAPE, Layout())
+
+    def engine(cache: float, far: float) -> float:
+        found = machine(mode(step=Line(1e-3), step_far=Line(3e-3), far_bytes=far, choose_far_s=1e-4), cache=int(cache))
+        operations = {op.name: op.seconds for op in CpuModel(found, SHAPE, Layout()).operations(0, [1], [1], 1)}
+        assert operations["choice"] == pytest.approx((operations["engine, executor and worker"] - 1e-3) / 20)
+        return operations["engine, executor and worker"]
+
+    assert engine(weights + 1, 4 * weights) == pytest.approx(1e-3) and engine(weights - 1, 4 * weights) == pytest.approx(1e-3, rel=1e-4)
+    assert engine(weights / 2, 2 * weights) == pytest.approx(2e-3)
+    assert [engine(weights / 2, far) for far in (weights - 1, 0.9 * weights, 0.0)] == pytest.approx([3e-3] * 3)
+    assert engine(0, 2 * weights) == pytest.approx(3e-3)
 
 
 def test_neighbours_are_left_out_and_told():
