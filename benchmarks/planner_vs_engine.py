@@ -7,12 +7,13 @@ Needs a calibration (`lockstep calibrate`, on the same quiet machine, minutes be
 engine of its own, a batch of equal prompts given at once, measured `--repetitions` times or more in each of `--rounds` rounds over all
 settings (neighbours slow a shared machine for tenths of a second to minutes). Before and after, what its ranks do is measured: the
 memory's bandwidth, flop/s, and steps of the small engine that the calibration measured too, for what is neither. What is compared is the
-usual batch, the median one, and its prediction at the usual speeds, the medians: what neighbours take is in both. Also shown: the errors
-when scaled by the bandwidth alone, by it and flop/s, and those of what is undisturbed, as the calibration has it: the lower quartile of
-each piece of a batch over all batches, and of the speeds. The prediction is the event simulation: the real scheduler, with step times of
-planner/cpu.py. Nothing is fitted to any setting: the calibration has models of its own, but for the small engine's, which is also that of
-four settings in larger batches, and it never runs two replicas or two stages, whose errors are also shown apart. Exits 1 when the median
-error of a figure over all settings is above 10 % or the mean above 15 %.
+usual batch, each figure's median, and its prediction at the usual speeds, medians too: what neighbours take is in both. Also shown: the
+errors when scaled by the bandwidth alone, by it and flop/s, and those of what is undisturbed, as the calibration has it: the lower
+quartile of each piece of a batch over all batches, and of the speeds. The prediction is the event simulation: the real scheduler, with
+step times of planner/cpu.py. Nothing is fitted to any setting: the calibration has models of its own, but for the small engine's, the
+embedded one, which is also that of four settings (two of them in batches that the calibration runs too, with longer answers), and it
+never runs two replicas or two stages. Errors of other models alone, and of two stages or replicas, are also shown. Exits 1 when the
+median error of a figure over all settings is above 10 % or the mean above 15 %.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Result:
     """One setting's figures, in seconds and tokens a second, measured and predicted."""
 
     setting: Setting
-    measured: dict[str, float]  # the median batch
+    measured: dict[str, float]  # each figure's median over the batches
     predicted: dict[str, float]
     by_bandwidth: dict[str, float]  # predicted with the memory bandwidth measured again, nothing else
     by_memory_and_flops: dict[str, float]
@@ -116,7 +117,7 @@ class Result:
         return {
             "all settings": (self.predicted, self.measured),
             "by bandwidth alone": (self.by_bandwidth, self.measured),
-            "and by flop/s": (self.by_memory_and_flops, self.measured),
+            "by bandwidth and flop/s": (self.by_memory_and_flops, self.measured),
             "undisturbed": (self.predicted_undisturbed, self.undisturbed),
         }
 
@@ -151,7 +152,7 @@ def once(llm: LLM, setting: Setting, seed: int) -> Batch:
 
 
 def put_together(batches: Sequence[Batch]) -> Batch:
-    """A batch of which every piece is undisturbed, request by request."""
+    """A batch of which every piece is undisturbed, request by request in the order of their first tokens."""
     return [undisturbed_course(same) for same in zip(*batches, strict=True)]
 
 
@@ -221,9 +222,9 @@ def compared(setting: Setting, seen: Measured, found: Calibration) -> Result:
     assert seen.predict is not None
     mode = found.mode(setting.tp * setting.pp * setting.dp, busy_ranks(setting))
 
-    def now(rate: Callable[[Iterable[float]], float], time: Callable[[Iterable[float]], float]) -> Scales:
+    def now(rate: Callable[[Iterable[float]], float], seconds: Callable[[Iterable[float]], float]) -> Scales:
         speeds = Speeds(*map(rate, zip(*seen.speeds, strict=True)))
-        return Scales(speeds.read / mode.bandwidth, speeds.multiply / mode.flops, speed(mode, seen.small, time))
+        return Scales(speeds.read / mode.bandwidth, speeds.multiply / mode.flops, speed(mode, seen.small, seconds))
 
     scales, batches = now(median, median), list(map(figures, seen.batches))
     return Result(
@@ -300,10 +301,14 @@ def main() -> int:
     results = [compared(setting, seen, found) for setting, seen in chosen.items()]
     for result in results:
         show(result)
-    apart = [r for r in results if r.setting.pp * r.setting.dp > 1]
+    apart = {
+        "other models": [r for r in results if r.setting.model != "demo"],
+        "two stages or replicas": [r for r in results if r.setting.pp * r.setting.dp > 1],
+    }
     lines = {how: summary(results, how) for how in results[0].pairs}
     every = lines["all settings"]
-    for words, errors in (lines | ({"two stages or replicas": summary(apart, "all settings")} if apart else {})).items():
+    lines |= {words: summary(some, "all settings") for words, some in apart.items() if some}
+    for words, errors in lines.items():
         print(f"{words:<24}", "  ".join(f"{n}: median {e['median']:.1%}, MAPE {e['mean']:.1%}" for n, e in errors.items()))
     if args.out:
         raw = [

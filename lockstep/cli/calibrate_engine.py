@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Batches = Sequence[tuple[int, int]]  # (prompts, tokens of each)
 IN_CACHES: Batches = ((1, 64), (4, 64), (16, 64), (32, 64), (1, 512), (4, 512))
-FROM_MEMORY: Batches = ((1, 16), (8, 16), (32, 16))  # of 90 MB: the largest of the models takes seconds more to start
+FROM_MEMORY: Batches = ((1, 16), (8, 16), (32, 16))  # of 114 MB: the largest of the models takes seconds more to start
 MOST_ROWS, TOKENS = 32, 40  # of a batch, and of an answer
 SMALL_TIMES, LARGE_TIMES = 2, 1  # that each batch is run in a round: one of the small model is over in 20 ms
 
@@ -38,7 +38,8 @@ def whole_engines(ranks: int, dtype: str, large: ModelSpec) -> Iterator[Engines]
         (folder / "config.json").write_text(json.dumps(_config(large)))
         small = stack.enter_context(small_engine(ranks, dtype))
         other = stack.enter_context(_engine(str(folder), ranks, dtype, FROM_MEMORY))
-        runs_of(small, IN_CACHES, 1), runs_of(other, FROM_MEMORY, 1)  # the first requests meet cold code
+        runs_of(small, IN_CACHES, 1)  # the first requests meet cold code
+        runs_of(other, FROM_MEMORY, 1)
         runs = partial(runs_of, small, IN_CACHES, SMALL_TIMES), partial(runs_of, other, FROM_MEMORY, LARGE_TIMES)
         yield Engines(*runs, small.spec, large, TOKENS)
 
@@ -78,9 +79,9 @@ def _run(llm: LLM, rows: int, prompt: int, times: int) -> Run:
     from lockstep.simulation.engine_steps import Run
 
     courses = [_course(llm, rows, prompt) for _ in range(times)]
-    beyond = [(stamps[-1] - stamps[0]) / (len(stamps) - 1) - mean(operations) for stamps, operations in courses]
-    stamps = undisturbed_course([stamps for stamps, _ in courses])
-    return Run(rows, prompt, stamps[0], (stamps[-1] - stamps[0]) / (len(stamps) - 1), undisturbed(beyond))
+    stamps, operations_s = undisturbed_course([stamps for stamps, _ in courses]), undisturbed(mean(each) for _, each in courses)
+    step_s = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+    return Run(rows, prompt, stamps[0], step_s, step_s - operations_s)
 
 
 def _course(llm: LLM, rows: int, prompt: int) -> tuple[list[float], list[float]]:

@@ -107,7 +107,8 @@ class CpuModel:
 
     def hop_s(self, tokens: int) -> float:
         """From one stage to the next."""
-        return self.mode.hop.at(tokens * self.shape.hidden_size * self.shape.itemsize) if self.layout.pp > 1 else 0.0
+        hop_s = self.mode.hop.at(tokens * self.shape.hidden_size * self.shape.itemsize) / self.scales.others
+        return hop_s if self.layout.pp > 1 else 0.0
 
     def operations(self, stage: int, queries: Sequence[int], contexts: Sequence[int], sampled: int) -> list[OpTime]:
         """Every operation of a stage's step, on its first TP rank, at the present speeds."""
@@ -144,16 +145,17 @@ class CpuModel:
         if tp > 1:
             yield OpTime("sums over the ranks", 2 * (layers.size - 1) * combine + 2 * mode.combine.at(wanted * hidden))
         if last and sampled:
-            rows = vocab_shard(shape.vocab_size, tp, 0).size
-            yield self._product("head", sampled, rows, hidden, stage, count=1, gated=False, row=False)
-            exchange_s = mode.exchange.at(sampled * rows) if tp > 1 else 0.0
-            yield OpTime("choice", mode.choose.at(sampled * rows) + cold * mode.choose_far_s + exchange_s)
+            vocab = vocab_shard(shape.vocab_size, tp, 0).size
+            yield self._product("head", sampled, vocab, hidden, stage, count=1, gated=False, row=False)
+            exchange_s = mode.exchange.at(sampled * vocab) if tp > 1 else 0.0
+            far_s = mode.choose_far_s if cold else 0.0  # all or nothing, as it was found
+            yield OpTime("choice", mode.choose.at(sampled * vocab) + far_s + exchange_s)
 
     def _cold(self, work: float) -> float:
         """How far a step that reads `work` bytes of weights leaves the engine no caches, 0 to 1: between the last cache and the model
         that it was measured with a line over the logarithm, as for what a weight costs."""
         cache, far = self.calibration.cache_bytes, self.mode.far_bytes
-        if work <= cache or cache < far <= work or far <= cache or not cache:
+        if not 0 < cache < work < far:
             return float(work > cache)
         return math.log(work / cache) / math.log(far / cache)
 

@@ -5,7 +5,7 @@
 2. A small model and a large one through the whole engine, in both settings: what a step costs besides its operations.
 What two ranks exchange (all-reduce, send and receive) the caller measures and hands in.
 
-Everything is asked in rounds of some seconds (`rounds.py`).
+Everything is asked in rounds of some seconds (`rounds.py`); what is left of the time is the small model's.
 """
 
 from __future__ import annotations
@@ -33,24 +33,28 @@ def machine_modes(
     dtype: str = "bfloat16",
 ) -> list[Mode]:
     """The modes of one rank and of two, in about so many seconds. engines: opens them with so many ranks."""
-    begun, rounds, last = time.monotonic(), 0, 0.0
+    begun, rounds, last, small = time.monotonic(), 0, 0.0, 0.0
     with ExitStack() as stack:
         say("1 and 2 ranks: starting ...")
         settings = [Setting(stack.enter_context(ranks_here(n, dtype)), stack.enter_context(engines(n))) for n in (1, 2)]
         while not rounds or time.monotonic() - begun + last < seconds:
             say(f"1 and 2 ranks: whole steps of a small model and of a large one, and operations, round {rounds + 1} ...")
-            round_begun = time.monotonic()
+            round_begun, small = time.monotonic(), _small_round(settings)
             for each in settings:
                 each.round(ASK_S)
             last, rounds = (time.monotonic() - round_begun) * (1 if rounds else AGAIN), rounds + 1
-        last = 0.0
-        while time.monotonic() - begun + last < seconds:  # too little for a round
-            round_begun = time.monotonic()
-            for each in settings:
-                each.small_round()
-            last = time.monotonic() - round_begun
+        while time.monotonic() - begun + small < seconds:  # too little for a round
+            small = _small_round(settings)
     say(f"operations and steps took {time.monotonic() - begun:.0f} s")
     return [mode for each in settings for mode in each.modes(cache_bytes)]
+
+
+def _small_round(settings: Sequence[Setting]) -> float:
+    """The seconds it took."""
+    begun = time.monotonic()
+    for each in settings:
+        each.small_round()
+    return time.monotonic() - begun
 
 
 def with_messages(mode: Mode, all_reduce: Sequence[tuple[int, float]], send_recv: Sequence[tuple[int, float]], itemsize: int) -> Mode:

@@ -75,7 +75,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Engines:
-    """The whole engine, ready with a small model, which caches hold, and with a large one: each call measures it once."""
+    """The whole engine, ready with a small model, which caches hold, and with a large one: each call measures it."""
 
     small: Callable[[], Runs]
     large: Callable[[], Runs]
@@ -102,8 +102,7 @@ class Setting:
         return {"all": WHOLE, **(cut if self.ranks.count > 1 else {})}
 
     def round(self, seconds: float) -> None:
-        """Ask everything once, for about so many seconds a question."""
-        self.small_round()
+        """Ask everything but `small_round`'s once, for about so many seconds a question."""
         self.large.append(self.engines.large())
         for name, question in self.questions.items():
             asked = zip(MODELS, CASES_OF, SHARES, strict=True)

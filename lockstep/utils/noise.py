@@ -32,7 +32,7 @@ def undisturbed_course(courses: Sequence[Sequence[float]]) -> list[float]:
     usual = median((course[-1] - course[0]) / last for course in courses)
     events = min(last, max(1, math.ceil(PIECE_S / usual))) if usual > 0 else last
     times = [undisturbed(course[0] for course in courses)]
-    for begin, end in pairwise([*range(0, last, events), last]):
+    for begin, end in pairwise([*range(0, last - events + 1, events), last]):  # what is left is of the last piece
         took = undisturbed(course[end] - course[begin] for course in courses)
         times += [times[-1] + took * (i + 1) / (end - begin) for i in range(end - begin)]
     return times

@@ -9,12 +9,14 @@ import msgspec
 import pytest
 
 from lockstep.cli import main as cli
+from lockstep.cli.calibrate_engine import IN_CACHES
 from lockstep.config.tree import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from lockstep.executor.factory import make_executor
 from lockstep.llm import LLM
 from lockstep.planner import calibration
 from lockstep.planner.cpu import CpuModel
 from lockstep.planner.layout import Layout
+from lockstep.planner.memory import weight_bytes
 from lockstep.planner.model import from_spec
 from lockstep.protocol import SamplingParams
 from lockstep.simulation import measure
@@ -71,6 +73,10 @@ def test_the_verb_writes_an_entry_that_prices_a_step(tmp_path: Path):
     assert cli.main(["calibrate", "--budget-seconds", "44", "--out", str(path)]) == 0
     found = calibration.load(path)
     assert [(mode.ranks, mode.busy) for mode in found.modes] == [(1, 1), (2, 2), (2, 1)]
+    large = weight_bytes(from_spec(measure.MODELS[2], "large"), Layout())
+    for mode in found.modes:
+        assert mode.far_bytes == large and [(rows, prompt) for rows, prompt, _ in mode.small_steps] == list(IN_CACHES)
+        assert min(seconds for *_, seconds in mode.small_steps) > 0
     assert found.device().calibrated and min(s for _, s in (*found.all_reduce, *found.send_recv)) > 0
     shape = from_spec(msgspec.convert(msgspec.to_builtins(measure.MODELS[1]), type(TINY)), "another")
     for layout in (Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2)):

@@ -160,6 +160,8 @@ def test_all_three_speeds_at_half_are_twice_the_time(rows: int, cache: int):
 
     assert step(0.5, 0.5, 0.5) == pytest.approx(2 * step(1.0, 1.0, 1.0))
     one = mode(flops=1e15)
+    hops = [CpuModel(machine(mode(2, hop=Line(1e-5))), SHAPE, Layout(pp=2), scales=Scales(others=o)).hop_s(1) for o in (0.5, 1.0)]
+    assert hops == pytest.approx([2e-5, 1e-5])
     alone = [sum(CpuModel(machine(one), SHAPE, Layout(), scales=Scales(others=o)).stage_s([1], [1], 1)) for o in (0.5, 1.0)]
     assert alone[0] == pytest.approx(2 * alone[1], rel=0.01), "one row from the caches is neither memory nor multiplying"
 
@@ -221,9 +223,8 @@ def test_weights_a_little_beyond_the_caches_leave_the_engine_some_of_them():
     weights = weight_bytes(SHAPE, Layout())
 
     def engine(cache: float, far: float) -> float:
-        found = machine(mode(step=Line(1e-3), step_far=Line(3e-3), far_bytes=far, choose_far_s=1e-4), cache=int(cache))
+        found = machine(mode(step=Line(1e-3), step_far=Line(3e-3), far_bytes=far), cache=int(cache))
         operations = {op.name: op.seconds for op in CpuModel(found, SHAPE, Layout()).operations(0, [1], [1], 1)}
-        assert operations["choice"] == pytest.approx((operations["engine, executor and worker"] - 1e-3) / 20)
         return operations["engine, executor and worker"]
 
     assert engine(weights + 1, 4 * weights) == pytest.approx(1e-3) and engine(weights - 1, 4 * weights) == pytest.approx(1e-3, rel=1e-4)
