@@ -22,16 +22,19 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import msgspec
+
 from lockstep.cli.bench import machine
 from lockstep.cli.bench.workload import fixed
 from lockstep.cli.calibrate_engine import runs_of, small_engine
+from lockstep.config.errors import ConfigError
 from lockstep.config.model_spec import ModelSpec
 from lockstep.engine.admission import Limits
 from lockstep.engine.core import limits_of
@@ -50,13 +53,13 @@ from lockstep.simulation.measure import Speeds
 from lockstep.simulation.rounds import Ranks, ranks_here
 from lockstep.simulation.simulate import simulate
 from lockstep.testing.tiny import make_tiny
-from lockstep.utils.noise import undisturbed, undisturbed_course
 
 TARGETS = {"median": 0.10, "mean": 0.15}
 BESIDE = ((1, 64), (4, 64))  # of the calibration's own batches: prompts, and tokens of each
-BUSY_S = 1.5  # of a setting in a round: its speed changes within a second
+BUSY_S = 1.5  # of a setting in a round
+LOOK_S = 0.3  # of batches between two looks at the speeds beside: they change within a second
 FIGURES = ("ttft", "tpot", "throughput")
-Batch = Sequence[Sequence[float]]  # of each request, when its tokens came, in seconds from the start
+Batch = list[list[float]]  # of each request, when its tokens came, in seconds from the start
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,9 @@ class Result:
     setting: Setting
     measured: dict[str, float]  # each figure's median over the batches
     predicted: dict[str, float]
+    as_calibrated: dict[str, float]  # nothing measured again: what `lockstep plan` says
     by_bandwidth: dict[str, float]  # predicted with the memory bandwidth measured again, nothing else
     by_memory_and_flops: dict[str, float]
-    undisturbed: dict[str, float]
-    predicted_undisturbed: dict[str, float]
     scales: Scales
     other_cores: float
 
@@ -116,9 +118,9 @@ class Result:
         """(predicted, measured) by how it was compared."""
         return {
             "all settings": (self.predicted, self.measured),
+            "as calibrated": (self.as_calibrated, self.measured),
             "by bandwidth alone": (self.by_bandwidth, self.measured),
             "by bandwidth and flop/s": (self.by_memory_and_flops, self.measured),
-            "undisturbed": (self.predicted_undisturbed, self.undisturbed),
         }
 
 
@@ -149,11 +151,6 @@ def once(llm: LLM, setting: Setting, seed: int) -> Batch:
         new = len(output.outputs[0].token_ids) - len(seen)
         seen += [time.perf_counter() - began] * new
     return list(stamps.values())
-
-
-def put_together(batches: Sequence[Batch]) -> Batch:
-    """A batch of which every piece is undisturbed, request by request in the order of their first tokens."""
-    return [undisturbed_course(same) for same in zip(*batches, strict=True)]
 
 
 def figures(token_s: Batch) -> dict[str, float]:
@@ -187,62 +184,62 @@ def predict(spec: ModelSpec, limits: Limits, setting: Setting, found: Calibratio
 
 @dataclass
 class Measured:
-    """What one setting gave so far: its batches; by rounds, speeds of a rank beside and other programs' use of cores."""
+    """What one setting gave so far: its batches; the speeds of a rank beside them, look by look; other programs' use of cores, by round."""
 
     batches: list[Batch] = field(default_factory=list)
     speeds: list[Speeds] = field(default_factory=list)
     small: list[list[Run]] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)  # how many batches each look came after
     others: list[float] = field(default_factory=list)
-    predict: Callable[[Scales], dict[str, float]] | None = None
+    spec: ModelSpec | None = None
+    limits: Limits | None = None
 
 
-def measure(setting: Setting, found: Calibration, root: Path, repetitions: int, ranks: Ranks, small: LLM, seen: Measured) -> None:
+def measure(setting: Setting, root: Path, repetitions: int, ranks: Ranks, small: LLM, seen: Measured) -> None:
     """One round of one setting. ranks: as many as compute at a time, to measure the speeds that they have."""
     split = {"pipeline_parallel_size": setting.pp, "data_parallel_size": setting.dp, "data_parallel_routing": "round_robin"}
     room = {"max_model_len": 2048, "kv_cache_memory_bytes": 1 << 27, "enable_prefix_caching": False, "max_num_seqs": 32}
     noise, busy = machine.Noise(), busy_ranks(setting)
+
+    def look() -> float:
+        seen.speeds.append(ranks.speeds(busy))
+        seen.small.append(runs_of(small, BESIDE, 1))
+        seen.after.append(len(seen.batches))
+        return time.monotonic()
+
     with LLM(folder_of(setting.model, root), tensor_parallel_size=setting.tp, dtype="bfloat16", **split, **room) as llm:
-        seen.speeds.append(ranks.speeds(busy))
-        seen.small.append(runs_of(small, BESIDE, 1))
         once(llm, setting, 0)
-        begun = time.monotonic()
-        batches = 0
-        while time.monotonic() - begun < BUSY_S or batches < repetitions:
+        batches, spent, looked = 0, 0.0, look()
+        while spent < BUSY_S or batches < repetitions:
             batches += 1
+            begun = time.monotonic()
             seen.batches.append(once(llm, setting, batches))
-        seen.speeds.append(ranks.speeds(busy))
-        seen.small.append(runs_of(small, BESIDE, 1))
-        spec, limits = llm.spec, limits_of(llm.config, llm.spec, llm._client.memory)
+            spent += time.monotonic() - begun
+            if time.monotonic() - looked > LOOK_S:
+                looked = look()
+        if seen.after[-1] < len(seen.batches):
+            look()
+        seen.spec, seen.limits = llm.spec, limits_of(llm.config, llm.spec, llm._client.memory)
     seen.others.append(noise.other_cores())
-    seen.predict = partial(predict, spec, limits, setting, found)
 
 
 def compared(setting: Setting, seen: Measured, found: Calibration) -> Result:
     """All rounds of one setting, and its prediction."""
-    assert seen.predict is not None
+    assert seen.spec is not None and seen.limits is not None
+    at = partial(predict, seen.spec, seen.limits, setting, found)
     mode = found.mode(setting.tp * setting.pp * setting.dp, busy_ranks(setting))
-
-    def now(rate: Callable[[Iterable[float]], float], seconds: Callable[[Iterable[float]], float]) -> Scales:
-        speeds = Speeds(*map(rate, zip(*seen.speeds, strict=True)))
-        return Scales(speeds.read / mode.bandwidth, speeds.multiply / mode.flops, speed(mode, seen.small, seconds))
-
-    scales, batches = now(median, median), list(map(figures, seen.batches))
+    now, batches = Speeds(*map(median, zip(*seen.speeds, strict=True))), list(map(figures, seen.batches))
+    scales = Scales(now.read / mode.bandwidth, now.multiply / mode.flops, speed(mode, seen.small))
     return Result(
         setting,
         measured={name: median(batch[name] for batch in batches) for name in FIGURES},
-        predicted=seen.predict(scales),
-        by_bandwidth=seen.predict(Scales(scales.bandwidth)),
-        by_memory_and_flops=seen.predict(replace(scales, others=1.0)),
-        undisturbed=figures(put_together(seen.batches)),
-        predicted_undisturbed=seen.predict(now(undisturbed_rate, undisturbed)),
+        predicted=at(scales),
+        as_calibrated=at(Scales()),
+        by_bandwidth=at(Scales(scales.bandwidth)),
+        by_memory_and_flops=at(replace(scales, others=1.0)),
         scales=scales,
         other_cores=max(seen.others),
     )
-
-
-def undisturbed_rate(rates: Iterable[float]) -> float:
-    """See `undisturbed`, of what is the more the better."""
-    return 1 / undisturbed(1 / rate for rate in rates)
 
 
 def summary(results: Sequence[Result], how: str) -> dict[str, dict[str, float]]:
@@ -266,12 +263,53 @@ def show(result: Result) -> None:
     print(f"{where:<48} {'  '.join(cells)}  {now}, others {result.other_cores:.1f}", flush=True)
 
 
+def kept(results: Sequence[Result]) -> bool:
+    """Print the errors, and whether all settings keep the bound, and those of other models than the calibration's small one do."""
+    apart = {
+        "other models": [r for r in results if r.setting.model != "demo"],
+        "two stages or replicas": [r for r in results if r.setting.pp * r.setting.dp > 1],
+    }
+    lines = {how: summary(results, how) for how in results[0].pairs}
+    lines |= {words: summary(some, "all settings") for words, some in apart.items() if some}
+    for words, errors in lines.items():
+        print(f"{words:<24}", "  ".join(f"{n}: median {e['median']:.1%}, MAPE {e['mean']:.1%}" for n, e in errors.items()))
+    bound = (lines[words] for words in ("all settings", "other models") if words in lines)
+    return all(e[kind] <= limit for every in bound for e in every.values() for kind, limit in TARGETS.items())
+
+
+def measure_all(chosen: Mapping[Setting, Measured], rounds: int, models: Path, repetitions: int) -> None:
+    """All settings in turn, so many times."""
+    with (
+        ranks_here(1, "bfloat16") as one,
+        ranks_here(2, "bfloat16") as two,
+        small_engine(1, "bfloat16") as small_one,
+        small_engine(2, "bfloat16") as small_two,
+    ):
+        for _ in range(rounds):
+            for setting, seen in chosen.items():
+                split = setting.tp * setting.pp * setting.dp > 1
+                beside = (two, small_two) if split else (one, small_one)
+                measure(setting, models, repetitions, *beside, seen)
+
+
+def saved(result: Result, seen: Measured) -> dict[str, object]:
+    """A line of --out: the result, and all that it was made of."""
+    return {**asdict(result), "seen": msgspec.to_builtins(seen)}
+
+
+def read(path: Path) -> dict[Setting, Measured]:
+    """What `saved` wrote."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    return {Setting(**row["setting"]): msgspec.convert(row["seen"], Measured) for row in rows}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path, default=None)
     parser.add_argument("--calibrate", action="store_true", help="calibrate first")
     parser.add_argument("--models", type=Path, default=Path.home() / ".cache" / "lockstep-bench" / "models")
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="only the first so many")
+    parser.add_argument("--measured", type=Path, default=None, help="an earlier run's --out: compare what it measured, measure nothing")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="JSON lines")
@@ -280,44 +318,24 @@ def main() -> int:
         from lockstep.cli.calibrate import BUDGET_S, calibrate
 
         calibration.save(calibrate(BUDGET_S), args.calibration or calibration.path_of())
-    found = calibration.load(args.calibration)
-    if not all(mode.small_steps for mode in found.modes):
-        parser.error(
-            "the calibration is of an older lockstep, which did not keep the small model's steps: calibrate again, or add --calibrate"
-        )
+    try:
+        found = calibration.load(args.calibration)
+    except ConfigError as e:
+        parser.error(str(e))
+    if args.measured:
+        chosen = read(args.measured)
+    else:
+        chosen = {setting: Measured() for setting in SETTINGS[: args.settings]}
+        measure_all(chosen, args.rounds, args.models, args.repetitions)
     print("predicted / measured (error): milliseconds, and output tokens a second")
-    chosen = {setting: Measured() for setting in SETTINGS[: args.settings]}
-    with (
-        ranks_here(1, "bfloat16") as one,
-        ranks_here(2, "bfloat16") as two,
-        small_engine(1, "bfloat16") as small_one,
-        small_engine(2, "bfloat16") as small_two,
-    ):
-        for _ in range(args.rounds):
-            for setting, seen in chosen.items():
-                split = setting.tp * setting.pp * setting.dp > 1
-                beside = (two, small_two) if split else (one, small_one)
-                measure(setting, found, args.models, args.repetitions, *beside, seen)
     results = [compared(setting, seen, found) for setting, seen in chosen.items()]
     for result in results:
         show(result)
-    apart = {
-        "other models": [r for r in results if r.setting.model != "demo"],
-        "two stages or replicas": [r for r in results if r.setting.pp * r.setting.dp > 1],
-    }
-    lines = {how: summary(results, how) for how in results[0].pairs}
-    every = lines["all settings"]
-    lines |= {words: summary(some, "all settings") for words, some in apart.items() if some}
-    for words, errors in lines.items():
-        print(f"{words:<24}", "  ".join(f"{n}: median {e['median']:.1%}, MAPE {e['mean']:.1%}" for n, e in errors.items()))
     if args.out:
-        raw = [
-            {"batches": seen.batches, "speeds": seen.speeds, "small": [list(map(asdict, runs)) for runs in seen.small]}
-            for seen in chosen.values()
-        ]
-        rows = [{"machine": machine.describe()}, *({**asdict(r), **each} for r, each in zip(results, raw, strict=True))]
-        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return int(any(e[kind] > limit for e in every.values() for kind, limit in TARGETS.items()))
+        args.out.write_text(
+            "".join(json.dumps(row) + "\n" for row in [{"machine": machine.describe()}, *map(saved, results, chosen.values())])
+        )
+    return int(not kept(results))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from lockstep.planner.entry import to_entry
 from lockstep.planner.hardware import DecodeFit, Device, ErrorBand, Link, PrefillFit, Roofline
 from lockstep.utils import env
 
-FORMAT = 6
+FORMAT = 7
 USUAL_HEAD = 128  # width, of models on devices that are priced in general
 DISTURBED = 1.1  # times as long: from here on it is said
 MEASURED = ErrorBand(operation=0.10, tpot=0.20, ttft=0.20)  # on the machine that was measured, see docs/planner_cpu.md

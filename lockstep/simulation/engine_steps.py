@@ -6,10 +6,10 @@ is found with the small model, whose operations are also measured by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 
 import msgspec
 
@@ -67,8 +67,8 @@ def _line(runs: Runs, seconds: Sequence[float]) -> Line:
     return Line(*rates_fit.fit([(1.0, run.rows) for run in runs], seconds, of=[run.step_s for run in runs]))
 
 
-def speed(mode: Mode, rounds: Sequence[Runs], of: Callable[[Iterable[float]], float]) -> float:
-    """Of the engine now, with the small model that the mode is from, over its speed then: 0.8 is a quarter slower. of: which of the
-    rounds counts, the median one or the undisturbed."""
+def speed(mode: Mode, looks: Sequence[Runs]) -> float:
+    """Of the engine in the usual one of these looks, with the small model that the mode is from, over its speed then: 0.8 is a quarter
+    slower."""
     then = {(rows, prompt): seconds for rows, prompt, seconds in mode.small_steps}
-    return geometric_mean(then[runs[0].rows, runs[0].prompt] / of(run.step_s for run in runs) for runs in zip(*rounds, strict=True))
+    return geometric_mean(then[runs[0].rows, runs[0].prompt] / median(run.step_s for run in runs) for runs in zip(*looks, strict=True))

@@ -87,10 +87,18 @@ class Answer:
 
 
 def ask(
-    executor: Executor, spec: ModelSpec, cases: Sequence[Case], seconds: float, *, tp: int, alone: bool, only: int | None = None
+    executor: Executor,
+    spec: ModelSpec,
+    cases: Sequence[Case],
+    seconds: float,
+    *,
+    tp: int,
+    alone: bool,
+    only: int | None = None,
+    usual: bool = False,
 ) -> Answer:
-    """What rank 0 finds, all ranks measuring at the same time (`only`: this many of them)."""
-    args = (msgspec.to_builtins(spec), [list(case) for case in cases], seconds, alone, only)
+    """What rank 0 finds, all ranks measuring at the same time (`only`: this many of them). usual: means, not what is undisturbed."""
+    args = (msgspec.to_builtins(spec), [list(case) for case in cases], seconds, alone, only, usual)
     answers = executor.collective_rpc("operation_seconds", args, timeout=TIMEOUT_S + 4 * seconds)
     return Answer(from_spec(spec, "calibration"), tp, cases, answers[0])
 

@@ -41,11 +41,12 @@ SHARES = (0.1, 0.15, 0.25, 0.5)  # of the time, for each of the models
 
 @dataclass(frozen=True)
 class Question:
-    """How the models are laid over the ranks, and which ranks compute."""
+    """How the models are laid over the ranks, and which ranks compute. usual: what counts is the mean, not what is undisturbed."""
 
     tp: int
     alone: bool
     only: int | None = None
+    usual: bool = False
 
 
 WHOLE, ONE = Question(1, True), Question(1, True, only=1)
@@ -65,12 +66,12 @@ class Ranks:
         """See `measure.ask`."""
         typed = replace(spec, dtype=self.dtype)
         with self.seat:
-            return measure.ask(self.executor, typed, cases, seconds, tp=q.tp, alone=q.alone, only=q.only)
+            return measure.ask(self.executor, typed, cases, seconds, tp=q.tp, alone=q.alone, only=q.only, usual=q.usual)
 
     def speeds(self, busy: int) -> Speeds:
-        """Of each of `busy` ranks now, as `Mode` has them of the calibration."""
+        """Of each of `busy` ranks now, neighbours included: what `Mode` has of the calibration without them."""
         q = WHOLE if busy == self.count else ONE
-        return measure.speeds(self.ask(q, MODELS[-1], (measure.READ, measure.MULTIPLY), SPEEDS_S))
+        return measure.speeds(self.ask(replace(q, usual=True), MODELS[-1], (measure.READ, measure.MULTIPLY), SPEEDS_S))
 
 
 @dataclass(frozen=True)

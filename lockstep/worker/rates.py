@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from statistics import mean
 from typing import Any
 
 import msgspec
@@ -29,6 +30,7 @@ MOST_RUNS = 100
 LEAST_RUNS, SHORT_S = 2, 0.03  # with warm caches, of a step that takes no longer than that
 NOISE = 1 << 20  # random numbers: all weights are copies of them
 _LAYER = re.compile(r"layers\.\d+\.")
+Of = Callable[[Iterable[float]], float]  # which of several runs counts
 Case = tuple[int, int, int]  # rows, tokens that each computes, tokens that each holds afterwards
 
 
@@ -40,12 +42,13 @@ class Rehearsals:
         self._made: dict[tuple[bytes, bool], Rehearsal] = {}
 
     def seconds(
-        self, spec: dict[str, Any], cases: Sequence[Case], seconds: float, *, alone: bool, meeting: GroupCoordinator
+        self, spec: dict[str, Any], cases: Sequence[Case], seconds: float, *, alone: bool, usual: bool, meeting: GroupCoordinator
     ) -> list[dict[str, float]]:
         """For each case the undisturbed seconds of one operation of each kind, and "head" (logits and the choice of a token).
 
         seconds: about how long all cases may take; one for which there is no time any more runs as little as it can. Small cases
-        should come first. alone: the whole model on this rank, not a part of it. meeting: the ranks that measure at the same time.
+        should come first. alone: the whole model on this rank, not a part of it. usual: means, not what is undisturbed. meeting: the
+        ranks that measure at the same time.
         """
         key = msgspec.json.encode(spec), alone
         if key not in self._made or not self._made[key].has_room(cases):
@@ -53,7 +56,7 @@ class Rehearsals:
             groups = ParallelGroups.solo() if alone else self.groups
             model = msgspec.convert(spec, ModelSpec)
             self._made[key] = Rehearsal(model, cases, groups, self.dtype, self.block_size, self.quantization)
-        return self._made[key].run(cases, seconds, meeting)
+        return self._made[key].run(cases, seconds, meeting, mean if usual else undisturbed)
 
 
 class Rehearsal:
@@ -88,17 +91,17 @@ class Rehearsal:
         return tokens <= self.tokens and blocks <= self.blocks
 
     @torch.inference_mode()
-    def run(self, cases: Sequence[Case], seconds: float, meeting: GroupCoordinator) -> list[dict[str, float]]:
+    def run(self, cases: Sequence[Case], seconds: float, meeting: GroupCoordinator, of: Of) -> list[dict[str, float]]:
         """See `Rehearsals.seconds`."""
         found: list[dict[str, float]] = []
         left, turns = seconds, len(cases)
         for case in cases:
-            times, spent = self._case(case, left / turns, meeting)
+            times, spent = self._case(case, left / turns, meeting, of)
             found.append(times)
             left, turns = max(0.0, left - spent), turns - 1
         return found
 
-    def _case(self, case: Case, seconds: float, meeting: GroupCoordinator) -> tuple[dict[str, float], float]:
+    def _case(self, case: Case, seconds: float, meeting: GroupCoordinator, of: Of) -> tuple[dict[str, float], float]:
         """Its times, and what finding them took. The first run counts only where another one would take long."""
         rows, tokens, length = case
         width = -(-length // self.block_size)
@@ -112,7 +115,7 @@ class Rehearsal:
         if (runs := max(int(min(MOST_RUNS, seconds / once - 1)), LEAST_RUNS if once < SHORT_S else 0)) > 0:
             meeting.barrier()
             took = [self._once(ids, batch, rows) for _ in range(runs)]
-        return {kind: undisturbed(one[kind] for one in took) for kind in took[0]}, once * (1 + runs)
+        return {kind: of(one[kind] for one in took) for kind in took[0]}, once * (1 + runs)
 
     def _once(self, ids: torch.Tensor, batch: AttentionBatch, rows: int) -> dict[str, float]:
         """One step: by kind, the mean over its operations."""

@@ -281,17 +281,17 @@ class Worker(Recorded):
         return clock.close()
 
     def operation_seconds(
-        self, spec: dict[str, Any], cases: list[list[int]], seconds: float, alone: bool, only: int | None
+        self, spec: dict[str, Any], cases: list[list[int]], seconds: float, alone: bool, only: int | None, usual: bool
     ) -> list[dict[str, float]]:
         """For calibration: see `worker.rates`. alone: a whole model on each rank, all at the same time, instead of one cut over
-        them. only: so many ranks measure, the others wait."""
+        them. only: so many ranks measure, the others wait. usual: means, with what neighbours take."""
         self.groups.tp.barrier()
         if only is not None and self.rank >= only:
             return []
         if self._rehearsals is None:
             self._rehearsals = rates.Rehearsals(self.groups, self.dtype, self.config.cache.block_size, self.config.model.quantization)
         meeting = self.groups.tp if only is None else ParallelGroups.solo().tp
-        return self._rehearsals.seconds(spec, [(a, b, c) for a, b, c in cases], seconds, alone=alone, meeting=meeting)
+        return self._rehearsals.seconds(spec, [(a, b, c) for a, b, c in cases], seconds, alone=alone, usual=usual, meeting=meeting)
 
     def shutdown(self) -> None:
         """Leave torch's threads as they were: the process may be the user's."""
