@@ -5,15 +5,15 @@
 
 Needs a calibration (`lockstep calibrate`, on the same quiet machine, minutes before; or --calibrate runs it first). Each setting is an
 engine of its own, a batch of equal prompts given at once, measured `--repetitions` times or more in each of `--rounds` rounds over all
-settings (neighbours slow a shared machine for tenths of a second to minutes). Before and after, what its ranks do is measured: the
-memory's bandwidth, flop/s, and steps of the small engine that the calibration measured too, for what is neither. What is compared is the
-usual batch, each figure's median, and its prediction at the usual speeds, medians too: what neighbours take is in both. Also shown: the
-errors when scaled by the bandwidth alone, by it and flop/s, and those of what is undisturbed, as the calibration has it: the lower
-quartile of each piece of a batch over all batches, and of the speeds. The prediction is the event simulation: the real scheduler, with
-step times of planner/cpu.py. Nothing is fitted to any setting: the calibration has models of its own, but for the small engine's, the
-embedded one, which is also that of four settings (two of them in batches that the calibration runs too, with longer answers), and it
-never runs two replicas or two stages. Errors of other models alone, and of two stages or replicas, are also shown. Exits 1 when the
-median error of a figure over all settings is above 10 % or the mean above 15 %.
+settings (neighbours slow a shared machine for tenths of a second to minutes). Among the batches, what its ranks do is looked at again and
+again: the memory's bandwidth, flop/s, and steps of the small engine that the calibration measured too, for what is neither. What is
+compared is the usual batch, each figure's median, and its prediction at the usual speeds, medians too: what neighbours take is in both.
+Also shown: the errors as calibrated, with nothing measured again, and when scaled by the bandwidth alone, or by it and flop/s. The
+prediction is the event simulation: the real scheduler, with step times of planner/cpu.py. No constant is fitted to a setting: the
+calibration has models of its own, but for the small engine's, the embedded one, which is also that of four settings (two of them in
+batches that the calibration runs too, with shorter answers), and it never runs two replicas or two stages. Errors of other models alone,
+and of two stages or replicas, are also shown. `--measured` compares what an earlier run's --out says with another calibration. Exits 1
+when the median error of a figure is above 10 % or the mean above 15 %, over all settings or over those of other models.
 """
 
 from __future__ import annotations
