@@ -15,6 +15,7 @@ from typing import Any
 
 from lockstep.cli.bench import collectives, machine
 from lockstep.cli.errors import UsageError
+from lockstep.cli.parser import Parser
 from lockstep.planner import calibration
 from lockstep.planner.calibration import DISTURBED, Calibration, Mode
 from lockstep.planner.cpu_ops import per_weight_s
@@ -36,7 +37,7 @@ USUAL_CACHE = 32 << 20
 
 def run(argv: list[str]) -> int:
     """Measure, write, print. Raises UsageError for an impossible flag, ConfigError where there are no kernels for this machine."""
-    parser = argparse.ArgumentParser(prog="lockstep calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="lockstep calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="the entry's file; default: where `--cluster this` finds it")
     parser.add_argument("--budget-seconds", type=float, default=BUDGET_S, help="about how long it may take in all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of weights and activations")

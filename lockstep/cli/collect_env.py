@@ -5,7 +5,6 @@ Imports no torch: it works where torch does not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ from typing import Any
 import psutil
 
 from lockstep.cli.doctor_cpu import ranges
+from lockstep.cli.parser import Parser
 from lockstep.kernels import build
 from lockstep.kernels.library import choose
 from lockstep.kernels.variants import cpu_flags, usable
@@ -34,7 +34,7 @@ PACKAGES = (
 
 def run(argv: list[str]) -> int:
     """Print it, as text or JSON."""
-    parser = argparse.ArgumentParser(prog="lockstep collect-env", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="lockstep collect-env", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     args = parser.parse_args(argv)
     found = collect()

@@ -6,13 +6,13 @@ ended an answer that no person had asked for at a prompt.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
 from lockstep.cli.client import KEY_HELP, URL, Server, Unreadable, key_for
 from lockstep.cli.dialogue import is_person, read_lines, text_of, write_pieces
 from lockstep.cli.errors import UsageError, show_error
+from lockstep.cli.parser import Parser
 from lockstep.cli.session import note
 from lockstep.cli.tls import add_tls_flags, client_context
 
@@ -22,7 +22,7 @@ HINT = "Each line is completed as it is. Ctrl-C stops an answer, Ctrl-D ends."
 
 def run(argv: list[str]) -> int:
     """Complete the prompt of -q, or lines until the input ends."""
-    parser = argparse.ArgumentParser(prog="lockstep complete", description="Complete prompts by a running server.")
+    parser = Parser(prog="lockstep complete", description="Complete prompts by a running server.")
     parser.add_argument("--url", default=URL, help=f"of the server (default {URL})")
     parser.add_argument("--model-name", metavar="NAME", help="of the model (default: the server's first)")
     parser.add_argument("--api-key", metavar="KEY", help=KEY_HELP)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from lockstep.cli.parser import Parser
 from lockstep.cli.session import memory_table
 from lockstep.protocol import SamplingParams
 from lockstep.utils.interrupt import at_once
@@ -23,7 +23,7 @@ PROMPTS = [
 
 def run(argv: list[str]) -> int:
     """Exit 0 when the split and the unsplit model wrote the same tokens, 1 when not."""
-    parser = argparse.ArgumentParser(prog="lockstep demo", description=__doc__)
+    parser = Parser(prog="lockstep demo", description=__doc__)
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=2, help="ranks that share the model (default 2)")
     parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1, help="stages of consecutive layers (default 1)")
     parser.add_argument("--max-tokens", type=int, default=96, help="tokens to write for each prompt (default 96)")

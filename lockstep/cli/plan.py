@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.cli.errors import UsageError
+from lockstep.cli.parser import Parser
 from lockstep.planner.answer import Plan, plan, pricer_of
 from lockstep.planner.catalogue import cluster as find_cluster
 from lockstep.planner.compare import as_table, compare, to_json
@@ -113,9 +114,9 @@ def costs(text: str | None, clusters: int) -> list[float | None]:
     return [*found] * (clusters if len(found) == 1 else 1)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags."""
-    p = argparse.ArgumentParser(prog="lockstep plan", description=__doc__.partition("\n")[0])
+    p = Parser(prog="lockstep plan", description=__doc__.partition("\n")[0])
     p.add_argument("model", metavar="MODEL", help="a name of the catalogue (llama-3.1-70b), a folder, a config.json, or a hub id")
     p.add_argument(
         "--cluster",

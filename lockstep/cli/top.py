@@ -13,13 +13,14 @@ from typing import Any
 
 from lockstep.cli.client import KEY_HELP, URL, Server, Unreadable, key_for
 from lockstep.cli.errors import UsageError, show_error
+from lockstep.cli.parser import Parser
 from lockstep.cli.tls import add_tls_flags, client_context
 from lockstep.utils import env
 
 
 def run(argv: list[str]) -> int:
     """Draw until interrupted, or once with --once."""
-    parser = argparse.ArgumentParser(prog="lockstep top", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="lockstep top", description=__doc__.partition("\n")[0])
     parser.add_argument("url", nargs="?", default=URL, metavar="URL", help=f"of the server (default {URL})")
     parser.add_argument("--api-key", metavar="KEY", help=KEY_HELP)
     add_tls_flags(parser)

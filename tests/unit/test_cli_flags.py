@@ -267,3 +267,22 @@ def test_of_a_launchers_processes_the_first_one_speaks(rank: str, shown: bool, m
     assert isinstance(sys.stdout, io.StringIO) is shown
     with pytest.raises(ConfigError, match="every replica would answer all requests"):
         hushed(build_config(data_parallel_size=2, distributed_executor_backend="external_launcher"), quiet=False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["plan", "llama-3.1-8b", "--rate", "abc"], "--rate: invalid float value: 'abc'"),
+        (["plan", "llama-3.1-8b", "--clutser", "this"], "no --clutser. Did you mean '--cluster'?"),
+        (["plan"], "MODEL"),
+        (["calibrate", "--out"], "--out: expected one argument"),
+        (["top", "--interval", "x"], "--interval"),
+        (["demo", "more"], "no more"),
+        (["collect-env", "--json=1"], "--json"),
+    ],
+)
+def test_mistakes_of_every_verb_are_one_line_that_names_the_flag(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and words in shown and f"lockstep {argv[0]} --help" in shown
+    assert shown.count("\n") == 1 and "usage:" not in shown
