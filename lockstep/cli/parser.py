@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith(UNKNOWN):
             word = message.removeprefix(UNKNOWN).partition(" ")[0]
-            near = nearest(word, [flag for action in self._actions for flag in action.option_strings])
+            near = nearest(word, [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")])
             message = f"{self.prog} has no {word}.{near}"
         else:
             message = message.removeprefix("argument ") + "."
