@@ -28,8 +28,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1, help="stages of consecutive layers (default 1)")
     parser.add_argument("--max-tokens", type=int, default=96, help="tokens to write for each prompt (default 96)")
     args = parser.parse_args(argv)
-    if min(args.tensor_parallel_size, args.pipeline_parallel_size, args.max_tokens) < 1:
-        parser.error("--tensor-parallel-size, --pipeline-parallel-size and --max-tokens must be at least 1")
+    for name, count in vars(args).items():
+        if count < 1:
+            parser.error(f"--{name.replace('_', '-')}={count} must be at least 1")
     greedy = SamplingParams(temperature=0, repetition_penalty=1.15, max_tokens=args.max_tokens)
     tp, pp = args.tensor_parallel_size, args.pipeline_parallel_size
     print(f"-- {tp * pp} ranks, each with its share of the demo model --", flush=True)
