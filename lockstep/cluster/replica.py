@@ -26,7 +26,7 @@ from lockstep.utils import env, procs, stacks
 from lockstep.utils.frames import Channel, send_one
 
 STOP_S = 6.0  # how long a replica may take to end its ranks
-STACK_S = 0.6  # ... and to write its Python stack
+STACK_S = 1.5  # ... and to write its Python stack
 LEAVE_S = 1.0  # ... and once it has hung up, its process
 LAUNCH_S = 30.0  # ... and to read what it is; more than a few KB wait for that
 

@@ -30,7 +30,7 @@ from lockstep.utils.run_folder import RunFolder
 CLIENT = "lockstep.cluster.factory:make_supervised"
 AWAKE = Mode()
 LAUNCH_S = 30.0  # to read what it is
-STACK_S = 0.6  # to write its Python stack
+STACK_S = 1.5  # to write its Python stack
 STOP_S = 8.0  # a stopping engine ends its replicas, and they their ranks
 GRACE_S = 30.0  # the engine times its start itself and knows who is late: let it speak first
 

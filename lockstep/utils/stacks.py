@@ -17,7 +17,8 @@ from typing import IO
 from lockstep.utils import procs
 
 PY_SPY_S = 6.0
-QUIET_ROUNDS = 4  # of 20 ms, after which a stack that is being written is taken to be whole: the main thread comes last
+QUIET_ROUNDS = 4  # of 20 ms, after which a stack that is being written is taken to be whole if ...
+_MAIN = re.compile(rb" in (<module>|_run_module_as_main)\n\Z")  # ... it ends where the main thread began, which comes last
 _HEAD = re.compile(r"^(?:\[rank (\d+)\] )?((?:Current thread|Thread) 0x|Thread \d+ )")
 _FRAME = re.compile(r'^(?:\[rank (\d+)\] )?(  File "| {4}\S+ \()')
 
@@ -36,12 +37,12 @@ def ask(pid: int) -> None:
 def written(pid: int, file: IO[bytes], limit_s: float) -> list[str]:
     """`ask`, and what it wrote to `file`, as lines; py-spy's word where it does not react in `limit_s`."""
     ask(pid)
-    until_s, size, quiet = time.monotonic() + limit_s, 0, 0
-    while time.monotonic() < until_s and quiet < QUIET_ROUNDS:
+    until_s, text, quiet = time.monotonic() + limit_s, b"", 0
+    while time.monotonic() < until_s and (quiet < QUIET_ROUNDS or not _MAIN.search(text)):
         time.sleep(0.02)
-        before, size = size, os.fstat(file.fileno()).st_size
-        quiet = quiet + 1 if size and size == before else 0
-    return os.pread(file.fileno(), size, 0).decode(errors="replace").splitlines() or by_py_spy(pid)
+        before, text = text, os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
+        quiet = quiet + 1 if text == before else 0
+    return text.decode(errors="replace").splitlines() or by_py_spy(pid)
 
 
 def by_py_spy(pid: int) -> list[str]:

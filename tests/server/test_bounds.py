@@ -189,6 +189,9 @@ def test_a_response_in_the_background_has_a_deadline_and_is_drained() -> None:
                 assert time.monotonic() < give_up_s, found
                 await asyncio.sleep(0.05)
             assert found["error"]["code"] == "deadline_exceeded"
+            while len(state.running) > 1:  # what has failed is told before it has left
+                assert time.monotonic() < give_up_s, state.running
+                await asyncio.sleep(0.05)
             (running,) = state.running
             running.stop(ApiError(503, "the end", code="draining"))
             await asyncio.sleep(0.05)
