@@ -30,6 +30,11 @@ def ask(pid: int) -> None:
     """
     with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGUSR1)
+    _go_on(pid)
+
+
+def _go_on(pid: int) -> None:
+    with contextlib.suppress(OSError):
         if procs.state(pid) == "T":
             os.kill(pid, signal.SIGCONT)
 
@@ -42,6 +47,7 @@ def written(pid: int, file: IO[bytes], limit_s: float) -> list[str]:
         time.sleep(0.02)
         before, text = text, os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
         quiet = quiet + 1 if text == before else 0
+        _go_on(pid)  # a stop may take effect late
     return text.decode(errors="replace").splitlines() or by_py_spy(pid)
 
 
