@@ -2,7 +2,7 @@
 #include "bind.h"
 
 namespace lockstep {
-extern const std::vector<PyMethodDef> program_methods, packed_methods, linear_methods, attention_methods, rowwise_methods, sampling_methods, comm_methods, row_methods,
+extern const std::vector<PyMethodDef> program_methods, packed_methods, linear_methods, attention_methods, rowwise_methods, sampling_methods, comm_methods, row_methods, embed_methods,
     selftest_methods;
 }
 
@@ -22,7 +22,7 @@ PyMODINIT_FUNC PyInit__lockstep_kernels() {
   using namespace lockstep;
   static std::vector<PyMethodDef> methods;  // Python keeps pointers into it
   if (methods.empty()) {
-    for (auto* table : {&program_methods, &packed_methods, &linear_methods, &attention_methods, &rowwise_methods, &sampling_methods, &comm_methods, &row_methods, &selftest_methods})
+    for (auto* table : {&program_methods, &packed_methods, &linear_methods, &attention_methods, &rowwise_methods, &sampling_methods, &comm_methods, &row_methods, &embed_methods, &selftest_methods})
       methods.insert(methods.end(), table->begin(), table->end());
     methods.push_back(BIND(variant));
     methods.push_back({nullptr, nullptr, 0, nullptr});

@@ -5,6 +5,7 @@
 
 #include "bind.h"
 #include "comm.h"
+#include "gemm.h"
 #include "linear.h"
 #include "program.h"
 #include "rowwise.h"
@@ -34,15 +35,19 @@ struct Finish {
   float eps;
   bool plus_one;
 
-  // h [n] = the sum scaled, biased and rounded; sum(j, count): `count` elements of it from j on.
+  // h[0, count) = `count` elements of the sum, from column j on, scaled, biased and rounded.
+  template <class T>
+  LS_INLINE void round_part(f32x16 sum, int64_t j, int64_t count, T* h) const {
+    if (scale) sum = sum * load_n(scale + j, count);
+    if (bias) sum = sum + load_n(static_cast<const T*>(bias) + j, count);
+    store_n(h, sum, count);
+  }
+  // A whole row; sum(j, count): `count` elements of it from j on.
   template <class T, class Sum>
   LS_INLINE void round_sum(const Sum& sum, T* h) const {
     for (int64_t j = 0; j < n; j += W) {
       const int64_t count = std::min<int64_t>(W, n - j);
-      f32x16 v = sum(j, count);
-      if (scale) v = v * load_n(scale + j, count);
-      if (bias) v = v + load_n(static_cast<const T*>(bias) + j, count);
-      store_n(h + j, v, count);
+      round_part(sum(j, count), j, count, h + j);
     }
   }
 
@@ -93,6 +98,31 @@ struct Tree {
   }
 };
 
+// Rounded sums [rows, n], made while the product's are in registers. theirs: the tree's other leaf, [rows, n]; null: there is none.
+template <class T>
+struct RoundSink : Sink {
+  const Finish& finish;
+  const float* theirs;
+  T* out;
+  RoundSink(const Finish& finish, const float* theirs, T* out) : finish(finish), theirs(theirs), out(out) {}
+
+  void take(int64_t p, int64_t row, int64_t rows, const float* sums, int64_t) const override {
+    const int64_t column = p * PANEL, width = std::min(PANEL, finish.n - column);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t at = (row + r) * finish.n + column;
+      for (int64_t c = 0; c < width; c += W) {
+        const int64_t count = std::min<int64_t>(W, width - c);
+        f32x16 v = load(sums + r * PANEL + c);
+        if (theirs) {
+          v = load_n(theirs + at + c, count) + v;
+          __builtin_prefetch(theirs + at + rows * finish.n + c);  // the next tile's: they are in another core's cache
+        }
+        finish.round_part(v, column + c, count, out + at + c);
+      }
+    }
+  }
+};
+
 // src [tokens, k of this rank] times the packed weight, combined over the group, into the residual stream.
 struct Row : Op {
   const Packed& w;
@@ -112,12 +142,16 @@ struct Row : Op {
   // Partial sums of more rows than this leave the caches before they are added up: the bytes are of one leaf of the tree, of
   // which a rank with an uneven share has more. At least so many rows that a block of the panel is used by more than a few.
   static constexpr int64_t CHUNK_BYTES = 2 << 20, CHUNK_ROWS = 96;
+  // Two ranks with one leaf each: from so many rows on each adds the other's in its product of its half. Below, weights are what a
+  // product waits for, and are not to be read for each half.
+  static constexpr int64_t JOIN_ROWS = 2 * CHUNK_ROWS;
 
   Row(const Packed& w, const void* src, int64_t lds, DType type, Group& group, Tree tree, Finish finish, uint64_t tag, const int32_t* counts)
       : w(w), src(src), lds(lds), type(type), group(group), tree(std::move(tree)), finish(finish), tag(tag) {
     for (int r = 0; r < group.world; r++) most_leaves = std::max<int64_t>(most_leaves, counts[r]);
     if (packed_n(w) != finish.n) throw std::invalid_argument("the weight's outputs are not the stream's width");
-    if (packed_subtrees(w) != counts[group.rank]) throw std::invalid_argument("the weight's partial sums are not those announced");
+    if (w.gated) throw std::invalid_argument("a gated weight has no partial sums by column");
+    if (packed_subtrees(w) != counts[group.rank] || (group.world == 1 && most_leaves != 1)) throw std::invalid_argument("the weight's partial sums are not those announced");
     const int64_t partials = most_leaves * finish.n * 4, results = group.world > 1 ? finish.n * itemsize(type) : 0;
     rows_fit = int64_t(group.slot_bytes) / (partials + results);
     if (rows_fit < 1) throw std::invalid_argument("a slot of " + std::to_string(group.slot_bytes) + " bytes does not hold one row of partial sums");
@@ -125,16 +159,23 @@ struct Row : Op {
   }
 
   void run(const Step& step, Lane& lane) override {
-    if (group.world == 1) return alone(step.tokens, lane);
+    if (group.world == 1) return dispatch(type, [&](auto t) { alone<decltype(t)>(step.tokens, lane); });
     const int64_t leaf = step.tokens * finish.n * 4, read = step.tokens < group.world ? leaf : leaf * (group.world - 1);
     if (read <= ONE_SHOT_BYTES && step.tokens <= rows_fit) return one_shot(step.tokens, lane);
-    dispatch(type, [&](auto t) { two_shot<decltype(t)>(step.tokens, lane); });
+    const bool join = group.world == 2 && tree.rank.size() == 2 && step.tokens >= JOIN_ROWS;
+    dispatch(type, [&](auto t) { join ? joined<decltype(t)>(step.tokens, lane) : two_shot<decltype(t)>(step.tokens, lane); });
   }
 
   // Partial sums of rows [at, at + rows) into this rank's slot.
   void multiply(int64_t at, int64_t rows, Lane& lane) {
     const char* a = static_cast<const char*>(src) + at * lds * itemsize(type);
     gemm_partials(w, a, type, lds, rows, reinterpret_cast<float*>(group.slot(group.rank)), finish.n, rows * finish.n, lane);
+  }
+
+  // Rounded sums of rows [at, at + rows); see RoundSink.
+  template <class T>
+  void multiply_and_round(int64_t at, int64_t rows, const float* theirs, T* out, Lane& lane) {
+    gemm(w, {static_cast<const char*>(src) + at * lds * itemsize(type), type, lds}, rows, RoundSink<T>(finish, theirs, out), lane);
   }
 
   void meet(Lane& lane, uint64_t detail) {
@@ -155,12 +196,14 @@ struct Row : Op {
     });
   }
 
+  template <class T>
   void alone(int64_t tokens, Lane& lane) {
+    T* sums = reinterpret_cast<T*>(group.slot(0));
     for (int64_t at = 0; at < tokens; at += rows_fit) {
       const int64_t rows = std::min(rows_fit, tokens - at);
-      multiply(at, rows, lane);
+      multiply_and_round<T>(at, rows, nullptr, sums, lane);
       lane.barrier();
-      add_all(at, rows, lane);
+      for (int64_t i = lane.first(rows); i < lane.last(rows); i++) finish.stream<T>(sums + i * finish.n, at + i);
       if (at + rows < tokens) lane.barrier();  // the next chunk writes what this one reads
     }
   }
@@ -194,6 +237,26 @@ struct Row : Op {
       meet(lane, uint64_t(rows) | (c ? 1u << 31 : 0));
       if (rows) add_part<T>(rows, lane);
       if (c) take_results<T>(first(c - 1), at, lane);
+    }
+  }
+
+  // As two_shot, of two ranks with one leaf each: a rank's product gives the other rank's half of a chunk as partial sums, and what
+  // the other gave for its own half is added in its product of these. Halves are as long as two_shot's chunks.
+  template <class T>
+  void joined(int64_t tokens, Lane& lane) {
+    const int64_t chunks = (tokens + 2 * rows_fit - 1) / (2 * rows_fit), other = 1 - group.rank;
+    auto first = [&](int64_t c) { return tokens * c / chunks; };
+    auto from = [&](int64_t c, int64_t r) { return first(c) + part(r, first(c + 1) - first(c)); };
+    for (int64_t c = 0; c <= chunks; c++) {
+      if (c) {
+        const int64_t at = from(c - 1, group.rank), rows = from(c - 1, group.rank + 1) - at;
+        const float* theirs = reinterpret_cast<const float*>(group.slot_after(int(other)));
+        multiply_and_round<T>(at, rows, theirs, results<T>(group.slot(group.rank)), lane);
+        lane.barrier();
+      }
+      if (c < chunks) multiply(from(c, other), from(c, other + 1) - from(c, other), lane);
+      meet(lane, uint64_t(c < chunks ? first(c + 1) - first(c) : 0) | (c ? 1u << 31 : 0));
+      if (c) take_results<T>(first(c - 1), first(c), lane);
     }
   }
 
@@ -258,73 +321,6 @@ struct Finished : Op {
   }
 };
 
-// Rows of the vocabulary-parallel embedding. bounds [world + 1]: rank r holds ids [bounds[r], bounds[r + 1]).
-struct Embed : Op {
-  const void* table;      // [rows of this rank, width], or null and ...
-  const Packed* packed;   // ... the head's packed weight, which a tied model shares
-  std::vector<int64_t> bounds;
-  int64_t width;
-  void* out;
-  DType type;
-  float scale;
-  Group* group;  // null: ids of other ranks give zeros
-  int rank;
-  uint64_t tag;
-
-  template <class T>
-  void fetch(int64_t id, T* to) const {
-    const int64_t row = id - bounds[size_t(rank)];
-    if (packed) packed_row(*packed, row, type, to);
-    else memcpy(to, static_cast<const T*>(table) + row * width, size_t(width) * sizeof(T));
-  }
-  // Times scale, rounded. Adding zero makes -0 the 0 that a sum over ranks gives.
-  template <class T>
-  void place(const T* from, T* to) const {
-    for (int64_t j = 0; j < width; j += W) {
-      const int64_t count = std::min<int64_t>(W, width - j);
-      f32x16 v = load_n(from + j, count) + 0.f;
-      if (scale != 1.f) v = v * splat(scale);
-      store_n(to + j, v, count);
-    }
-  }
-  int owner(int64_t id) const {
-    if (id < bounds.front() || id >= bounds.back()) throw std::invalid_argument("token id " + std::to_string(id) + " is not in the vocabulary");
-    return int(std::upper_bound(bounds.begin(), bounds.end(), id) - bounds.begin()) - 1;
-  }
-
-  template <class T>
-  void alone(const Step& step, Lane& lane) {
-    std::vector<T> row(static_cast<size_t>(width));
-    for (int64_t i = lane.first(step.tokens); i < lane.last(step.tokens); i++) {
-      if (owner(step.ids[i]) == rank) fetch<T>(step.ids[i], row.data());
-      else std::fill(row.begin(), row.end(), T{});
-      place<T>(row.data(), static_cast<T*>(out) + i * width);
-    }
-  }
-  template <class T>
-  void shared(const Step& step, Lane& lane) {
-    const int64_t fit = int64_t(group->slot_bytes) / (width * int64_t(sizeof(T)));
-    for (int64_t at = 0; at < step.tokens; at += fit) {
-      const int64_t rows = std::min(fit, step.tokens - at);
-      T* mine = reinterpret_cast<T*>(group->slot(rank));
-      for (int64_t i = lane.first(rows); i < lane.last(rows); i++)
-        if (owner(step.ids[at + i]) == rank) fetch<T>(step.ids[at + i], mine + i * width);
-      lane.barrier();
-      if (lane.id == 0) group->sync(tag << 32 | uint64_t(rows));
-      lane.barrier();
-      for (int64_t i = lane.first(rows); i < lane.last(rows); i++)
-        place<T>(reinterpret_cast<const T*>(group->slot_after(owner(step.ids[at + i]))) + i * width, static_cast<T*>(out) + (at + i) * width);
-    }
-  }
-  void run(const Step& step, Lane& lane) override {
-    dispatch(type, [&](auto t) {
-      using T = decltype(t);
-      if (group && group->world > 1) shared<T>(step, lane);
-      else alone<T>(step, lane);
-    });
-  }
-};
-
 Group* local_group_new(int64_t bytes) { return new LocalGroup(size_t(bytes)); }
 void local_group_free(Group* g) { delete g; }
 
@@ -339,19 +335,12 @@ Op* op_row(Packed* w, const void* src, int64_t lds, int64_t dtype, Group* group,
 Op* op_partials(Packed* w, const void* src, int64_t lds, int64_t dtype, float* out) { return new Partials(*w, src, lds, DType(dtype), out); }
 Op* op_finish(const float* sum, int64_t dtype, Finish* finish) { return new Finished(sum, DType(dtype), *finish); }
 
-Op* op_embed(const void* table, Packed* packed, const int64_t* bounds, int64_t world, int64_t rank, int64_t width, void* out, int64_t dtype, double scale, Group* group, int64_t tag) {
-  auto op = std::make_unique<Embed>();
-  op->table = table, op->packed = packed, op->bounds.assign(bounds, bounds + world + 1), op->width = width, op->out = out;
-  op->type = DType(dtype), op->scale = float(scale), op->group = group, op->rank = int(rank), op->tag = uint64_t(tag);
-  return op.release();
-}
-
 }  // namespace
 
 extern const std::vector<PyMethodDef> row_methods;
 const std::vector<PyMethodDef> row_methods = {
     BIND(local_group_new), BIND(local_group_free), BIND(finish_new), BIND(finish_free),
-    BIND(op_row),          BIND(op_partials),      BIND(op_finish),    BIND(op_embed),
+    BIND(op_row),          BIND(op_partials),      BIND(op_finish),
 };
 
 }  // namespace lockstep
