@@ -6,6 +6,7 @@ standard output went away.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -55,13 +56,27 @@ commands:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us: nobody wants to read it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         code = guarded(lambda: dispatch(argv))
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `lockstep generate | head`: its reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         return 141
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT) or e.filename is not None:
+            raise
+        _silence()
+        show_error(f"what is printed cannot be written ({e.strerror}): make room where standard output goes.")
+        return 1
+
+
+def _silence() -> None:
+    """Standard output to nowhere: what it still holds is not written at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def dispatch(argv: list[str]) -> int:

@@ -221,7 +221,6 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
     broken = misses(work, point, rate, alone)
     lacking = missing(setting, layout)
     band, own = search.band(layout, best.chunk), isinstance(search, HostSearch)
-    of_engine = search.notes(layout, best.chunk) if isinstance(search, HostSearch) else []
     calibrated = setting.device.calibrated and search.serving.calibrated and (own or setting.device.engine is None)
     operations = operation_error(tpot_terms if work.streams else ttft_terms)
     return Plan(
@@ -240,7 +239,7 @@ def answer(search: Search, best: Candidate, count: int, ordered: list[Candidate]
         band={"tpot": band.tpot, "ttft": band.ttft, "operation": operations},
         pareto=trade_off(search, everything) if work.streams else [],
         crossover=tp_or_pp(search.pricer, work.decode_context) if work.streams else None,
-        considered=len(everything), seconds=0.0, notes=_notes(setting, work, layout, lacking) + of_engine,
+        considered=len(everything), seconds=0.0, notes=_notes(setting, work, layout, lacking) + search.notes(layout, best.chunk),
         missing=lacking, startable=not lacking, links={"inside a node": setting.cluster.intra, "between nodes": setting.cluster.inter},
     )  # fmt: skip
 

@@ -46,16 +46,22 @@ def as_table(clusters: list[str], found: list[Plan | ConfigError], width: int | 
 
 
 def _row(where: str, one: Plan) -> tuple[str, ...]:
-    unknown = "no price"
     return (
         *(where, str(one.layout), str(one.devices), ms(one.ttft_s), ms(one.tpot_s) if one.work.streams else "-"),
         f"{one.band['ttft']:.0%}, {one.band['tpot']:.0%}",
         one.constants,
         f"{rate_of(one.most)}/s",
-        unknown if one.per_hour is None else dollars(one.per_hour),
-        unknown if one.cost_per_million is None else dollars(one.cost_per_million),
+        _paid(one, one.per_hour, one.nodes_per_hour),
+        _paid(one, one.cost_per_million, one.nodes_per_million),
         "yes" if one.meets else "no" + (f"; {one.enough.nodes} nodes would" if one.enough else ""),
     )
+
+
+def _paid(one: Plan, devices: float | None, nodes: float | None) -> str:
+    """Dollars for the devices, and for the nodes they are in where that is more."""
+    if devices is None or nodes is None:
+        return "no price"
+    return dollars(devices) if one.rented == one.devices else f"{dollars(devices)}, {dollars(nodes)} of whole nodes"
 
 
 def to_json(clusters: list[str], found: list[Plan | ConfigError]) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ def find_model(name: str) -> tuple[ModelShape, str]:
         return from_config(read_config_json(path), name), name
     if path.is_file():
         return from_config(_read(path), name), str(path.parent)
-    if not name or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not name or name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") != 1:
         raise ConfigError(
             f"model {name!r} is no folder, no config.json, no hub id (owner/name) and not in the catalogue, which has "
             f"{', '.join(catalogue())}.{_suggested(name)}"

@@ -22,6 +22,8 @@ HALVINGS = 24  # of the interval that x lies in
 class ClosedReplica(Replica):
     """See `Replica`: the one of a calibrated machine whose clients ask again when they are answered."""
 
+    uneven = False  # prompts come when others end: steps are alike
+
     def __init__(self, pricer: Pricer, layout: Layout, work: Workload, chunk: int, serving: Serving) -> None:
         super().__init__(pricer, layout, work, chunk, serving)
         self.most_chunks = max(1.0, chunk / self.prompt.tokens)  # of a step

@@ -23,6 +23,7 @@ from lockstep.planner.terms import Term
 
 SERVING = "docs/planner.md#serving"
 NO_LIMIT = 1 << 30
+FULLEST = 8  # prompts of a step: with more, steps are alike
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Point:
 class Replica:
     """One replica of a layout, prompts cut into chunks of at most `chunk` tokens; short prompts share a step."""
 
+    uneven = True  # whether steps with more prompts than others hold a pipeline up
+
     def __init__(self, pricer: Pricer, layout: Layout, work: Workload, chunk: int, serving: Serving) -> None:
         self.pricer, self.layout, self.work, self.serving = pricer, layout, work, serving
         self.chunks = -(-work.input_len // chunk)
@@ -168,9 +171,14 @@ class Replica:
         The step that carries it holds all p stages up, one after the other, unless the steps around it carry chunks too. Of p
         steps in a row one at least has a chunk with probability 1 - (1 - x)^p, x being the chunks per step. Chunks of one prompt
         follow each other and share the holes, though not all of them: the root of their number is what the event simulation shows.
+
+        Where K whole prompts fit a step, steps with two hold up those with one: the p in a row take as long as p times the fullest.
+        Of that the simulation shows a share of 1 / K^1.5: the more there are the more alike steps become.
         """
-        x = min(1.0, self.chunks_per_step(concurrency))
-        return 1 + ((1 - (1 - x) ** self.layout.pp) / x - 1) / math.sqrt(self.chunks)
+        p, k = self.layout.pp, self.together
+        x = min(float(k), self.chunks_per_step(concurrency))
+        once = (held_up(min(1.0, x), 1, p) - 1) / math.sqrt(self.chunks)
+        return 1 + (max(once, (held_up(x, k, p) - 1) / k**1.5) if self.uneven and k > 1 and p > 1 else once)
 
     def others_s(self, concurrency: int) -> float:
         """What prompts of other requests add to each output token, if every chunk delays everybody (interference 1)."""
@@ -252,6 +260,16 @@ class Replica:
     def utilisation(self, concurrency: int) -> float:
         """Of the time, that a stage works in steady decode: min(1, m / p)."""
         return min(1.0, self.in_flight(concurrency)[0] / self.layout.pp)
+
+
+def held_up(x: float, most: int, stages: int) -> float:
+    """The fullest of `stages` steps over the mean, each with up to `most` prompts, x on average (binomial)."""
+    k = min(most, FULLEST)
+    share, below, found = min(1.0, x / k), 0.0, 0.0
+    for prompts in range(k):
+        below += math.comb(k, prompts) * share**prompts * (1 - share) ** (k - prompts)
+        found += 1 - min(1.0, below) ** stages
+    return found / x
 
 
 def busy_share(present: float, stay: float) -> float:

@@ -92,15 +92,19 @@ def _nothing_fits(search: Search, everything: list[Candidate], wanted: Mapping[s
     remedies = []
     if not s.weight_dtype:
         narrow = search.with_setting(replace(s, weight_dtype="int8"))  # what the engine runs of 8 bits
-        remedies += ["int8"] * any(narrow.room(c.layout, c.chunk)[0] for c in everything)
-    for factor in (2, 4, 8, 16, 32) if search.grows else ():
-        larger = Cluster(s.cluster.nodes * factor, s.cluster.devices_per_node, s.device, s.cluster.intra, s.cluster.inter)
+        there = s.device.platform == "cpu"
+        remedies += ["int8" if there else "int8 (not startable on a GPU)"] * any(narrow.room(c.layout, c.chunk)[0] for c in everything)
+    here = s.cluster.devices_per_node  # nodes with more devices first, as many as they come with, then more nodes
+    sizes = [(1, here * factor) for factor in (2, 4, 8) if s.cluster.nodes == 1 and here * factor <= s.device.per_node]
+    sizes += [(s.cluster.nodes * factor, max([here, *(each for _, each in sizes)])) for factor in (2, 4, 8, 16, 32)]
+    for nodes, each in sizes if search.grows else ():
+        larger = Cluster(nodes, each, s.device, s.cluster.intra, s.cluster.inter)
         wide = search.with_setting(replace(s, cluster=larger))
         fitting = [c.layout for c in wide.all(lambda x: x.dp == 1 and x.cp == 1 and x.dcp == 1) if c.fits]
         if fitting:
             first = min(fitting, key=lambda x: (x.devices, -x.tp))
-            nodes = -(-first.devices // s.cluster.devices_per_node)
-            remedies.append(f"{first} on {count(nodes, 'node')} ({count(nodes * s.cluster.devices_per_node, 'device')})")
+            used = -(-first.devices // each)
+            remedies.append(f"{first} on {count(used, 'node')} ({count(used * each, 'device')})")
             break
     if wanted and any(c.fits for c in search.all()):
         free = min((c.layout for c in search.all() if c.fits), key=lambda x: (x.devices, -x.tp))

@@ -32,6 +32,8 @@ from lockstep.planner.step import Pricer
 CHUNKS = (512, 2048, 8192)
 MOST_SEQS = 1024  # of one replica
 EXACT = 8  # layouts at the head of an order whose loads are found to one request
+STAGES = 0.10  # how much further off a pipeline's predictions may be: of the formulas of load against the scheduler on a virtual clock
+ROUGH_STAGES = "the formulas of a pipeline under load are up to 13% off what the engine's own scheduler does with it: --simulate runs that"
 ENOUGH = 0.98  # of the most requests per second: what a larger batch adds then is latency
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -105,7 +107,12 @@ class Search:
         What was measured of a machine's engine is of its own steps, not of these prices.
         """
         device = self.pricer.setting.device
-        return device.band if device.engine is None else ZERO_CALIBRATION
+        band = device.band if device.engine is None else ZERO_CALIBRATION
+        return band if layout.pp == 1 else replace(band, tpot=band.tpot + STAGES, ttft=band.ttft + STAGES)
+
+    def notes(self, layout: Layout, chunk: int) -> list[str]:
+        """What a reader should know about these numbers."""
+        return [ROUGH_STAGES] if layout.pp > 1 else []
 
     def fullest(self, layout: Layout, chunk: int, rows: int) -> tuple[int, RankMemory]:
         """(bytes free for KV, memory) of the rank of the pipeline with room for the fewest tokens."""

@@ -32,6 +32,9 @@ from lockstep.simulation.simulate import simulate
 REQUESTS = 300  # that the steady middle has at least, and how long it is at least
 SECONDS = 60.0
 STEADY = 0.93  # of the requests that come, those that are answered in the same time: with less, a queue grows
+GROWS = 1.25  # the median TTFT of the second half over that of the first: more with a queue that grows
+LATE = 3.0  # the median TTFT over the planned one: more where a queue has grown to what the seats allow
+LONGER = 1.1  # a request's stay over the planned one, beyond which the run is warmed up for that
 WARM_UP = 1.25  # residence times that are left out: one to fill the replica, and a part of one for what that leaves uneven
 LEAST = 0.25  # residence times that the steady middle has at least
 MOST_TOKENS, TOO_MANY = 600_000, 1_500_000  # generated in a run: beyond the first the middle is shorter, beyond the second it is refused
@@ -91,11 +94,13 @@ class Simulated:
     @property
     def overloaded(self) -> bool:
         """Whether requests come faster than the scheduler gets them done."""
-        return self.plan.work.rate is not None and self.window.rate * self.plan.layout.dp < STEADY * self.plan.rate
+        w = self.window
+        few = self.plan.work.rate is not None and w.rate * self.plan.layout.dp < STEADY * self.plan.rate
+        return few and (w.ttft_growth() > GROWS or w.ttft_s(0.5) > LATE * self.analytic_ttft_s)
 
     def to_json(self) -> dict[str, Any]:
         """Seconds, and requests and tokens per second of the whole plan."""
-        w, replicas, shares = self.window, self.plan.layout.dp, {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+        w, work, replicas, shares = self.window, self.plan.work, self.plan.layout.dp, {"p50": 0.5, "p90": 0.9, "p99": 0.99}
         return {
             "rate_asked": self.plan.work.rate,
             "rate_simulated": self.plan.rate if self.plan.work.rate is not None else None,
@@ -103,8 +108,9 @@ class Simulated:
             "replicas": replicas,
             "seconds": w.until_s - w.since_s,
             "requests_of_a_replica": len(w.ended),
-            "ttft_s": {name: w.ttft_s(share) for name, share in shares.items()},
-            "tpot_s": {name: w.tpot_s(share) if self.plan.work.streams else None for name, share in shares.items()},
+            "ttft_s": {name: w.ttft_s(share) for name, share in shares.items()} | {"mean": w.mean_ttft_s},
+            "tpot_s": {name: w.tpot_s(share) if work.streams else None for name, share in shares.items()}
+            | {"mean": w.mean_tpot_s if work.streams else None},
             "analytic_ttft_without_server_s": self.analytic_ttft_s,
             "rate": w.rate * replicas,
             "output_tokens_per_s": w.throughput * replicas,
@@ -133,9 +139,13 @@ class Simulated:
                 f"load          {self._load()}",
                 f"simulated     {one}{w.until_s - w.since_s:,.0f} s after a warm-up of {w.since_s:,.0f} s, {len(w.ended)} requests"
                 + (" (fewer than would be steady: more would take too long here)" if self.short else ""),
-                f"TTFT          {_shares(w.ttft_s)}",
+                f"TTFT          {ms(w.mean_ttft_s)} mean, {_shares(w.ttft_s)}",
                 f"  analytic    {ms(self.analytic_ttft_s)}{self._server()}",
-                *([f"TPOT          {_shares(w.tpot_s)}", f"  analytic    {ms(self.plan.tpot_s)}"] if work.streams else ["TPOT          -"]),
+                *(
+                    [f"TPOT          {ms(w.mean_tpot_s)} mean, {_shares(w.tpot_s)}", f"  analytic    {ms(self.plan.tpot_s)}"]
+                    if work.streams
+                    else ["TPOT          -"]
+                ),
                 f"throughput    {rate_of(w.rate * replicas)} requests/s, {w.throughput * replicas:,.1f} output tokens/s in all",
                 *(["overloaded    requests come faster than they are answered: a queue grows, and TTFT with it"] * self.overloaded),
                 f"preemptions   {sum(r.preemptions for r in self.report.requests)}",
@@ -168,10 +178,22 @@ def _shares(of: Any) -> str:
 def simulate_plan(plan: Plan, pricer: Pricer) -> Simulated:
     """The plan under its rate, requests as they come (Poisson); without a rate, as many clients as it runs requests at once.
 
+    Where requests come at a rate and stay longer than planned, the replica was not full yet: then once more, warmed up for as long.
     Raises ConfigError for a load whose steady state is so many tokens away that a simulation would take minutes.
     """
+    planned_s = plan.ttft_s + (plan.work.output_len - 1) * plan.tpot_s
+    found = _run(plan, pricer, planned_s)
+    stay_s = found.window.mean_ttft_s + (plan.work.output_len - 1) * found.window.mean_tpot_s
+    if plan.work.rate is None or stay_s < LONGER * planned_s:
+        return found
+    try:
+        return _run(plan, pricer, stay_s)
+    except ConfigError:
+        return found
+
+
+def _run(plan: Plan, pricer: Pricer, residence_s: float) -> Simulated:
     work, layout, replicas, running = plan.work, plan.layout, plan.layout.dp, plan.point.concurrency
-    residence_s = plan.ttft_s + (work.output_len - 1) * plan.tpot_s
     rate = plan.rate / replicas
     warm_s = WARM_UP * residence_s
     wanted_s = max(SECONDS, REQUESTS / rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 
 @dataclass
@@ -162,11 +163,34 @@ class Window:
 
     def ttft_s(self, share: float = 0.5) -> float:
         """The time to the first token that `share` of those that came stay within."""
-        return quantile((r.ttft_s for r in self.requests if r.token_s and self._inside(r.token_s[0])), share)
+        return quantile((r.ttft_s for r in self._began()), share)
 
     def tpot_s(self, share: float = 0.5) -> float:
         """The time per output token that `share` of the requests that ended stay within; 0 where all have one token."""
         return quantile((r.tpot_s for r in self.ended if r.tpot_s is not None), share)
+
+    @property
+    def mean_ttft_s(self) -> float:
+        return mean([r.ttft_s for r in self._began()])
+
+    @property
+    def mean_tpot_s(self) -> float:
+        return mean([r.tpot_s for r in self.ended if r.tpot_s is not None])
+
+    def ttft_growth(self) -> float:
+        """The median time to the first token in the second half of the window over that in the first."""
+        middle = (self.since_s + self.until_s) / 2
+        halves = [quantile((r.ttft_s for r in self._began() if (r.token_s[0] > middle) == late), 0.5) for late in (False, True)]
+        return halves[1] / halves[0] if halves[0] else 1.0
+
+    def _began(self) -> list[Served]:
+        """The requests whose first token came in the window."""
+        return [r for r in self.requests if r.token_s and self._inside(r.token_s[0])]
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; 0 of nothing."""
+    return fmean(values) if values else 0.0
 
 
 def quantile(values: Iterable[float], share: float) -> float:

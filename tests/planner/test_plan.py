@@ -74,9 +74,9 @@ def test_a_rate_that_is_too_high_keeps_the_latencies_and_says_what_is_carried():
 def test_no_room_says_what_is_missing_and_what_fits(capsys):
     assert main(["plan", "llama-3.1-70b", "--cluster", "1x1xH100"]) == 2
     error = capsys.readouterr().err
-    assert "GiB more per rank" in error and "int8 or TP=2 on 2 nodes (2 devices) fits" in error
+    assert "GiB more per rank" in error and "int8 (not startable on a GPU) or TP=2 on 1 node (2 devices) fits" in error
     assert main(["plan", "llama-3.1-70b", "--cluster", "1x1xA100"]) == 2
-    assert "int8 or TP=2 on 2 nodes (2 devices) fits" in capsys.readouterr().err
+    assert "int8 (not startable on a GPU) or TP=2 on 1 node (2 devices) fits" in capsys.readouterr().err
 
 
 def test_json_and_text_and_svg_say_the_same(tmp_path, capsys):

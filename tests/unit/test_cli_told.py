@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import socket
 import ssl
+import subprocess
+import sys
 import urllib.error
 from collections.abc import Sequence
 
@@ -96,3 +98,11 @@ def test_who_is_awaited_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch
 def test_counts_and_joins() -> None:
     assert [counted(n, "request") for n in (0, 1, 2)] == ["0 requests", "1 request", "2 requests"]
     assert joined("It died.", "b") == "It died. b" and joined("see /tmp/a.json", "b") == "see /tmp/a.json; b"
+
+
+def test_a_full_disk_is_one_line_and_a_closed_output_none() -> None:
+    full = subprocess.run(f"{sys.executable} -m lockstep simulate tp > /dev/full", shell=True, capture_output=True, text=True, check=False)
+    assert full.returncode == 1 and full.stderr.count("\n") == 1 and "No space left on device" in full.stderr, full.stderr
+    for verb in ("simulate tp", "plan qwen3-0.6b"):
+        closed = subprocess.run(f"{sys.executable} -m lockstep {verb} >&-", shell=True, capture_output=True, text=True, check=False)
+        assert closed.returncode == 0 and "Traceback" not in closed.stderr, closed.stderr
