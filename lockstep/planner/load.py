@@ -107,7 +107,7 @@ class Replica:
 
     def __init__(self, pricer: Pricer, layout: Layout, work: Workload, chunk: int, serving: Serving) -> None:
         self.pricer, self.layout, self.work, self.serving = pricer, layout, work, serving
-        self.chunks = -(-work.input_len // chunk)
+        self.chunk, self.chunks = chunk, -(-work.input_len // chunk)
         self.together = max(1, chunk // work.input_len)  # prompts that a step may hold
         size = -(-work.input_len // self.chunks)
         self.prompt = Work(False, size, (self.chunks - 1) * size / 2)
@@ -165,6 +165,13 @@ class Replica:
         x = self.chunks_per_step(concurrency)
         return self.chunks * self.prompts_s(x) / x
 
+    def abreast(self, concurrency: int) -> int:
+        """Chunks that fit a step: its limit leaves room for a token of every running request, of which only some are in it."""
+        if self.together > 1:
+            return self.together
+        elsewhere = concurrency - self.in_flight(concurrency)[1]
+        return max(1, round(max(self.chunk, elsewhere) / self.prompt.tokens))
+
     def stalls(self, concurrency: int) -> float:
         """How often a chunk delays running requests, times its own stage: once without a pipeline, up to p times with one.
 
@@ -172,10 +179,10 @@ class Replica:
         steps in a row one at least has a chunk with probability 1 - (1 - x)^p, x being the chunks per step. Chunks of one prompt
         follow each other and share the holes, though not all of them: the root of their number is what the event simulation shows.
 
-        Where K whole prompts fit a step, steps with two hold up those with one: the p in a row take as long as p times the fullest.
+        Where K prompts or chunks fit a step, steps with two hold up those with one: the p in a row take as long as p times the fullest.
         Of that the simulation shows a share of 1 / K^1.5: the more there are the more alike steps become.
         """
-        p, k = self.layout.pp, self.together
+        p, k = self.layout.pp, self.abreast(concurrency)
         x = min(float(k), self.chunks_per_step(concurrency))
         once = (held_up(min(1.0, x), 1, p) - 1) / math.sqrt(self.chunks)
         return 1 + (max(once, (held_up(x, k, p) - 1) / k**1.5) if self.uneven and k > 1 and p > 1 else once)

@@ -33,7 +33,7 @@ CHUNKS = (512, 2048, 8192)
 MOST_SEQS = 1024  # of one replica
 EXACT = 8  # layouts at the head of an order whose loads are found to one request
 STAGES = 0.10  # how much further off a pipeline's predictions may be: of the formulas of load against the scheduler on a virtual clock
-ROUGH_STAGES = "the formulas of a pipeline under load are up to 13% off what the engine's own scheduler does with it: --simulate runs that"
+ROUGH_STAGES = "the formulas of a pipeline under load are up to 9% off what the engine's own scheduler does with it: --simulate runs that"
 ENOUGH = 0.98  # of the most requests per second: what a larger batch adds then is latency
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
