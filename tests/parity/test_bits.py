@@ -76,13 +76,18 @@ def test_the_demo_model_whole(chunk: int, threads: int, dtype: str, tmp_path: Pa
     assert agree([config(dtype=dtype), *rest], tmp_path, max_tokens=256, num_prompts=33, input_len=200, stagger=True)
 
 
-@pytest.mark.parametrize(("tp", "threads"), [(2, 2), (3, 1)])
-def test_long_steps(tp: int, threads: int, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    """1200 tokens at once: ranks share out the addition of partial sums, which do not fit into their slots at one time."""
+@pytest.mark.parametrize(("tp", "threads", "prompts", "quantization"), [(2, 2, 5, ""), (3, 1, 5, ""), (2, 1, 11, ""), (2, 2, 13, "int8")])
+def test_long_steps(
+    tp: int, threads: int, prompts: int, quantization: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """Thousands of tokens at once: ranks share out the addition of partial sums, which do not fit into their slots at one time."""
     sizes = {"hidden_size": 512, "intermediate_size": 1000, "head_dim": 64, "vocab_size": 512, "num_hidden_layers": 2}
     model = str(make_tiny("llama", tmp_path_factory.mktemp("wide"), **sizes))
-    pair = [config(model, chunk=2048, dtype="bfloat16"), config(model, tp, threads, chunk=2048, dtype="bfloat16")]
-    assert agree(pair, tmp_path, max_tokens=3, num_prompts=5, input_len=400)
+    rest = {"chunk": 401 * prompts, "dtype": "bfloat16", "kv_cache_memory_bytes": 32 << 20} | (
+        {"quantization": quantization} if quantization else {}
+    )
+    pair = [config(model, **rest), config(model, tp, threads, **rest)]
+    assert agree(pair, tmp_path, max_tokens=3, num_prompts=prompts, input_len=401)
 
 
 def test_int8_weights(folders: dict[str, Path], tmp_path: Path) -> None:
