@@ -37,10 +37,14 @@ def cut(scripted: Scripted, path: str, code: str, **body: Any) -> httpx.Response
 def early(scripted: Scripted, path: str, then: Callable[[], Any] | None, **body: Any) -> httpx.Response:
     """The answer to a request. then: what is done while it runs."""
 
+    asked = len(scripted.engine.jobs)
+
     async def call() -> httpx.Response:
         transport = httpx.ASGITransport(scripted.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
             asking = asyncio.create_task(client.post(path, json=body))
+            while not scripted.engine.jobs[asked:] and not asking.done():  # a machine with other work takes its time
+                await asyncio.sleep(0.01)
             await asyncio.sleep(0.2)
             found = then() if then is not None else None
             if asyncio.iscoroutine(found):
