@@ -4,6 +4,7 @@
 // epoch a rank writes its own slot, calls sync, and may then read everybody's. No second meeting is needed before the
 // slot is written again: that happens two epochs later, when everybody has passed the sync between.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -28,11 +29,16 @@ inline uint64_t shares_of(const int64_t* shares, int world) {
   return equal ? 0 : 1 + (mark ^ mark >> 32) % 255;
 }
 
+constexpr int MAX_NODES = 256;  // of the tree by which a group's partial sums are added
+
 class Group {
  public:
   virtual ~Group() = default;
   int rank = 0, world = 1;
   size_t slot_bytes = 0;
+  bool crowded = false;  // ranks share cores: to meet is to wait for others' turns
+  // Shared, by node of the tree: 0, or 1 + the partial sum that is the half of the node that came first. Null: one rank.
+  std::atomic<int32_t>* halves = nullptr;
   // Rank r's slot of the epoch that the next sync ends (before it), or that the last sync ended (`after`).
   virtual char* slot(int r) = 0;
   virtual char* slot_after(int r) = 0;

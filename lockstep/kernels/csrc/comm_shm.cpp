@@ -47,6 +47,7 @@ ShmGroup::ShmGroup(int fd, int rank_, int world_, size_t slot_bytes_, size_t rin
   madvise(base_ + at.slots, at.end - at.slots, MADV_HUGEPAGE);  // refused: small pages serve too
 #endif
   header_ = reinterpret_cast<Header*>(base_);
+  crowded = !may_spin, halves = header_->halves;
   lines_ = reinterpret_cast<Line*>(base_ + at.lines);
   rings_ = reinterpret_cast<Ring*>(base_ + at.rings);
   ring_data_ = base_ + at.ring_data;

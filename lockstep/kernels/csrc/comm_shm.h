@@ -2,8 +2,8 @@
 //
 //   header | one Line per rank | one Ring per ordered pair of ranks | rings' bytes | two slots per rank
 //
-// Every number in it has one writer, except the counts of sleepers and the bell, which are only added to. So there is no
-// lock that a dying rank could hold.
+// Every number in it has one writer, except the counts of sleepers and the bell, which are only added to, and the halves of sums,
+// which are exchanged. So there is no lock that a dying rank could hold.
 #pragma once
 #include <sched.h>
 
@@ -49,6 +49,7 @@ struct Header {
   alignas(64) char token[32];  // the segment's secret name: whoever opened the right one finds it
   alignas(64) std::atomic<uint32_t> bell;  // rung by the last to arrive at a sync, when somebody sleeps
   alignas(64) std::atomic<uint32_t> sleepers;
+  alignas(64) std::atomic<int32_t> halves[MAX_NODES];
 };
 
 struct Transfer;  // a send or receive under way: comm_p2p.cpp

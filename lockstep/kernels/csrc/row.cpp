@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "program.h"
 #include "rowwise.h"
+#include "sum_tree.h"
 
 namespace lockstep {
 namespace {
@@ -58,43 +59,6 @@ struct Finish {
     if (post) rms_norm_row<T>(h, static_cast<const T*>(post), h, n, eps, plus_one);
     add_row<T>(h, r, n);
     if (weight) rms_norm_row<T>(r, static_cast<const T*>(weight), static_cast<T*>(out) + row * n, n, eps, plus_one);
-  }
-};
-
-// The order in which partial sums are added, as a stack machine: i >= 0 pushes leaf i, -1 adds the two on top.
-struct Tree {
-  std::vector<int32_t> code;
-  std::vector<int32_t> rank, place;  // of each leaf
-
-  Tree(const int32_t* c, int64_t n_code, const int32_t* counts, int world) : code(c, c + n_code) {
-    for (int r = 0; r < world; r++)
-      for (int32_t i = 0; i < counts[r]; i++) rank.push_back(r), place.push_back(i);
-    int depth = 0, deepest = 0;
-    for (int32_t x : code) {
-      if (x >= int32_t(rank.size())) throw std::invalid_argument("the tree names a partial sum that nobody has");
-      depth += x < 0 ? -1 : 1;
-      if (depth < 1) throw std::invalid_argument("the tree's code adds what is not there");
-      deepest = std::max(deepest, depth);
-    }
-    if (depth != 1 || deepest > DEPTH) throw std::invalid_argument("the tree's code is not one sum");
-  }
-  static constexpr int DEPTH = 8;
-
-  // 16 elements of the sum; leaf(i) gives the address of leaf i's.
-  template <class Leaf>
-  LS_INLINE f32x16 at(const Leaf& leaf, int64_t count) const {
-    if (code.size() == 1) return load_n(leaf(0), count);
-    f32x16 stack[DEPTH];
-    int top = 0;
-    for (int32_t x : code) {
-      if (x >= 0) {
-        stack[top++] = load_n(leaf(x), count);
-      } else {
-        stack[top - 2] = stack[top - 2] + stack[top - 1];
-        top--;
-      }
-    }
-    return stack[0];
   }
 };
 
@@ -161,6 +125,7 @@ struct Row : Op {
   void run(const Step& step, Lane& lane) override {
     if (group.world == 1) return dispatch(type, [&](auto t) { alone<decltype(t)>(step.tokens, lane); });
     const int64_t leaf = step.tokens * finish.n * 4, read = step.tokens < group.world ? leaf : leaf * (group.world - 1);
+    if (tree.climbs(group)) return dispatch(type, [&](auto t) { climbed<decltype(t)>(step.tokens, lane); });
     if (read <= ONE_SHOT_BYTES && step.tokens <= rows_fit) return one_shot(step.tokens, lane);
     const bool join = group.world == 2 && tree.rank.size() == 2 && step.tokens >= JOIN_ROWS;
     dispatch(type, [&](auto t) { join ? joined<decltype(t)>(step.tokens, lane) : two_shot<decltype(t)>(step.tokens, lane); });
@@ -240,6 +205,24 @@ struct Row : Op {
     }
   }
 
+  // For ranks that share cores: they meet once for a chunk. The last to come has the sums, and leaves them in the first rank's slot.
+  template <class T>
+  void climbed(int64_t tokens, Lane& lane) {
+    const int64_t chunks = (tokens + rows_fit - 1) / rows_fit, n = finish.n;
+    auto first = [&](int64_t c) { return tokens * c / chunks; };
+    for (int64_t c = 0; c < chunks; c++) {
+      const int64_t at = first(c), rows = first(c + 1) - at;
+      multiply(at, rows, lane);
+      auto leaf = [&](size_t i) { return reinterpret_cast<float*>(group.slot(tree.rank[i])) + tree.place[i] * rows * n; };
+      T* sums = results<T>(group.slot(0));
+      tree.climb(group, leaf, rows, n, lane, [&](const float* a, const float* b, int64_t i) {
+        finish.round_sum([&](int64_t j, int64_t count) { return load_n(a + j, count) + load_n(b + j, count); }, sums + i * n);
+      });
+      meet(lane, uint64_t(rows));
+      stream_all(results<T>(group.slot_after(0)), at, rows, lane);
+    }
+  }
+
   // As two_shot, of two ranks with one leaf each: a rank's product gives the other rank's half of a chunk as partial sums, and what
   // the other gave for its own half is added in its product of these. Halves are as long as two_shot's chunks.
   template <class T>
@@ -276,15 +259,20 @@ struct Row : Op {
 
   template <class T>
   void take_results(int64_t at, int64_t end, Lane& lane) {
-    const int64_t n = finish.n, rows = end - at;
-    std::vector<T> h(static_cast<size_t>(n));
+    const int64_t rows = end - at;
     for (int64_t r = 0; r < group.world; r++) {
       const T* theirs = results<T>(group.slot_after(int(r)));
       const int64_t from = part(r, rows), count = part(r + 1, rows) - from;
-      for (int64_t i = lane.first(count); i < lane.last(count); i++) {
-        memcpy(h.data(), theirs + i * n, size_t(n) * sizeof(T));
-        finish.stream<T>(h.data(), at + from + i);
-      }
+      stream_all(theirs, at + from, count, lane);
+    }
+  }
+  // Rounded sums of rows [at, at + rows) that others may read too.
+  template <class T>
+  void stream_all(const T* sums, int64_t at, int64_t rows, Lane& lane) {
+    std::vector<T> h(static_cast<size_t>(finish.n));
+    for (int64_t i = lane.first(rows); i < lane.last(rows); i++) {
+      memcpy(h.data(), sums + i * finish.n, size_t(finish.n) * sizeof(T));
+      finish.stream<T>(h.data(), at + i);
     }
   }
 };
