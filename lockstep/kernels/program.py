@@ -32,36 +32,35 @@ class StepArgs:
         self,
         *,
         ids: Tensor | None,
-        positions: Tensor,
-        slots: Tensor,
-        query_start: I64,
+        query_lens: I64,
         seq_lens: I64,
         block_tables: npt.NDArray[Any],
+        block_size: int,
         wanted: I64 | None = None,
     ) -> None:
-        """ids, positions, slots `[tokens]` int64; query_start `[rows + 1]`, seq_lens `[rows]`, block_tables `[rows, blocks]`.
+        """ids `[tokens]` int64; query_lens (tokens computed now), seq_lens (in the KV cache afterwards) `[rows]` int64; block_tables
+        `[rows, blocks]`.
 
-        wanted: the tokens that a program with `narrow` computes to the end, strictly ascending, at least one; None: all.
+        wanted: the tokens that a program with `narrow` computes to the end, strictly ascending, at least one; None: all. Raises
+        ValueError for a row that computes none, or more than it has, or has too few blocks.
         """
         tables = np.ascontiguousarray(block_tables, np.int32)
-        query_start, seq_lens = np.ascontiguousarray(query_start), np.ascontiguousarray(seq_lens)
-        self.tokens = positions.shape[0]
+        query_lens, seq_lens = np.ascontiguousarray(query_lens), np.ascontiguousarray(seq_lens)
+        self.tokens = int(query_lens.sum())
         if wanted is not None:
             wanted = np.ascontiguousarray(wanted, np.int64)
             assert len(wanted) and wanted[0] >= 0 and wanted[-1] < self.tokens and (np.diff(wanted) > 0).all(), wanted
         self.wanted = self.tokens if wanted is None else len(wanted)
-        self._kept = (ids, positions, slots, query_start, seq_lens, tables, wanted)
-        self._lib.step_set(
+        self._kept = (ids, query_lens, seq_lens, tables, wanted)
+        self._lib.step_set_rows(
             self.handle,
-            self.tokens,
             None if ids is None else ids.data_ptr(),
-            positions.data_ptr(),
-            slots.data_ptr(),
             len(seq_lens),
-            query_start.ctypes.data,
+            query_lens.ctypes.data,
             seq_lens.ctypes.data,
             tables.ctypes.data,
             tables.shape[1],
+            block_size,
             None if wanted is None else wanted.ctypes.data,
             0 if wanted is None else len(wanted),
         )

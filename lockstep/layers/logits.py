@@ -44,25 +44,24 @@ class LogitsProcessor(nn.Module):
             logits = trim_shards(gathered, cuts)
         return self._finish(logits[..., : self.vocab_size])
 
-    def top_tokens(self, lm_head: VocabParallelEmbedding, hidden: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """The likeliest token of each row, `[rows]` int64, on TP rank 0 (None on the others).
+    def top_tokens(self, lm_head: VocabParallelEmbedding, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The likeliest token of each row, `[rows]` int64, on every rank.
 
         Equal to the argmax of forward, the lowest id among equals, but ranks exchange one pair per row.
         """
         local = self._finish(self._local(lm_head, hidden, bias)[..., : lm_head.shard.filled.size])
         if lm_head.tp_size == 1:
             return row_argmax(local)
+        rows = len(local)
+        pair = torch.full((1, rows, 2), -torch.inf, dtype=torch.float64, device=local.device)
         if local.shape[-1]:
-            ids = row_argmax(local).unsqueeze(-1)
-            pair = torch.cat([local.gather(-1, ids).double(), (ids + lm_head.shard.start).double()], dim=-1)
-        else:
-            pair = torch.full((*local.shape[:-1], 2), -torch.inf, dtype=torch.float64, device=local.device)
-        pairs = self.tp.gather(pair, dst=0, dim=-1)
-        if pairs is None:
-            return None
+            ids = row_argmax(local)
+            pair[0, :, 0] = local.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            pair[0, :, 1] = ids + lm_head.shard.start
+        pairs = self.tp.all_gather(pair, 0)
         # Ranks are in id order and argmax takes the first of equals, so the lowest id wins.
-        best = pairs[..., 0::2].argmax(dim=-1, keepdim=True)
-        return pairs[..., 1::2].gather(-1, best).squeeze(-1).long()
+        best = pairs[:, :, 0].argmax(dim=0, keepdim=True)
+        return pairs[:, :, 1].gather(0, best)[0].long()
 
     def _local(self, lm_head: VocabParallelEmbedding, hidden: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and isinstance(lm_head, ParallelLMHead):

@@ -75,12 +75,11 @@ class DecoderModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        positions: Tensor,
         batch: AttentionBatch,
         intermediate: Intermediate | None = None,
         wanted: I64 | None = None,
     ) -> Tensor | Intermediate:
-        """`input_ids, positions [tokens]` -> normed hidden states `[tokens, hidden]`; on a stage before the last, what the next takes.
+        """`input_ids [tokens]` of the batch's rows -> normed hidden states `[tokens, hidden]`; before the last stage, what the next takes.
 
         `intermediate` is the previous stage's result (None on the first, which alone reads input_ids). Keys and values of
         the tokens are in the cache afterwards.
@@ -98,8 +97,8 @@ class DecoderModel(nn.Module):
                 hidden = hidden * self.embedding_scale
         else:
             hidden, residual = intermediate["hidden_states"], intermediate["residual"]
-        full = self.rope.cos_sin(positions)
-        step = Step(batch, full, full if self.rope_local is None else self.rope_local.cos_sin(positions))
+        full = self.rope.cos_sin(batch.positions)
+        step = Step(batch, full, full if self.rope_local is None else self.rope_local.cos_sin(batch.positions))
         for index, layer in enumerate(self.stack, self.start):
             hidden, residual = layer(hidden, residual, step)
             if self.watcher is not None:
@@ -153,8 +152,8 @@ class DecoderModel(nn.Module):
         return logits
 
     @torch.inference_mode()
-    def compute_top_tokens(self, hidden: Tensor) -> Tensor | None:
-        """The argmax of compute_logits, `[rows]`, on TP rank 0, with one pair per row exchanged. Last stage only."""
+    def compute_top_tokens(self, hidden: Tensor) -> Tensor:
+        """The argmax of compute_logits, `[rows]`, on every TP rank, with one pair per row exchanged. Last stage only."""
         return self.logits.top_tokens(self.head, hidden)
 
     def kv_layers(self) -> list[KVLayerSpec]:

@@ -181,11 +181,10 @@ class NativeDecoder:
             self.buffers.stream[:tokens] = intermediate["hidden_states"]
         self.step.set(
             ids=input_ids if intermediate is None else None,
-            positions=batch.positions,
-            slots=batch.slot_mapping,
-            query_start=batch.query_start,
+            query_lens=batch.query_lens,
             seq_lens=batch.seq_lens,
-            block_tables=batch.block_tables,
+            block_tables=batch.given_tables,
+            block_size=batch.block_size,
             wanted=wanted if self.narrows else None,
         )
         self.model.groups.tp.announce("layers", self.buffers.stream[:tokens])

@@ -62,7 +62,7 @@ class PagedRows:
         for i, end in zip(rows, ends, strict=True):
             self.done[i] = end
         ids = torch.tensor([token for i in rows for token in tokens[i]], device=self.model.device)
-        return self.model(ids, batch.positions, batch, intermediate)
+        return self.model(ids, batch, intermediate)
 
     def logits(self, tokens: Sequence[Sequence[int]]) -> Tensor | None:
         """`step`, then the logits of every token `[all tokens, vocab]` on TP rank 0, None on the others."""

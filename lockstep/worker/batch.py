@@ -106,6 +106,8 @@ class BatchState:
         self.prompt_logprobs: I64 = np.full(capacity, -1, np.int64)
         self.pooling: list[Pooling | None] = [None] * capacity
         self.pools: Flags = np.zeros(capacity, np.bool_)
+        self.choosy: set[int] = set()  # slots that do not just take the most likely token
+        self.curious: set[int] = set()  # slots that want more of their prompt than its KV: log-probabilities, a pooled vector
 
     @property
     def nbytes(self) -> int:
@@ -117,6 +119,8 @@ class BatchState:
         for slot in plan.freed:
             assert self.active[slot], f"step {plan.step} frees slot {slot}, which holds no request"
             self.active[slot] = False
+            self.choosy.discard(slot)
+            self.curious.discard(slot)
         for request in plan.new:
             self._start(request, plan.step)
         for slot, blocks in plan.new_blocks:
@@ -169,6 +173,10 @@ class BatchState:
         self._logprobs[slot] = -1 if p.logprobs is None else p.logprobs
         self.prompt_logprobs[slot] = -1 if p.prompt_logprobs is None or request.pooling else p.prompt_logprobs
         self.pooling[slot], self.pools[slot] = request.pooling, request.pooling is not None
+        if not p.greedy or self._altered[slot] or self._logprobs[slot] >= 0:
+            self.choosy.add(slot)
+        if self.pools[slot] or self.prompt_logprobs[slot] >= 0:
+            self.curious.add(slot)
 
     def _extend(self, slot: int, blocks: list[int]) -> None:
         have = int(self.num_blocks[slot])

@@ -39,7 +39,7 @@ class Meter:
             if group is not None and group.world_size > 1:
                 for communicator in dict.fromkeys((group.communicator, group.cpu_communicator)):
                     self._watch(communicator, group.unique_name, stage=group is groups.pp)
-        self._seen_ns = self._waited_ns()
+        self._seen_ns = self.waited_ns()
 
     def _watch(self, communicator: Communicator, name: str, stage: bool) -> None:
         clock = getattr(communicator, "waited_s", None)
@@ -71,23 +71,21 @@ class Meter:
         setattr(owner, method, timed)
         self._shadowed.append((owner, method))
 
-    def _waited_ns(self) -> int:
+    def waited_ns(self) -> int:
+        """How long this rank has waited for the others, in all."""
         return self._timed_ns + int(1e9 * sum(clock() for clock in self._clocks))
 
-    @contextmanager
-    def layers(self) -> Iterator[None]:
-        """The kernels run layers, and meet the other ranks inside them: their waits have no call of their own."""
-        before = self._waited_ns()
-        yield
-        self._times.collective(self._layers, self._waited_ns() - before)
+    def layers(self, before_ns: int) -> None:
+        """The kernels ran layers, and met the others inside them: those waits have no call of their own. before_ns: the waits before."""
+        self._times.collective(self._layers, self.waited_ns() - before_ns)
 
     @contextmanager
     def stage(self, *, whole: bool = False) -> Iterator[None]:
         """Wait for another pipeline stage. What ranks of this one wait for each other meanwhile is not the stage's; whole: it is,
         where one of them hears of the other stage and tells the rest."""
-        began, before = now_ns(), self._waited_ns()
+        began, before = now_ns(), self.waited_ns()
         yield
-        others = self._waited_ns() - before
+        others = self.waited_ns() - before
         if whole:
             self._seen_ns += others  # told here, and not as a wait for each other
             others = 0
@@ -95,7 +93,7 @@ class Meter:
 
     def stepped(self) -> None:
         """A step has ended: tell what it waited."""
-        waited = self._waited_ns()
+        waited = self.waited_ns()
         self._times.waited(waited - self._seen_ns)
         self._seen_ns = waited
 

@@ -3,7 +3,8 @@
     apply the plan -> inputs -> forward -> logits of the sampled rows -> sample -> broadcast -> append
 
 Only the output rank (TP rank 0 of the last pipeline stage) holds logits and samples; the tokens are broadcast, so that
-every rank's state goes on by itself and the next plan may be made before this step's result is known. In a pipeline they
+every rank's state goes on by itself and the next plan may be made before this step's result is known. Where all rows just take
+the most likely token, nobody holds logits: each rank of the stage finds it from one pair per row and rank. In a pipeline tokens
 go to the first stage alone, which waits for them when a step needs them.
 """
 
@@ -109,7 +110,7 @@ class ModelRunner:
         hidden = self.forward(inputs, self._wanted(inputs))
         add_operations(self.model, self.timeline)
         self.timeline.lap("forward")
-        prompt_logprobs = [] if hidden is None else self._prompt_logprobs(hidden, inputs)
+        prompt_logprobs = self._prompt_logprobs(hidden, inputs) if hidden is not None and self.state.curious else []
         sampled = self._sample(hidden, inputs)
         if self.returns is None:
             self.state.append(inputs.sampled_slots, sampled.tokens)
@@ -151,11 +152,14 @@ class ModelRunner:
 
         At least one, so that no operation meets a step of nothing.
         """
-        in_prompt = inputs.seq_lens - inputs.query_lens < self.state.prompt_lens[inputs.slots] - 1  # its last token predicts no prompt
-        more = (in_prompt & (self.state.prompt_logprobs[inputs.slots] >= 0)).any() or self.state.pools[inputs.slots].any()
-        if more or len(inputs.sampled_rows) == len(inputs.input_ids):
+        if len(inputs.sampled_rows) == len(inputs.input_ids) or (self.state.curious and self._more_wanted(inputs)):
             return None
         return inputs.last_tokens if len(inputs.sampled_rows) else np.zeros(1, np.int64)
+
+    def _more_wanted(self, inputs: StepInputs) -> bool:
+        in_prompt = inputs.seq_lens - inputs.query_lens < self.state.prompt_lens[inputs.slots] - 1  # its last token predicts no prompt
+        asked = self.state.prompt_logprobs[inputs.slots] >= 0
+        return bool((in_prompt & asked).any() or self.state.pools[inputs.slots].any())
 
     def forward(self, inputs: StepInputs, wanted: I64 | None = None) -> torch.Tensor | None:
         """Hidden states `[tokens, hidden]` of the step's tokens; None on a pipeline stage before the last, which sends them on.
@@ -167,8 +171,11 @@ class ModelRunner:
         batch = AttentionBatch.build(inputs.query_lens, inputs.seq_lens, inputs.block_tables, self.state.block_size, self.device)
         with self.timeline.span(RECEIVE, "idle"), self._stage():
             given = hop.receive(self.groups)
-        with self._layers():
-            result = self.model(self._to_device(inputs.input_ids), batch.positions, batch, given, wanted)
+        meter = self.meter if self.model.native is not None else None
+        before = meter.waited_ns() if meter is not None else 0
+        result = self.model(self._to_device(inputs.input_ids), batch, given, wanted)
+        if meter is not None:
+            meter.layers(before)
         if isinstance(result, torch.Tensor):
             return result
         with self.timeline.span(SEND, "idle"), self._stage():
@@ -179,9 +186,6 @@ class ModelRunner:
 
     def _stage(self, *, whole: bool = False) -> AbstractContextManager[None]:
         return self.meter.stage(whole=whole) if self.meter is not None and self.groups.pp.world_size > 1 else _NOTHING
-
-    def _layers(self) -> AbstractContextManager[None]:
-        return self.meter.layers() if self.meter is not None and self.model.native is not None else _NOTHING
 
     def _sample(self, hidden: torch.Tensor | None, inputs: StepInputs) -> Sampled:
         """One token for each sampled row, the same on every rank; log-probabilities on the output rank only.
@@ -194,7 +198,10 @@ class ModelRunner:
         sampled = None
         if hidden is not None:
             last = hidden if count == len(hidden) else hidden[self._to_device(inputs.last_tokens)]  # all of them, where all decode
-            sampled = self._choose(last, self.state.sample_rows(inputs.sampled_slots))
+            rows = self.state.sample_rows(inputs.sampled_slots) if self.state.choosy or self.recorder is not None else None
+            if rows is None or (rows.plain_greedy and self.recorder is None):  # whole logits need not be gathered, and every rank knows
+                return Sampled(self.model.compute_top_tokens(last).cpu().numpy(), None)
+            sampled = self._choose(last, rows)
         if self.groups.pp.world_size > 1:
             return sampled or Sampled(np.empty(0, np.int64), None)
         if self.groups.tp.world_size == 1:
@@ -205,10 +212,7 @@ class ModelRunner:
         return Sampled(everyones, sampled.logprobs, sampled.ended) if sampled else Sampled(everyones, None)
 
     def _choose(self, hidden: torch.Tensor, rows: SampleRows) -> Sampled | None:
-        """Tokens for `hidden [rows, hidden]` on the output rank. Every rank takes part, and takes the same way."""
-        if rows.plain_greedy and self.recorder is None:  # whole logits need not be gathered
-            top = self.model.compute_top_tokens(hidden)
-            return None if top is None else Sampled(top.cpu().numpy(), None)
+        """Tokens for `hidden [rows, hidden]` on the output rank. Every rank takes part."""
         logits = self.model.compute_logits(hidden)
         if logits is None:
             return None

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from lockstep.distributed.communicators import segment
 from lockstep.distributed.communicators.base import Communicator
 from lockstep.distributed.communicators.gloo import GlooCommunicator
 from lockstep.distributed.communicators.select import assemble, explain, host_communicator
+from lockstep.distributed.reduction_tree import ReductionTree
+from lockstep.kernels.library import library
+from lockstep.kernels.packed import PackedLinear
+from lockstep.kernels.program import Program, StepArgs
 
 BIG = 3 << 20  # more than a ring holds
 
@@ -304,3 +309,51 @@ def segment_size() -> int:
 
     lib: Any = library()
     return int(lib.shm_bytes(2, segment.SLOT_BYTES, segment.RING_BYTES))
+
+
+def products_one_way_or_another(rank: int, world_size: int) -> None:
+    """Row-parallel products have the same bits whichever way ranks add their partial sums, and for every number of tokens.
+
+    Ranks that share cores add what is there when they come; others meet first. Who has how many partial sums is uneven.
+    """
+    atoms, size, hidden = 8, 16, 160
+    borders = [atoms * r // world_size for r in range(world_size + 1)]
+    tree = ReductionTree.of(atoms, list(pairwise(borders)))
+    generator = torch.Generator().manual_seed(7)
+    weight, x = (torch.randn(n, atoms * size, generator=generator) for n in (hidden, 700))
+    first, stop = borders[rank], borders[rank + 1]
+    mine = slice(first * size, stop * size)
+    packed = PackedLinear(weight[:, mine].contiguous(), bounds=[i * size for i in range(stop - first + 1)], first=first, total=atoms)
+    found = [
+        _product(packed, x[:, mine].contiguous(), tree, may_spin, threads) for may_spin, threads in ((True, 1), (False, 1), (False, 2))
+    ]
+    torch.testing.assert_close(found[0][-1], x @ weight.T, rtol=1e-4, atol=1e-4)
+    for streams in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(streams, found[0], strict=True))
+    assert all(torch.equal(stream, found[0][-1][: len(stream)]) for stream in found[0])
+
+
+def _product(packed: PackedLinear, x: torch.Tensor, tree: ReductionTree, may_spin: bool, threads: int) -> list[torch.Tensor]:
+    """The streams `[tokens, hidden]` after the product of the first 1, 2, ... rows of x, each begun at zero."""
+    lib: Any = library()
+    c = shared(may_spin=may_spin)
+    code, counts = (torch.tensor(numbers, dtype=torch.int32) for numbers in (tree.code, tree.counts))
+    stream, normed = torch.zeros(len(x), packed.shape[0]), torch.empty(len(x), packed.shape[0])
+    finish = lib.finish_new(0, 0, 0, stream.data_ptr(), 0, normed.data_ptr(), packed.shape[0], 1e-6, False)
+    program, step = Program(lib), StepArgs(lib)
+    group = c.native_handle  # type: ignore[attr-defined]
+    program.add(
+        "row", lib.op_row(packed.handle, x.data_ptr(), x.shape[1], 0, group, code.data_ptr(), len(tree.code), counts.data_ptr(), finish, 1)
+    )
+    lib.finish_free(finish)
+    lib.team_set(threads, 0, 0)
+    found = []
+    for tokens in (1, 2, 5, 33, 200, len(x)):
+        stream.zero_()
+        step.set_rows(tokens)
+        program.run(step)
+        found.append(stream[:tokens].clone())
+    lib.team_set(1, 0, 0)
+    c.barrier()
+    c.close()
+    return found

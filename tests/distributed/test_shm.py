@@ -157,3 +157,8 @@ def test_sends_and_collectives_cross():
 @pytest.mark.parametrize("world_size", [2, 3, pytest.param(5, marks=pytest.mark.full), pytest.param(8, marks=pytest.mark.full)])
 def test_the_bits_do_not_depend_on_the_way(world_size):
     run_ranks(f"{J}:one_way_or_another", world_size)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, pytest.param(8, marks=pytest.mark.full)])
+def test_the_bits_of_products_do_not_depend_on_the_way(world_size):
+    run_ranks(f"{J}:products_one_way_or_another", world_size)

@@ -76,7 +76,9 @@ def test_the_demo_model_whole(chunk: int, threads: int, dtype: str, tmp_path: Pa
     assert agree([config(dtype=dtype), *rest], tmp_path, max_tokens=256, num_prompts=33, input_len=200, stagger=True)
 
 
-@pytest.mark.parametrize(("tp", "threads", "prompts", "quantization"), [(2, 2, 5, ""), (3, 1, 5, ""), (2, 1, 11, ""), (2, 2, 13, "int8")])
+@pytest.mark.parametrize(
+    ("tp", "threads", "prompts", "quantization"), [(2, 2, 5, ""), (3, 1, 5, ""), (5, 2, 11, ""), (2, 1, 11, ""), (2, 2, 13, "int8")]
+)
 def test_long_steps(
     tp: int, threads: int, prompts: int, quantization: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:

@@ -52,16 +52,13 @@ def test_operations_after_narrow_see_the_wanted_rows_first(wanted: list[int] | N
     program.narrow("narrow", source, other)
     program.add("norm", lib.op_norm(source.data_ptr(), 24, norm.data_ptr(), out.data_ptr(), 24, 24, 1e-6, False, 0))
     program.add_stop("after", seen.append)
-    one, tables = np.arange(2, dtype=np.int64), np.zeros((1, 1), np.int32)
-    rows = np.array(wanted if wanted is not None else range(7), np.int64)
-    positions = torch.arange(7)
+    one, rows = np.ones(1, np.int64), np.array(wanted if wanted is not None else range(7), np.int64)
     step.set(
         ids=None,
-        positions=positions,
-        slots=positions,
-        query_start=one * 7,
-        seq_lens=one[1:] * 7,
-        block_tables=tables,
+        query_lens=one * 7,
+        seq_lens=one * 7,
+        block_tables=np.zeros((1, 1), np.int32),
+        block_size=16,
         wanted=None if wanted is None else rows,
     )
     program.run(step)
@@ -78,9 +75,9 @@ def test_rows_are_moved_whole_by_any_number_of_threads(threads: int) -> None:
     wanted = stream[rows].clone(), heads[rows].clone()
     program, step = Program(lib), StepArgs(lib)
     program.narrow("narrow", stream, heads)
-    positions, one = torch.arange(40), np.arange(2, dtype=np.int64)
+    one = np.ones(1, np.int64)
     tables = np.zeros((1, 1), np.int32)
-    step.set(ids=None, positions=positions, slots=positions, query_start=one * 40, seq_lens=one[1:] * 40, block_tables=tables, wanted=rows)
+    step.set(ids=None, query_lens=one * 40, seq_lens=one * 40, block_tables=tables, block_size=64, wanted=rows)
     lib.team_set(threads, 0, 0)
     try:
         program.run(step)
@@ -91,17 +88,28 @@ def test_rows_are_moved_whole_by_any_number_of_threads(threads: int) -> None:
 
 @pytest.mark.parametrize("wanted", [[], [1, 1], [2, 1], [-1], [7]])
 def test_wanted_tokens_are_checked(wanted: list[int]) -> None:
-    positions, one = torch.arange(7), np.arange(2, dtype=np.int64)
     with pytest.raises(AssertionError):
-        StepArgs(library()).set(
-            ids=None,
-            positions=positions,
-            slots=positions,
-            query_start=one * 7,
-            seq_lens=one[1:] * 7,
-            block_tables=np.zeros((1, 1), np.int32),
-            wanted=np.array(wanted, np.int64),
-        )
+        _set([7], [7], wanted=np.array(wanted, np.int64))
+
+
+@pytest.mark.parametrize(
+    ("queries", "seqs", "message"),
+    [
+        ([0], [7], "at least one token"),
+        ([1, 8], [3, 7], "at most its length"),
+        ([1], [17], "fewer blocks"),
+        ([-1], [7], "at least one token"),
+    ],
+)
+def test_rows_are_checked(queries: list[int], seqs: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _set(queries, seqs)
+
+
+def _set(queries: list[int], seqs: list[int], **more: Any) -> None:
+    """Each row has one block of 16 tokens."""
+    rows, tables = [np.array(numbers, np.int64) for numbers in (queries, seqs)], np.zeros((len(seqs), 1), np.int32)
+    StepArgs(library()).set(ids=None, query_lens=rows[0], seq_lens=rows[1], block_tables=tables, block_size=16, **more)
 
 
 def test_the_model_returns_the_wanted_rows_only(tmp_path: Path) -> None:

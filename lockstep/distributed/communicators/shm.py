@@ -28,7 +28,7 @@ _OTHER = 255
 class ShmCommunicator(Communicator):
     """All ranks on one host. Waits spin, then hand the core on, then sleep; a dead or late rank is a RuntimeError that names it.
 
-    After such an error the group stays failed. native_handle: for `group_of` in the kernels, so that an operation can meet
+    After such an error the group stays failed. native_handle: a `Group*` for the kernels, so that an operation can meet
     the other ranks itself; valid until `close`. Sums of dtypes that it does not know are left to `inner`.
     """
 

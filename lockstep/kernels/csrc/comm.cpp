@@ -15,9 +15,6 @@ void gather(ShmGroup& g, Call call, int64_t dtype, const char* in, char* out, in
 void broadcast(ShmGroup& g, char* x, int64_t bytes, int src, int64_t dtype);
 void all_to_all(ShmGroup& g, const char* in, char* out, const int64_t* send, const int64_t* recv, int64_t dtype);
 
-// From the handle that Python holds.
-Group* group_of(void* handle) { return static_cast<ShmGroup*>(handle); }
-
 namespace {
 
 int64_t shm_bytes(int64_t world, int64_t slot_bytes, int64_t ring_bytes) { return int64_t(ShmGroup::bytes(int(world), size_t(slot_bytes), size_t(ring_bytes))); }

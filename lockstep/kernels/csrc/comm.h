@@ -47,6 +47,4 @@ class Group {
   virtual void sync(uint64_t tag) = 0;
 };
 
-Group* group_of(void* handle);  // from the handle that Python holds (ShmCommunicator.native_handle), valid until close
-
 }  // namespace lockstep

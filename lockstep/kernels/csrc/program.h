@@ -12,7 +12,7 @@
 
 namespace lockstep {
 
-// What changes from step to step. Filled by Python (step_set); pointers belong to arrays that live through the step.
+// What changes from step to step. Filled by Python (step_set, step_set_rows); pointers belong to arrays that live through the step.
 struct Step {
   int64_t tokens = 0;                 // rows of all activation buffers in this step
   const int64_t* ids = nullptr;       // [tokens]

@@ -52,13 +52,13 @@ struct Finish {
     }
   }
 
-  // `h` [n] holds the rounded sum of row `row`.
+  // h [n]: the rounded sum of row `row`. spare [n] may be h.
   template <class T>
-  void stream(T* h, int64_t row) const {
+  void stream(const T* h, T* spare, int64_t row) const {
     T* r = static_cast<T*>(residual) + row * n;
-    if (post) rms_norm_row<T>(h, static_cast<const T*>(post), h, n, eps, plus_one);
-    add_row<T>(h, r, n);
-    if (weight) rms_norm_row<T>(r, static_cast<const T*>(weight), static_cast<T*>(out) + row * n, n, eps, plus_one);
+    if (post) rms_norm_row<T>(h, static_cast<const T*>(post), spare, n, eps, plus_one);
+    const f32x16 squares = add_row<T>(post ? spare : h, r, n);
+    if (weight) rms_norm_row<T>(squares, r, static_cast<const T*>(weight), static_cast<T*>(out) + row * n, n, eps, plus_one);
   }
 };
 
@@ -156,7 +156,7 @@ struct Row : Op {
       std::vector<T> h(static_cast<size_t>(finish.n));
       for (int64_t i = lane.first(rows); i < lane.last(rows); i++) {
         sum_row<T>(i, rows, h.data());
-        finish.stream<T>(h.data(), at + i);
+        finish.stream<T>(h.data(), h.data(), at + i);
       }
     });
   }
@@ -168,7 +168,7 @@ struct Row : Op {
       const int64_t rows = std::min(rows_fit, tokens - at);
       multiply_and_round<T>(at, rows, nullptr, sums, lane);
       lane.barrier();
-      for (int64_t i = lane.first(rows); i < lane.last(rows); i++) finish.stream<T>(sums + i * finish.n, at + i);
+      for (int64_t i = lane.first(rows); i < lane.last(rows); i++) finish.stream<T>(sums + i * finish.n, sums + i * finish.n, at + i);
       if (at + rows < tokens) lane.barrier();  // the next chunk writes what this one reads
     }
   }
@@ -269,11 +269,8 @@ struct Row : Op {
   // Rounded sums of rows [at, at + rows) that others may read too.
   template <class T>
   void stream_all(const T* sums, int64_t at, int64_t rows, Lane& lane) {
-    std::vector<T> h(static_cast<size_t>(finish.n));
-    for (int64_t i = lane.first(rows); i < lane.last(rows); i++) {
-      memcpy(h.data(), sums + i * finish.n, size_t(finish.n) * sizeof(T));
-      finish.stream<T>(h.data(), at + i);
-    }
+    std::vector<T> spare(static_cast<size_t>(finish.n));
+    for (int64_t i = lane.first(rows); i < lane.last(rows); i++) finish.stream<T>(sums + i * finish.n, spare.data(), at + i);
   }
 };
 
@@ -303,7 +300,7 @@ struct Finished : Op {
       std::vector<T> h(static_cast<size_t>(n));
       for (int64_t i = lane.first(step.tokens); i < lane.last(step.tokens); i++) {
         finish.round_sum([&](int64_t j, int64_t count) { return load_n(sum + i * n + j, count); }, h.data());
-        finish.stream<T>(h.data(), i);
+        finish.stream<T>(h.data(), h.data(), i);
       }
     });
   }
