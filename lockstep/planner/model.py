@@ -175,7 +175,9 @@ class Keys:
                 raise ConfigError(f"{self.where}: {name}={value!r} must be a whole number of at least 1.")
             return value
         if default is None:
-            raise ConfigError(f"{self.where}: the key {names[0]!r} is missing: this is not a complete model config.")
+            kind = self.raw.get("model_type")
+            other = f", or model_type={kind!r} has other names for its sizes than are known here" if kind else ""
+            raise ConfigError(f"{self.where}: the key {names[0]!r} is missing: this is not a complete model config{other}.")
         return default
 
     def flag(self, name: str, default: bool = False) -> bool:

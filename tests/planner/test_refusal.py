@@ -121,6 +121,12 @@ def test_a_folder_without_a_config_is_no_flag(tmp_path: Path, capsys):
     assert error.startswith(f"error: model {str(tmp_path)!r} has no config.json") and "--model" not in error
 
 
+def test_a_model_whose_sizes_have_other_names_is_not_called_incomplete_alone(tmp_path: Path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12}))
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "'hidden_size' is missing: this is not a complete model config, or model_type='gpt2' has other names" in capsys.readouterr().err
+
+
 def test_no_cost_is_a_price(capsys):
     assert main(["plan", "llama-3.1-8b", "--price", "0", "--no-draw"]) == 0
     assert "$0.00 an hour" in capsys.readouterr().out

@@ -105,7 +105,15 @@ def test_report_and_picture_say_the_same():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"stages": 0}, {"micro_batches": 0}, {"stage_times": "1,2"}, {"stage_times": "1,1,1,0"}, {"stage_times": "a,1,1,1"}, {"hop": "-1"}],
+    [
+        {"stages": 0},
+        {"micro_batches": 0},
+        {"stage_times": "1,2"},
+        {"stage_times": "1,1,1,0"},
+        {"stage_times": "a,1,1,1"},
+        {"hop": "-1"},
+        {"hop": "1e400"},
+    ],
 )
 def test_impossible_pipelines_are_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

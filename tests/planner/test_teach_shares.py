@@ -146,8 +146,8 @@ def test_a_replica_counts_what_it_carries():
     ("module", "wrong"),
     [
         (tp, {"ranks": 7, "inner": 6}), (tp, {"tokens": 0}), (tp, {"sizes": "0"}), (experts, {"ranks": 7}), (experts, {"topk": 0}),
-        (experts, {"redundant": 3}), (context, {"tokens": 3}), (context, {"context": 0}), (simulate_data, {"load": 0}),
-        (simulate_data, {"requests": 1}),
+        (experts, {"redundant": 3}), (context, {"tokens": 0}), (context, {"ranks": 13}), (context, {"context": 0}),
+        (simulate_data, {"load": 0}), (simulate_data, {"requests": 1}),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(module, wrong):

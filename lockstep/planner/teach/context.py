@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
+from lockstep.config.errors import ConfigError
 from lockstep.config.tree import opt
 from lockstep.distributed.partition import head_shard
 from lockstep.planner.teach.checks import whole, within
@@ -45,7 +46,9 @@ class Options:
     def check(self) -> None:
         """Raises ConfigError for what cannot be."""
         within("ranks", self.ranks, 1, 64)
-        within("tokens", self.tokens, self.ranks, 4096)
+        within("tokens", self.tokens, 1, 4096)
+        if self.ranks > self.tokens:
+            raise ConfigError(f"ranks={self.ranks} is more than tokens={self.tokens}: use fewer ranks, or more tokens.")
         within("head_dim", self.head_dim, 1, 64)
         for name in ("tensor", "context", "layers", "heads", "kv_heads", "model_head_dim", "chunk"):
             within(name, getattr(self, name), 1, 10**8)
