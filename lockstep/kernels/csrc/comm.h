@@ -39,12 +39,15 @@ class Group {
   bool crowded = false;  // ranks share cores: to meet is to wait for others' turns
   // Shared, by node of the tree: 0, or 1 + the partial sum that is the half of the node that came first. Null: one rank.
   std::atomic<int32_t>* halves = nullptr;
-  // Rank r's slot of the epoch that the next sync ends (before it), or that the last sync ended (`after`).
+  // Rank r's slot of the epoch that the next sync ends (before it), or that the last sync ended (`after`). Between arrive and await
+  // the epoch has not ended, and a rank reads what it wrote itself.
   virtual char* slot(int r) = 0;
   virtual char* slot_after(int r) = 0;
   // Publishes what this rank wrote and waits until every rank called it too. `tag` names the operation and its size:
   // ranks that meet with different tags are told so. Throws std::runtime_error naming the rank that died, is late, or differs.
-  virtual void sync(uint64_t tag) = 0;
+  void sync(uint64_t tag) { arrive(tag), await(); }
+  virtual void arrive(uint64_t tag) = 0;  // the first half: publishes
+  virtual void await() = 0;               // ... and waits
 };
 
 }  // namespace lockstep

@@ -160,16 +160,21 @@ void ShmGroup::check_tags(uint32_t epoch, uint64_t tag) {
   }
 }
 
-void ShmGroup::sync(uint64_t tag) {
+void ShmGroup::arrive(uint64_t tag) {
   if (!failed_.empty()) check();
   Line& mine = lines_[rank];
-  uint32_t epoch = epoch_ + 1;
+  const uint32_t epoch = epoch_ + 1;
   mine.tag[epoch & 1].store(tag, std::memory_order_relaxed);
   mine.arrived.store(epoch);  // sequentially consistent: seen before the sleepers are looked at
   if (header_->sleepers.load() && all_arrived(epoch)) {
     header_->bell.fetch_add(1);
     futex_wake_all(&header_->bell, true);
   }
+}
+
+void ShmGroup::await() {
+  const uint32_t epoch = epoch_ + 1;
+  const uint64_t tag = lines_[rank].tag[epoch & 1].load(std::memory_order_relaxed);
   double since = 0;
   for (int r = 0; r < world; r++)
     if (int32_t(lines_[r].arrived.load(std::memory_order_acquire) - epoch) < 0) {

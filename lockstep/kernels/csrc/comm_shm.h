@@ -64,7 +64,8 @@ class ShmGroup : public Group {
 
   char* slot(int r) override { return slots_ + (size_t(r) * 2 + (epoch_ & 1)) * slot_bytes; }
   char* slot_after(int r) override { return slots_ + (size_t(r) * 2 + (~epoch_ & 1)) * slot_bytes; }
-  void sync(uint64_t tag) override;
+  void arrive(uint64_t tag) override;
+  void await() override;
   bool may_spin() const { return may_spin_; }
   double waited_s() const { return waited_s_; }
   char* token() { return header_->token; }

@@ -20,7 +20,8 @@ struct LocalGroup : Group {
   explicit LocalGroup(size_t bytes) : memory(new char[bytes]) { slot_bytes = bytes; }
   char* slot(int) override { return memory.get(); }
   char* slot_after(int) override { return memory.get(); }
-  void sync(uint64_t) override {}
+  void arrive(uint64_t) override {}
+  void await() override {}
 };
 
 // How a finished sum goes back into the residual stream:
@@ -143,10 +144,17 @@ struct Row : Op {
     gemm(w, {static_cast<const char*>(src) + at * lds * itemsize(type), type, lds}, rows, RoundSink<T>(finish, theirs, out), lane);
   }
 
+  // meanwhile(): what needs no other rank is done before this one waits for them.
+  template <class F>
+  void meet(Lane& lane, uint64_t detail, const F& meanwhile) {
+    lane.barrier();
+    if (lane.id == 0) group.arrive(tag << 32 | detail);
+    meanwhile();
+    if (lane.id == 0) group.await();
+    lane.barrier();
+  }
   void meet(Lane& lane, uint64_t detail) {
-    lane.barrier();
-    if (lane.id == 0) group.sync(tag << 32 | detail);
-    lane.barrier();
+    meet(lane, detail, [] {});
   }
 
   // Every rank adds up all rows.
@@ -199,7 +207,10 @@ struct Row : Op {
     for (int64_t c = 0; c <= chunks; c++) {
       const int64_t at = first(c), rows = c < chunks ? first(c + 1) - at : 0;
       if (rows) multiply(at, rows, lane);
-      meet(lane, uint64_t(rows) | (c ? 1u << 31 : 0));
+      char* mine = group.slot(group.rank);  // the epoch may end while other threads are in what follows
+      meet(lane, uint64_t(rows) | (c ? 1u << 31 : 0), [&] {
+        if (c) stream_results<T>(mine, group.rank, first(c - 1), at, lane);
+      });
       if (rows) add_part<T>(rows, lane);
       if (c) take_results<T>(first(c - 1), at, lane);
     }
@@ -238,7 +249,10 @@ struct Row : Op {
         lane.barrier();
       }
       if (c < chunks) multiply(from(c, other), from(c, other + 1) - from(c, other), lane);
-      meet(lane, uint64_t(c < chunks ? first(c + 1) - first(c) : 0) | (c ? 1u << 31 : 0));
+      char* mine = group.slot(group.rank);  // as above
+      meet(lane, uint64_t(c < chunks ? first(c + 1) - first(c) : 0) | (c ? 1u << 31 : 0), [&] {
+        if (c) stream_results<T>(mine, group.rank, first(c - 1), first(c), lane);
+      });
       if (c) take_results<T>(first(c - 1), first(c), lane);
     }
   }
@@ -257,14 +271,16 @@ struct Row : Op {
     for (int64_t i = lane.first(mine); i < lane.last(mine); i++) sum_row<T>(begin + i, rows, to + i * finish.n);
   }
 
+  // The other ranks' results of rows [at, end).
   template <class T>
   void take_results(int64_t at, int64_t end, Lane& lane) {
-    const int64_t rows = end - at;
-    for (int64_t r = 0; r < group.world; r++) {
-      const T* theirs = results<T>(group.slot_after(int(r)));
-      const int64_t from = part(r, rows), count = part(r + 1, rows) - from;
-      stream_all(theirs, at + from, count, lane);
-    }
+    for (int64_t r = 0; r < group.world; r++)
+      if (r != group.rank) stream_results<T>(group.slot_after(int(r)), r, at, end, lane);
+  }
+  template <class T>
+  void stream_results(char* slot, int64_t r, int64_t at, int64_t end, Lane& lane) {
+    const int64_t from = part(r, end - at), count = part(r + 1, end - at) - from;
+    stream_all(results<T>(slot), at + from, count, lane);
   }
   // Rounded sums of rows [at, at + rows) that others may read too.
   template <class T>
