@@ -242,6 +242,13 @@ class GroupCoordinator(ObjectTransfer, TensorTransfer, DeviceSharing):
         self._enter("all_gather", x, detail=f"dim={dim}")
         return self.communicator.all_gather(x, dim)
 
+    def largest(self, values: Tensor, ids: Tensor) -> Tensor:
+        """Of each row the id that comes with the largest value over ranks, `[rows]`; see `Communicator.largest`. World size 1: `ids`."""
+        if self.world_size == 1:
+            return ids
+        self._enter("largest", values, ids)
+        return self.communicator.largest(values, ids)
+
     def all_gatherv(self, x: Tensor | list[Tensor], dim: int = 0, sizes: Sequence[int] | None = None) -> Any:
         """As all_gather where rank r brings `sizes[r]` along `dim` (None: all alike). A list gives a list."""
         if self.world_size == 1:

@@ -17,14 +17,22 @@ F64 = npt.NDArray[np.float64]
 
 def row_argmax(logits: Tensor) -> Tensor:
     """The most likely token of each row of `logits [rows, vocab]`, `[rows]` int64; the lowest id where several are."""
-    if logits.device.type != "cpu":
-        return logits.argmax(dim=-1)
-    lib = library()
+    return row_largest(logits)[1]
+
+
+def row_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As row_argmax, and before it the logits of these tokens, `[rows]` float32."""
+    lib = library() if logits.device.type == "cpu" else None
     if lib is None or logits.dtype != torch.float32 or logits.stride(1) != 1:
-        return torch.from_numpy(logits.float().numpy().argmax(axis=1))  # numpy's is vectorised, torch's is not
-    ids = torch.empty(logits.shape[0], dtype=torch.int64)
-    lib.argmax_rows(logits.data_ptr(), logits.shape[0], logits.shape[1], logits.stride(0), ids.data_ptr(), None)
-    return ids
+        if logits.device.type == "cpu":  # numpy's is vectorised, torch's is not
+            ids = torch.from_numpy(logits.float().numpy().argmax(axis=1))
+        else:
+            ids = logits.argmax(dim=-1)
+        return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1).float(), ids
+    rows, vocab = logits.shape
+    values, ids = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    lib.argmax_rows(logits.data_ptr(), rows, vocab, logits.stride(0), ids.data_ptr(), values.data_ptr())
+    return values, ids
 
 
 def draw(logits: F32, u: F64, *, temperature: F64, min_p: F64, top_k: I64, top_p: F64) -> I64:

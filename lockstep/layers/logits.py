@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lockstep.kernels.rows import row_argmax
+from lockstep.kernels.rows import row_argmax, row_largest
 from lockstep.layers.base import pad_last, trim_shards
 from lockstep.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -52,16 +52,12 @@ class LogitsProcessor(nn.Module):
         local = self._finish(self._local(lm_head, hidden, bias)[..., : lm_head.shard.filled.size])
         if lm_head.tp_size == 1:
             return row_argmax(local)
-        rows = len(local)
-        pair = torch.full((1, rows, 2), -torch.inf, dtype=torch.float64, device=local.device)
         if local.shape[-1]:
-            ids = row_argmax(local)
-            pair[0, :, 0] = local.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-            pair[0, :, 1] = ids + lm_head.shard.start
-        pairs = self.tp.all_gather(pair, 0)
-        # Ranks are in id order and argmax takes the first of equals, so the lowest id wins.
-        best = pairs[:, :, 0].argmax(dim=0, keepdim=True)
-        return pairs[:, :, 1].gather(0, best)[0].long()
+            values, ids = row_largest(local)
+        else:  # this rank holds padding alone
+            values = local.new_full((len(local),), -torch.inf)
+            ids = torch.zeros_like(values, dtype=torch.int64)
+        return self.tp.largest(values, ids.add_(lm_head.shard.start))  # ranks are in id order, so of equals the lowest id wins
 
     def _local(self, lm_head: VocabParallelEmbedding, hidden: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and isinstance(lm_head, ParallelLMHead):

@@ -16,7 +16,7 @@ from lockstep.distributed.communicators.base import Communicator
 from lockstep.distributed.groups import ParallelGroups
 from lockstep.distributed.progress import ProgressCell
 
-COLLECTIVES = sorted((Communicator.__abstractmethods__ | {"combine", "send", "recv_"}) & set(vars(Communicator)))
+COLLECTIVES = sorted((Communicator.__abstractmethods__ | {"combine", "largest", "send", "recv_"}) & set(vars(Communicator)))
 
 now_ns = time.monotonic_ns
 

@@ -117,6 +117,20 @@ def gather(c: Communicator, rank: int, size: int) -> None:
                 assert found is None
 
 
+def largest(c: Communicator, rank: int, size: int) -> None:
+    for rows in (1, 7, 301):
+        # Few different values, so that ranks have the same ones.
+        parts = [values((rows,), torch.float32, r, rows) % 5 for r in range(size)]
+        parts[size // 2][rows // 2] = float("nan")
+        parts[-1][0] = float("inf")
+        parts[0][rows - 1] = -float("inf")
+        ids = [torch.arange(rows) * 1000 + r for r in range(size)]
+        wanted = torch.stack(ids).gather(0, torch.from_numpy(torch.stack(parts).numpy().argmax(0))[None])[0]
+        same(c.largest(parts[rank].to(c.device), ids[rank].to(c.device)), wanted, c.device)
+    same(c.largest(torch.full((3,), -torch.inf, device=c.device), torch.full((3,), rank, device=c.device)), torch.zeros(3).long(), c.device)
+    same(c.largest(torch.empty(0, device=c.device), torch.empty(0, dtype=torch.int64, device=c.device)), torch.empty(0).long(), c.device)
+
+
 def broadcast(c: Communicator, rank: int, size: int) -> None:
     for src in range(size):
         for dtype in DTYPES:
@@ -203,7 +217,7 @@ def barrier(c: Communicator, rank: int, size: int) -> None:
 CHECKS: dict[str, Callable[[Communicator, int, int], None]] = {
     f.__name__: f
     for f in (
-        all_reduce, all_gather, all_gatherv, reduce_scatter, reduce_scatterv, gather,
+        all_reduce, all_gather, all_gatherv, reduce_scatter, reduce_scatterv, gather, largest,
         broadcast, all_to_all, all_to_allv, combine, send_recv, barrier,
     )
 }  # fmt: skip

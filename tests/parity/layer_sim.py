@@ -5,6 +5,8 @@ from collections import Counter
 
 import torch
 
+from lockstep.distributed.communicators.base import Communicator
+
 
 class SimRank:
     """What layers use of a group coordinator, plus a count of the collectives made. Sums run in rank order."""
@@ -28,6 +30,9 @@ class SimRank:
 
     def all_gather(self, x, dim=-1):
         return torch.cat(self._exchange("all_gather", x), dim=dim)
+
+    def largest(self, values, ids):
+        return Communicator.largest(self, values, ids)
 
     def gather(self, x, dst=0, dim=-1):
         parts = self._exchange("gather", x)

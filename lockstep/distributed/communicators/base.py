@@ -64,6 +64,14 @@ class Communicator(ABC):
     def gather(self, x: Tensor, dst: int, dim: int) -> Tensor | None:
         """Every rank's `x` joined along `dim` on rank `dst`; None on the others."""
 
+    def largest(self, values: Tensor, ids: Tensor) -> Tensor:
+        """Of each row the id that comes with the largest value over ranks: `values [rows]` float32, `ids [rows]` int64 -> `[rows]` int64.
+
+        Of equal values that of the lowest rank; a NaN is larger than any number. Ids are below 2**53: one message has both.
+        """
+        pairs = self.all_gather(torch.stack((values.double(), ids.double())).unsqueeze(0), 0)
+        return pairs[:, 1].gather(0, pairs[:, 0].argmax(dim=0, keepdim=True))[0].long()
+
     @abstractmethod
     def broadcast_(self, x: Tensor, src: int) -> None:
         """Rank `src`'s values, into `x`."""

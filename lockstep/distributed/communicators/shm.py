@@ -74,6 +74,12 @@ class ShmCommunicator(Communicator):
         self._join(self._lib.shm_gather, x, out, sizes, dim, dst)
         return out
 
+    def largest(self, values: Tensor, ids: Tensor) -> Tensor:
+        values, ids = values.contiguous(), ids.contiguous()
+        out = torch.empty_like(ids)
+        self._lib.shm_largest(self._group, values.data_ptr(), ids.data_ptr(), len(ids), out.data_ptr())
+        return out
+
     def _join(self, function: Any, x: Tensor, out: Tensor | None, sizes: Sequence[int], dim: int, *more: int) -> None:
         x = x.contiguous()
         outer, unit = prod(x.shape[:dim]), prod(x.shape[dim + 1 :]) * x.element_size()

@@ -13,6 +13,7 @@ void combine(ShmGroup& g, const float* in, float* out, const int64_t* counts, co
 void reduce_scatter(ShmGroup& g, const void* in, void* out, const int64_t* counts, int64_t dtype);
 void gather(ShmGroup& g, Call call, int64_t dtype, const char* in, char* out, int64_t outer, const int64_t* inner, uint64_t detail);
 void broadcast(ShmGroup& g, char* x, int64_t bytes, int src, int64_t dtype);
+void largest(ShmGroup& g, const float* values, const int64_t* ids, int64_t rows, int64_t* out);
 void all_to_all(ShmGroup& g, const char* in, char* out, const int64_t* send, const int64_t* recv, int64_t dtype);
 
 namespace {
@@ -34,6 +35,7 @@ void shm_reduce_scatter(ShmGroup* g, const void* in, void* out, const int64_t* c
 void shm_all_gather(ShmGroup* g, const void* in, char* out, int64_t outer, const int64_t* inner, int64_t dtype) {
   gather(*g, Call::AllGather, dtype, static_cast<const char*>(in), out, outer, inner, shares_of(inner, g->world));
 }
+void shm_largest(ShmGroup* g, const float* values, const int64_t* ids, int64_t rows, int64_t* out) { largest(*g, values, ids, rows, out); }
 // out: null where this rank only gives.
 void shm_gather(ShmGroup* g, const void* in, char* out, int64_t outer, const int64_t* inner, int64_t dst, int64_t dtype) {
   gather(*g, Call::Gather, dtype, static_cast<const char*>(in), out, outer, inner, uint64_t(dst) + 1);
@@ -59,7 +61,7 @@ bool shm_signed(ShmGroup* g, const char* token) { return strncmp(g->token(), tok
 extern const std::vector<PyMethodDef> comm_methods;
 const std::vector<PyMethodDef> comm_methods = {
     BIND(shm_bytes),   BIND(shm_new),     BIND(shm_free),           BIND(shm_sign),       BIND(shm_signed),
-    BIND(shm_waited_s), BIND(shm_barrier), BIND(shm_combine), BIND(shm_reduce_scatter), BIND(shm_all_reduce), BIND(shm_all_gather), BIND(shm_gather),
+    BIND(shm_waited_s), BIND(shm_barrier), BIND(shm_combine), BIND(shm_reduce_scatter), BIND(shm_all_reduce), BIND(shm_all_gather), BIND(shm_gather), BIND(shm_largest),
     BIND(shm_broadcast), BIND(shm_all_to_all), BIND(shm_send), BIND(shm_receive), BIND(shm_test), BIND(shm_wait), BIND(shm_drop), BIND(shm_fail),
 };
 

@@ -13,7 +13,7 @@ namespace lockstep {
 
 // What ranks do when they meet. Names for messages are in comm_errors.cpp. An operation of a program gives its own number
 // in place of the dtype and the byte before it, and any detail below.
-enum class Call : uint8_t { Step, Barrier, AllReduce, AllGather, ReduceScatter, Gather, Broadcast, AllToAll, Combine, Send };
+enum class Call : uint8_t { Step, Barrier, AllReduce, AllGather, ReduceScatter, Gather, Broadcast, AllToAll, Combine, Send, Largest };
 
 // A tag for sync: ranks that do the same have the same one. dtype: a number of SUMMED in shm.py (255: bytes of any kind).
 // detail: what else they must agree on, 0 to 255: a rank + 1, or shares_of.

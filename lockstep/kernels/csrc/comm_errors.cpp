@@ -8,7 +8,7 @@
 namespace lockstep {
 
 std::string tag_text(uint64_t tag) {
-  static const char* calls[] = {"", "barrier", "all_reduce", "all_gather", "reduce_scatter", "gather", "broadcast", "all_to_all", "combine", "send"};
+  static const char* calls[] = {"", "barrier", "all_reduce", "all_gather", "reduce_scatter", "gather", "broadcast", "all_to_all", "combine", "send", "largest"};
   static const char* dtypes[] = {"float32", "bfloat16", "float16", "int8", "uint8", "bool", "int16", "int32", "int64", "float64"};
   size_t call = size_t(tag >> 56), dtype = size_t(tag >> 48) & 255, bytes = size_t(tag & 0xffffffffff), detail = size_t(tag >> 40) & 255;
   if (Call(call) == Call::Step) return "operation " + std::to_string(tag >> 32) + " of a model step (detail " + std::to_string(tag & 0xffffffff) + ")";

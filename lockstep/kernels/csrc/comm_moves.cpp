@@ -37,6 +37,26 @@ void gather(ShmGroup& g, Call call, int64_t dtype, const char* in, char* out, in
   }
 }
 
+// Of each row the id whose value is the largest over ranks; of equal ones that of the lowest rank; a NaN is larger than all. All [rows].
+void largest(ShmGroup& g, const float* values, const int64_t* ids, int64_t rows, int64_t* out) {
+  const int64_t fit = round_bytes(g) / int64_t(sizeof *ids + sizeof *values);
+  for (int64_t at = 0; at < rows; at += fit) {
+    const int64_t n = std::min(fit, rows - at);
+    memcpy(g.slot(g.rank), ids + at, size_t(n) * sizeof *ids);
+    memcpy(g.slot(g.rank) + n * int64_t(sizeof *ids), values + at, size_t(n) * sizeof *values);
+    g.sync(make_tag(Call::Largest, 0, uint64_t(rows)));
+    for (int64_t i = 0; i < n; i++) {
+      float best = 0;
+      for (int r = 0; r < g.world; r++) {
+        const int64_t* theirs = reinterpret_cast<const int64_t*>(g.slot_after(r));
+        const float v = reinterpret_cast<const float*>(theirs + n)[i];
+        if (r && !(v > best) && !(v != v && best == best)) continue;
+        best = v, out[at + i] = theirs[i];
+      }
+    }
+  }
+}
+
 void broadcast(ShmGroup& g, char* x, int64_t bytes, int src, int64_t dtype) {
   std::vector<int64_t> sizes(size_t(g.world), 0);
   sizes[size_t(src)] = bytes;
