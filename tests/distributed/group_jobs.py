@@ -71,6 +71,8 @@ def gathers(rank: int, world_size: int) -> None:
         found = tp.gather(x, dst, 0)
         assert (found is None) == (rank != dst)
         assert found is None or torch.equal(found, torch.cat(everyone, 0))
+    values = torch.tensor([float((rank + row) % world_size) for row in range(3)])  # the largest is another rank's in each row
+    assert tp.largest(values, torch.full((3,), 10 + rank)).tolist() == [10 + (-1 - row) % world_size for row in range(3)]
     sizes = list(range(world_size))
     parts = [ones(r, r, 2) for r in range(world_size)]
     assert torch.equal(tp.all_gatherv(parts[rank], 0, sizes), torch.cat(parts))

@@ -19,6 +19,7 @@ NOTICED_BY = {
     "all_gather": "gathers",
     "all_gatherv": "gathers",
     "gather": "gathers",
+    "largest": "gathers",
     "broadcast": "broadcasts",
     "broadcast_object": "broadcasts",
     "broadcast_object_list": "broadcasts",
