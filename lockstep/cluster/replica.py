@@ -26,7 +26,6 @@ from lockstep.utils import env, procs, stacks
 from lockstep.utils.frames import Channel, send_one
 
 STOP_S = 6.0  # how long a replica may take to end its ranks
-STACK_S = 1.5  # ... and to write its Python stack
 LEAVE_S = 1.0  # ... and once it has hung up, its process
 LAUNCH_S = 30.0  # ... and to read what it is; more than a few KB wait for that
 
@@ -111,7 +110,7 @@ class ReplicaProcess(ReplicaHandle):
         return ExecutorError(f"{self.name} (pid {self.pid}) died: {cause}.", exitcode=self.process.returncode, kind="died")
 
     def stack(self) -> list[str]:
-        return stacks.written(self.pid, self._stack_file, STACK_S)
+        return stacks.written(self.pid, self._stack_file)
 
     def end(self, ask: bool, until_s: float) -> None:
         # It may be in the middle of telling us something, and the order to stop behind others: move both along.

@@ -23,7 +23,7 @@ from lockstep.utils.net import Listener
 if TYPE_CHECKING:
     from lockstep.executor.gather import RemoteRank
 
-STACKS_S = 0.5  # time to write Python stacks
+STACKS_S = 2.0  # time to write Python stacks, where not every rank is done sooner
 
 
 class Crew:
@@ -136,7 +136,7 @@ class Crew:
 
         pump: reads what ranks on other hosts wrote, which were asked before.
         """
-        before = {w.rank: w.tail.seen for w in workers}
+        before = seen = {w.rank: w.tail.seen for w in workers}
         self._ask_for_stacks()
         deadline, quiet_rounds = time.monotonic() + STACKS_S, 0
         while time.monotonic() < deadline and quiet_rounds < 3:
@@ -144,7 +144,8 @@ class Crew:
             for worker in self.local:
                 self._drain(worker)
             pump()
-            quiet_rounds = quiet_rounds + 1 if all(w.tail.seen > before[w.rank] for w in workers) else 0
+            last, seen = seen, {w.rank: w.tail.seen for w in workers}
+            quiet_rounds = quiet_rounds + 1 if seen == last and all(seen[rank] > before[rank] for rank in seen) else 0
         for worker in self.local:
             if worker.tail.seen == before[worker.rank]:
                 worker.tail.add(stacks.by_py_spy(worker.pid))

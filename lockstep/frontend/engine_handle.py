@@ -30,7 +30,6 @@ from lockstep.utils.run_folder import RunFolder
 CLIENT = "lockstep.cluster.factory:make_supervised"
 AWAKE = Mode()
 LAUNCH_S = 30.0  # to read what it is
-STACK_S = 1.5  # to write its Python stack
 STOP_S = 8.0  # a stopping engine ends its replicas, and they their ranks
 GRACE_S = 30.0  # the engine times its start itself and knows who is late: let it speak first
 
@@ -114,7 +113,7 @@ class EngineHandle:
 
     def stack(self) -> list[str]:
         """The Python stack of a process that is stuck, as lines. One that was stopped goes on, to its end."""
-        return stacks.written(self.pid, self.stack_file, STACK_S)
+        return stacks.written(self.pid, self.stack_file)
 
     def wait(self) -> None:
         """Until it serves. Raises ConfigError or ExecutorError when it does not."""

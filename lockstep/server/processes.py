@@ -45,7 +45,6 @@ POLL_S = 0.05
 START_S = 120.0  # beyond the engine's: one that is started again may find that the engine is, too
 LAUNCH_S = 30.0
 LATE_S = 5.0  # without a turn of its event loop: told to others
-STACK_S = 1.5  # to write its Python stack
 LAST_WORDS_S = 20.0  # beyond shutdown_timeout: for what is left to end, and to be said
 POLICY = RestartPolicy(first_s=0.1, most_failures=6)
 _log = get_logger(__name__)
@@ -135,7 +134,7 @@ class ApiProcess:
 
     def stack(self) -> list[str]:
         """Its Python stack, as lines."""
-        return stacks.written(self.process.pid, self._stack_file, STACK_S)
+        return stacks.written(self.process.pid, self._stack_file)
 
     def signal(self, number: int) -> None:
         if self.process.poll() is None:

@@ -16,6 +16,7 @@ from typing import IO
 
 from lockstep.utils import procs
 
+LIMIT_S = 5.0  # to write a stack: milliseconds, but on a machine that has other work
 PY_SPY_S = 6.0
 QUIET_ROUNDS = 4  # of 20 ms, after which a stack that is being written is taken to be whole if ...
 _MAIN = re.compile(rb" in (<module>|_run_module_as_main)\n\Z")  # ... it ends where the main thread began, which comes last
@@ -39,7 +40,7 @@ def _go_on(pid: int) -> None:
             os.kill(pid, signal.SIGCONT)
 
 
-def written(pid: int, file: IO[bytes], limit_s: float) -> list[str]:
+def written(pid: int, file: IO[bytes], limit_s: float = LIMIT_S) -> list[str]:
     """`ask`, and what it wrote to `file`, as lines; py-spy's word where it does not react in `limit_s`."""
     ask(pid)
     until_s, text, quiet = time.monotonic() + limit_s, b"", 0
