@@ -17,7 +17,7 @@ from lockstep.planner.entry import to_entry
 from lockstep.planner.hardware import DecodeFit, Device, ErrorBand, Link, PrefillFit, Roofline
 from lockstep.utils import env
 
-FORMAT = 7
+FORMAT = 8
 USUAL_HEAD = 128  # width, of models on devices that are priced in general
 DISTURBED = 1.1  # times as long: from here on it is said
 MEASURED = ErrorBand(operation=0.10, tpot=0.20, ttft=0.20)  # on the machine that was measured, see docs/planner_cpu.md
@@ -74,11 +74,12 @@ class Mode(msgspec.Struct, frozen=True, eq=False):  # compared and hashed by ide
     products: list[ProductRates]  # by rows, ascending
     decode: AttentionRates
     prefill: AttentionRates
-    rope: Line  # tokens x width of queries, keys and values
+    rope: Line  # tokens of prompts x width of queries, keys and values
     angles: Line  # tokens x head width
     embed: Line  # tokens x hidden
     norm: Line  # tokens x hidden
     choose: Line  # rows x vocabulary: from logits to a token
+    rope_one: Line | None = None  # the same for requests of one token each, whose places in the cache are far apart; None: as of prompts
     choose_far_s: float = 0.0  # and what more where a step leaves no caches
     combine: Line = Line()  # tokens x hidden: what summing over the ranks adds to a row-parallel product
     exchange: Line = Line()  # rows x vocabulary: what the exchange of the best tokens adds

@@ -140,7 +140,8 @@ class CpuModel:
             part = name != "qkv" and wanted < tokens  # the model's last layer does this for what is sampled only
             whole = self._product(name, tokens, n, k, stage, count=layers.size - part, gated=gated, row=row)
             yield whole if not part else together(whole, self._product(name, wanted, n, k, stage, count=1, gated=gated, row=row))
-        yield OpTime("rope", layers.size * mode.rope.at(tokens * (q + 2 * kv)))
+        ones = sum(n == 1 for n in queries)
+        yield OpTime("rope", layers.size * self._rope_s(ones, tokens - ones, q + 2 * kv))
         yield self._attention(layers.start, layers.stop, queries, contexts, q, kv, weights)
         if tp > 1:
             yield OpTime("sums over the ranks", 2 * (layers.size - 1) * combine + 2 * mode.combine.at(wanted * hidden))
@@ -163,6 +164,11 @@ class CpuModel:
         """What the engine does for the prompts of a step, once however many stages there are."""
         begun = sum(n == c > 1 for n, c in zip(queries, contexts, strict=True))
         return self.mode.prompt_s * begun + self.mode.prompt_token_s * (sum(queries) - len(queries))
+
+    def _rope_s(self, ones: int, others: int, width: int) -> float:
+        """Of one layer: requests of one token, and tokens of prompts."""
+        one = self.mode.rope_one or self.mode.rope
+        return (one.at(ones * width) if ones else 0.0) + (self.mode.rope.at(others * width) if others else 0.0)
 
     def _product(self, name: str, rows: int, n: int, k: int, stage: int, *, count: int, gated: bool, row: bool) -> OpTime:
         narrow = self.weight_dtype == "int8" and name != "head"

@@ -30,19 +30,30 @@ def far_share(step_bytes: float, cache_bytes: float) -> float:
 def product_s(
     table: Sequence[ProductRates], rows: int, n: int, k: int, work_bytes: float, *, gated: bool = False, row: bool = False
 ) -> float:
-    """Seconds of a packed product `[rows, k] x [k, n]` in a step that reads `work_bytes` of weights."""
+    """Seconds of a packed product `[rows, k] x [k, n]` in a step that reads `work_bytes` of weights.
 
-    def at(rates: ProductRates) -> float:
+    Between two measured numbers of rows it takes what it would with its weights in caches, or what fewer rows take where that is
+    longer (reading does not depend on rows), times how far that is off at both.
+    """
+
+    def at(rates: ProductRates, work_bytes: float) -> float:
         extra = (rates.gate_s * n / 2 if gated else 0.0) + (rates.finish_s * n if row else 0.0)
         return rates.launch_s + rates.edge_s * (n + k) + per_weight_s(rates, work_bytes) * n * k + extra
 
     if rows <= table[0].rows:
-        return at(table[0])
+        return at(table[0], work_bytes)
     for below, above in pairwise(table):
         if rows <= above.rows:
             share = math.log(rows / below.rows) / math.log(above.rows / below.rows)
-            return math.exp(math.log(at(below)) * (1 - share) + math.log(at(above)) * share)
-    return at(table[-1]) * rows / table[-1].rows
+            low, high, fewer, more = at(below, 0), at(above, 0), at(below, work_bytes), at(above, work_bytes)
+            cached = _between(low, high, share)
+            return max(fewer, cached) * _between(fewer / max(fewer, low), more / max(fewer, high), share)
+    return at(table[-1], work_bytes) * rows / table[-1].rows
+
+
+def _between(low: float, high: float, share: float) -> float:
+    """On the line between two logarithms."""
+    return math.exp(math.log(low) * (1 - share) + math.log(high) * share)
 
 
 def per_weight_s(rates: ProductRates, work_bytes: float) -> float:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from lockstep.config.model_spec import ModelSpec
 from lockstep.distributed.partition import ShardMap
 from lockstep.executor.contract import Executor
-from lockstep.planner.calibration import Line, Mode
+from lockstep.planner.calibration import Line, Mode, ProductRates
 from lockstep.planner.cpu_ops import far_share, pairs_of, product_s
 from lockstep.planner.cpu_tables import GATED, PLAIN, ROW
 from lockstep.planner.layout import Layout
@@ -55,6 +55,7 @@ def model(hidden: int, columns: int, layers: int, heads: int, kv_heads: int, hea
 # From one that stays in the caches of any core to two that must be read from memory. Shapes and head groups differ.
 MODELS = (
     model(192, 512, 4, 6, 2, 32, 2048),
+    model(320, 896, 5, 10, 5, 32, 4096),
     model(384, 1024, 6, 6, 6, 64, 6144),
     model(768, 2560, 6, 12, 3, 64, 8192),
     model(1280, 4608, 4, 10, 2, 128, 10240),
@@ -168,23 +169,29 @@ def attention_samples(answers: Sequence[Answer], busy: int, cache_bytes: int, *,
     return features, seconds
 
 
-def over_tokens(answers: Sequence[Answer], kind: str, width: Any) -> Line:
-    """A line over tokens x `width(answer)`."""
+def rope_width(answer: Answer) -> int:
+    """Of queries, keys and values."""
+    q, kv, _ = answer.sizes()
+    return q + 2 * kv
+
+
+def over_tokens(answers: Sequence[Answer], kind: str, width: Callable[[Answer], int], wanted: Callable[[int], bool] = bool) -> Line:
+    """A line over tokens x `width(answer)`. wanted: which cases, by the tokens that each row computes."""
     return rates_fit.line(
         (rows * tokens * width(answer), times[kind])
         for answer in answers
         for (rows, tokens, _), times in zip(answer.cases, answer.times, strict=True)
-        if kind in times
+        if kind in times and wanted(tokens)
     )
 
 
 def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, cache_bytes: int) -> Mode:
     """The constants of models that are whole on their rank, and the samples that say more than they do. The last model is the largest."""
     found = [p for answer in answers for p in product_samples(answer)]
-    products = rates_fit.products(found)
+    products = rates_fit.with_far(rates_fit.products(found), busy, cache_bytes)
     now = speeds(answers[-1])
-    heads = [(1.0, x, float(busy * work > cache_bytes), seconds) for x, work, seconds in _heads(answers, products)]
-    base, each, far_s = rates_fit.fit([head[:-1] for head in heads], [head[-1] for head in heads])
+    heads = [((1.0, x, float(busy * work > cache_bytes)), seconds, whole) for x, work, seconds, whole in _heads(answers, products)]
+    base, each, far_s = rates_fit.fit(*zip(*heads, strict=True))
     mode = Mode(
         ranks=ranks,
         busy=busy,
@@ -194,7 +201,8 @@ def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, c
         products=products,
         decode=rates_fit.attention(*attention_samples(answers, busy, cache_bytes, decode=True)),
         prefill=rates_fit.attention(*attention_samples(answers, busy, cache_bytes, decode=False)),
-        rope=over_tokens(answers, "rope", lambda a: a.sizes()[0] + 2 * a.sizes()[1]),
+        rope=over_tokens(answers, "rope", rope_width, lambda tokens: tokens > 1),
+        rope_one=over_tokens(answers, "rope", rope_width, lambda tokens: tokens == 1),
         angles=over_tokens(answers, "angles", lambda a: a.shape.head_dim),
         embed=over_tokens(answers, "embed", lambda a: a.shape.hidden_size),
         norm=over_tokens(answers, "norm", lambda a: a.shape.hidden_size),
@@ -210,15 +218,15 @@ def mode_of(answers: Sequence[Answer], *, ranks: int, busy: int, threads: int, c
     return with_samples(mode, rows)
 
 
-def _heads(answers: Sequence[Answer], products: Any) -> list[tuple[float, int, float]]:
-    """(rows x vocabulary, bytes of weights, seconds beyond the product) of each case's logits and choice."""
+def _heads(answers: Sequence[Answer], products: Sequence[ProductRates]) -> list[tuple[float, int, float, float]]:
+    """(rows x vocabulary, bytes of weights, seconds beyond the product, all seconds) of each case's logits and choice."""
     found = []
     for answer in answers:
         vocab = answer.shape.vocab_size // answer.tp
         for (rows, _, _), times in zip(answer.cases, answer.times, strict=True):
             if "head" in times:
                 product = product_s(products, rows, vocab, answer.shape.hidden_size, answer.work)
-                found.append((float(rows * vocab), answer.work, max(times["head"] - product, 1e-7)))
+                found.append((float(rows * vocab), answer.work, times["head"] - product, times["head"]))
     return found
 
 
@@ -232,9 +240,10 @@ def with_collectives(mode: Mode, answers: Sequence[Answer], cache_bytes: int) ->
             both = [(name, k) for name, k in (("out", q), ("down", columns)) if name in times]
             plain = sum(product_s(mode.products, rows * tokens, hidden, k, answer.work, row=True) for _, k in both)
             if both:
-                sums.append((float(rows * tokens * hidden), max(sum(times[name] for name, _ in both) - plain, 1e-7) / len(both)))
+                whole = sum(times[name] for name, _ in both)
+                sums.append((float(rows * tokens * hidden), (whole - plain) / len(both), whole / len(both)))
     heads = []
-    for x, work, seconds in _heads(answers, mode.products):
+    for x, work, seconds, whole in _heads(answers, mode.products):
         chosen = mode.choose.at(x) + (mode.choose_far_s if mode.ranks * work > cache_bytes else 0.0)
-        heads.append((x, max(seconds - chosen, 1e-7)))
-    return msgspec.structs.replace(mode, combine=rates_fit.line(sums), exchange=rates_fit.line(heads))
+        heads.append((x, seconds - chosen, whole))
+    return msgspec.structs.replace(mode, combine=rates_fit.rest_line(sums), exchange=rates_fit.rest_line(heads))

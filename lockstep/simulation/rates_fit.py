@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from lockstep.planner.calibration import AttentionRates, Line, ProductRates
+from lockstep.planner.cpu_ops import far_share
 
 F64 = npt.NDArray[np.float64]
+FAR = 64  # times the last cache: steps that read so much find nothing in it
 ROUNDS = 400  # of coordinate descent; the columns are few and scaled
 
 
@@ -39,6 +42,13 @@ def line(points: Iterable[tuple[float, float]]) -> Line:
     return Line(*fit([(1.0, x) for x, _ in found], [t for _, t in found])) if found else Line()
 
 
+def rest_line(points: Iterable[tuple[float, float, float]]) -> Line:
+    """base + per * x through (x, seconds of a part, seconds of the whole that it was found as the rest of): errors are relative to the
+    whole, for the part may be lost in its noise."""
+    found = list(points)
+    return Line(*fit([(1.0, x) for x, *_ in found], [t for _, t, _ in found], [whole for *_, whole in found])) if found else Line()
+
+
 class Product:
     """One measured product: `rows`, `n`, `k`, which class of model (its weights in bytes), what follows in place, seconds."""
 
@@ -65,6 +75,19 @@ def products(found: Sequence[Product]) -> list[ProductRates]:
         ProductRates(rows, launch, edge * rows, [(w, work[r, w]) for r, w in sorted(work) if r == rows], gate * rows, finish * rows)
         for rows in sorted({p.rows for p in found})
     ]
+
+
+def with_far(table: Sequence[ProductRates], busy: int, cache_bytes: float) -> list[ProductRates]:
+    """With one point more: models so large that the last cache keeps nothing of them from one step to the next. Of the largest that was
+    measured it still keeps a part, `cpu_ops.far_share` says which. busy: ranks that share the cache."""
+    found, largest = [], FAR * cache_bytes / busy
+    for rates in table:
+        (near, fast), (far, slow) = rates.work[0], rates.work[-1]
+        if near < cache_bytes / busy < far < largest and slow > fast:
+            more = far_share(largest * busy, cache_bytes) / far_share(far * busy, cache_bytes)
+            rates = msgspec.structs.replace(rates, work=[*rates.work, (largest, fast + (slow - fast) * more)])
+        found.append(rates)
+    return found
 
 
 def _whole(work: dict[tuple[int, float], float]) -> dict[tuple[int, float], float]:

@@ -35,8 +35,8 @@ STEP_OPERATIONS_S = 0.2
 SPEEDS_S = 0.2
 # What one of several ranks that are at work takes over from all of them:
 _OF_ALL = ("combine", "exchange", "step", "step_far", "far_bytes", "prompt_s", "prompt_token_s", "small_steps", "disturbed")
-CASES_OF = ((*CASES, LONGEST), (*CASES, LONGEST), CASES, CASES)
-SHARES = (0.1, 0.15, 0.25, 0.5)  # of the time, for each of the models
+CASES_OF = (*((*CASES, LONGEST),) * 3, CASES, CASES)
+SHARES = (0.1, 0.1, 0.1, 0.2, 0.5)  # of the time, for each of the models
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lockstep.config.model_spec import ModelSpec
 from lockstep.planner import calibration, catalogue
 from lockstep.planner.calibration import AttentionRates, Calibration, Line, Mode, ProductRates
 from lockstep.planner.cpu import CpuModel, Scales
-from lockstep.planner.cpu_ops import attention_s, pairs_of, product_s
+from lockstep.planner.cpu_ops import attention_s, far_share, pairs_of, product_s
 from lockstep.planner.cpu_tables import GATED, PLAIN, ROW, corrected
 from lockstep.planner.layout import Layout
 from lockstep.planner.memory import weight_bytes
@@ -84,6 +84,53 @@ def test_between_measured_rows_seconds_lie_between():
     assert product_s(table_, 1, 100, 100, 1e6) == pytest.approx(11e-6)
     assert product_s(table_, 1, 100, 100, 1e6) < product_s(table_, 3, 100, 100, 1e6) < product_s(table_, 8, 100, 100, 1e6)
     assert product_s(table_, 128, 100, 100, 1e6) == pytest.approx(2 * product_s(table_, 64, 100, 100, 1e6)), "beyond: in proportion"
+
+
+def test_rows_are_free_until_multiplying_takes_longer_than_reading():
+    """A weight takes 100 ps to read and 5 to multiply by a row: at 16 rows it is read, at 32 multiplied, and at 18 still read."""
+    weights = [ProductRates(r, 0.0, 0.0, [(1e6, 5e-12 * r), (1e9, max(1e-10, 5e-12 * r))], 0.0, 0.0) for r in (16, 32)]
+
+    def each(rows: int, work: float) -> float:
+        return product_s(weights, rows, 1000, 1000, work) / 1e6
+
+    assert [each(rows, 1e9) for rows in (16, 18, 24, 32)] == pytest.approx([1e-10, 1e-10, 1.2e-10, 1.6e-10])
+    assert [each(rows, 1e6) for rows in (16, 32)] == pytest.approx([8e-11, 1.6e-10])
+    slower = [weights[0], msgspec.structs.replace(weights[1], work=[(1e6, 2e-10), (1e9, 1.6e-10)])]  # in the small model, for noise
+    first, near_first, near_last, last = (product_s(slower, rows, 1000, 1000, 1e9) for rows in (16, 17, 31, 32))
+    assert (first, last) == pytest.approx((1e-4, 1.6e-4))
+    assert near_first == pytest.approx(first, rel=0.03) and near_last == pytest.approx(last, rel=0.06), "no jump at what was measured"
+
+
+def test_of_a_larger_model_the_last_cache_keeps_less():
+    """10 ps a weight in caches, 100 from memory: of the largest model that was measured, twice the cache, it still kept a third."""
+    cache, fast, slow = 1e8, 1e-11, 1e-10
+    measured = fast + (slow - fast) * far_share(2 * cache, cache)
+    (found,) = rates_fit.with_far([ProductRates(1, 0.0, 0.0, [(1e6, fast), (2 * cache, measured)], 0.0, 0.0)], 1, cache)
+    assert product_s([found], 1, 1000, 1000, 1e4 * cache) / 1e6 == pytest.approx(slow, rel=0.02)
+    assert product_s([found], 1, 1000, 1000, 2 * cache) / 1e6 == pytest.approx(measured), "what was measured stands"
+    two = rates_fit.with_far([ProductRates(1, 0.0, 0.0, [(1e6, fast), (cache, measured)], 0.0, 0.0)], 2, cache)
+    assert product_s(two, 1, 1000, 1000, 1e4 * cache) / 1e6 == pytest.approx(slow, rel=0.02), "two ranks share it"
+    for work in ([(1e6, fast), (cache / 2, slow)], [(2 * cache, fast), (3 * cache, slow)], [(1e6, slow), (2 * cache, fast)]):
+        assert rates_fit.with_far([ProductRates(1, 0.0, 0.0, work, 0.0, 0.0)], 1, cache)[0].work == work, "nothing says what it keeps"
+
+
+def test_a_part_that_is_lost_in_noise_is_found_as_a_mean():
+    """A tenth of what it was found in, which is 15 % off in turn: it is below zero half of the time."""
+    points = [(x, 0.1 * x + sign * 0.15 * x, x) for x in (1.0, 2.0, 4.0, 8.0, 16.0) for sign in (1, -1)]
+    assert rates_fit.rest_line(points).at(10) == pytest.approx(1.0, rel=1e-3)
+    assert rates_fit.rest_line([]) == Line()
+
+
+def test_tokens_that_are_far_apart_in_the_cache_take_longer_to_store():
+    def rope_s(queries: list[int]) -> float:
+        model = CpuModel(machine(mode(rope=Line(1e-6, 1e-9), rope_one=Line(2e-6, 5e-9))), SHAPE, Layout())
+        return next(op.seconds for op in model.operations(0, queries, [64] * len(queries), 1) if op.name == "rope")
+
+    width = 8 * 32 + 2 * 4 * 32
+    assert rope_s([1, 1, 1]) == pytest.approx(6 * (2e-6 + 5e-9 * 3 * width)) and rope_s([64]) == pytest.approx(
+        6 * (1e-6 + 1e-9 * 64 * width)
+    )
+    assert rope_s([1, 64, 1]) == pytest.approx(rope_s([1, 1]) + rope_s([64]))
 
 
 def test_pairs_are_counted_as_attention_sees_them():
