@@ -1,6 +1,6 @@
 """Measures this machine with the engine's own ranks: what `planner.cpu` needs to know the step of any model on it.
 
-1. One rank on all cores, and two ranks that share them: models of four sizes, whole on their rank, every kind of operation.
+1. One rank on all cores, and two ranks that share them: models of five sizes, whole on their rank, every kind of operation.
    Two ranks also alone (the other one waits) and with the models cut over them, which shows what summing costs.
 2. A small model and a large one through the whole engine, in both settings: what a step costs besides its operations.
 What two ranks exchange (all-reduce, send and receive) the caller measures and hands in.
